@@ -1,0 +1,35 @@
+"""The split backward of a pipeline stage, as a function transformation.
+
+    apply, params, buffers = fs.functionalize(module)                     # nn.Module -> pure function
+    output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)   # F
+    (dx,), weight_pullback = pullback(output_grads)                       # I: what upstream waits for
+    param_grads = weight_pullback()                                       # W: whenever there is a bubble
+"""
+
+from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError
+from funcstage.functional import FunctionalStage, functionalize
+from funcstage.split import (
+    Pullback,
+    WeightPullback,
+    stage_backward,
+    stage_backward_input,
+    stage_backward_weight,
+    stage_vjp,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConsumedError",
+    "FunctionalStage",
+    "LeafError",
+    "Pullback",
+    "PurityError",
+    "StageError",
+    "StructureError",
+    "WeightPullback",
+    "functionalize",
+    "stage_backward",
+    "stage_backward_input",
+    "stage_backward_weight",
+    "stage_vjp",
+]

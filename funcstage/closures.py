@@ -1,0 +1,515 @@
+"""Engine 1: the split by two nested `torch.func` levels, without tracing.
+
+The stage runs once, under an outer gradient level that wraps the differentiated inputs and an inner one
+that wraps the parameters. An operation that reads a parameter (a *site*) runs under both: from its one
+kernel launch the inner level records the weight side and the outer level the input side. Its output
+then leaves the inner level, so that no later operation continues the weight side of this one; what
+remains there, the inner tape from the site's output to the parameters, is the closure retained for W.
+All other operations run under the outer level alone. In the terms of `torch.func.vjp`: the outer level
+is one vjp over the inputs; the inner one is a vjp over the parameters for every site, with the sites
+sharing a level instead of opening one each, which saves most of the host time.
+
+I is one reverse pass over the outer tape that also yields the cotangent at every site's output; W is
+one reverse pass over the inner tape from the sites' outputs, seeded with those cotangents. A value made
+of parameters alone (a transposed or normalised weight, an embedded token) never leaves the inner level:
+its gradient is W's business throughout. With no differentiated input there is no outer level, nothing
+for I to do, and W is the whole backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from funcstage import _functorch as ft
+from funcstage import trees
+from funcstage.composites import decomposed, opened
+from funcstage.errors import PurityError, StageError
+from funcstage.functional import checked_result
+from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
+from funcstage.trees import Buffers, Params, PyTree
+
+Indexed: TypeAlias = list[tuple[int, GradientEdge]]
+"""Leaf indices with the leaves' places on a tape."""
+
+
+class Exit(NamedTuple):
+    """A leaf of the result, free of wrappers, and its places on the tapes if it has any."""
+
+    value: Any
+    outer: GradientEdge | None
+    inner: GradientEdge | None
+
+
+class Site(NamedTuple):
+    """Where a value left the inner level: its place on the outer tape and on the inner one."""
+
+    outer: GradientEdge
+    inner: GradientEdge
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """What all tapes of one forward pass have in common.
+
+    Attributes:
+        n_args: the number of argument leaves.
+        n_params: the number of parameter leaves.
+        params: where the parameter leaves lie on the inner tape.
+        state: the parameters and buffers, which are no residuals: the caller holds them anyway.
+        higher: whether the gradients are to be differentiated in turn.
+        switchboard: where nodes look for residuals that were taken out of them.
+    """
+
+    n_args: int
+    n_params: int
+    params: Indexed
+    state: list[Tensor]
+    higher: bool
+    switchboard: Switchboard
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightTape:
+    """What W needs: places on the inner tape with the cotangents that arrived there.
+
+    Attributes:
+        origin: the forward pass.
+        seeds: (place on the inner tape, cotangent).
+        shared: whether other tapes still need the same nodes.
+        home: residuals that were taken out of the nodes.
+    """
+
+    origin: Origin
+    seeds: list[tuple[GradientEdge, Tensor]]
+    shared: bool
+    home: Home
+
+    def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
+        """Run W: return the gradient of every parameter leaf, and the tape that is left."""
+        origin = self.origin
+        cotangents = [cotangent for _, cotangent in self.seeds]
+        wanted = [edge for _, edge in origin.params]
+        shared = self.shared or retain
+        found = _reverse(self.seeds, wanted, shared, origin, self.home)
+        grads: list[Tensor | None] = [None] * origin.n_params
+        for (i, _), grad in zip(origin.params, _unshared(found, cotangents), strict=True):
+            grads[i] = grad
+        return grads, replace(self, shared=True) if retain else None
+
+    def leaves(self) -> list[Tensor]:
+        """The residuals: what the nodes have saved, then the cotangents."""
+        return [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
+        """The same tape over other residuals."""
+        saved = self._saved()
+        home = replaced(saved, leaves[: len(saved)], self.origin.switchboard, self.home)
+        seeds = [(edge, new) for (edge, _), new in zip(self.seeds, leaves[len(saved) :], strict=True)]
+        return replace(self, seeds=seeds, home=home)
+
+    def _saved(self) -> list[Residual]:
+        edges = (edge for edge, _ in self.seeds)
+        return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputTape:
+    """What the forward pass retains: the outer tape for I, and the inner one for W.
+
+    Attributes:
+        origin: the forward pass.
+        roots: where the output leaves lie on the outer tape.
+        inputs: where the argument leaves lie on the outer tape.
+        sites: where the two tapes meet.
+        derived: where output leaves lie on the inner tape, for what they owe to parameters directly.
+        shared: whether other tapes still need the same nodes.
+        home: residuals that were taken out of the nodes.
+    """
+
+    origin: Origin
+    roots: Indexed
+    inputs: Indexed
+    sites: list[Site]
+    derived: Indexed
+    shared: bool
+    home: Home
+
+    def pull(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
+        """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
+        origin = self.origin
+        if not origin.higher and _is_differentiated(cotangents):
+            origin = replace(origin, higher=True)
+        shared = self.shared or retain
+        wanted = [edge for _, edge in self.inputs] + [site.outer for site in self.sites]
+        found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
+        grads: list[Tensor | None] = [None] * origin.n_args
+        for (i, _), grad in zip(self.inputs, found, strict=False):
+            grads[i] = grad
+        at_sites = found[len(self.inputs) :]
+        seeds = [(s.inner, grad) for s, grad in zip(self.sites, at_sites, strict=True) if grad is not None]
+        seeds += _seeds(self.derived, cotangents)
+        weight_tape = WeightTape(origin, seeds, shared, self.home)
+        return grads, weight_tape, replace(self, shared=True) if retain else None
+
+    def leaves(self) -> list[Tensor]:
+        """The residuals: what the nodes of both tapes have saved."""
+        return [r.tensor for r in self._saved()]
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
+        """The same tape over other residuals."""
+        return replace(self, home=replaced(self._saved(), leaves, self.origin.switchboard, self.home))
+
+    def _saved(self) -> list[Residual]:
+        edges = [edge for _, edge in self.roots + self.derived] + [edge for site in self.sites for edge in site]
+        return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
+
+
+def linearize(
+    apply: Callable[..., Any],
+    params: Params,
+    buffers: Buffers,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    diff: Sequence[int],
+) -> tuple[PyTree, Buffers, InputTape]:
+    """Run a stage function once and retain what its two reverse passes need.
+
+    Args:
+        apply: the stage function.
+        params: its parameters; floating and complex tensor leaves are differentiated.
+        buffers: its buffers.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        diff: indices of the differentiated leaves of `args`.
+
+    Returns:
+        The output and the new buffers, free of wrappers, and the tape.
+
+    Raises:
+        PurityError: if `apply` mutates a tensor that it was given or has captured.
+        StageError: if saved-tensor hooks are in use.
+    """
+    param_leaves, params_spec = trees.flatten(params)
+    arg_leaves, args_spec = trees.flatten(args)
+    state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
+    given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
+    higher = _is_differentiated(param_leaves) or _is_differentiated(arg_leaves)
+    inputs: Indexed = []
+    weights: Indexed = []
+    with ExitStack() as stack:
+        _refuse_saved_tensor_hooks(stack)
+        outer = None
+        if diff:
+            outer = stack.enter_context(ft.grad_level())
+            stack.enter_context(torch.enable_grad())
+            arg_leaves = list(arg_leaves)
+            for i in diff:
+                arg_leaves[i] = ft.wrap_leaf(arg_leaves[i], outer)
+                inputs.append((i, get_gradient_edge(arg_leaves[i])))
+        inner = stack.enter_context(ft.grad_level())
+        stack.enter_context(torch.enable_grad())
+        param_leaves = list(param_leaves)
+        for i, leaf in enumerate(param_leaves):
+            if trees.is_differentiable(leaf):
+                param_leaves[i] = ft.wrap_leaf(leaf, inner)
+                weights.append((i, get_gradient_edge(param_leaves[i])))
+        mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
+        try:
+            with mode:
+                result = apply(
+                    trees.unflatten(params_spec, param_leaves),
+                    buffers,
+                    *trees.unflatten(args_spec, arg_leaves),
+                    **kwargs,
+                )
+        except RuntimeError as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from error
+        output, new_buffers = checked_result(apply, result)
+        output_leaves, output_spec = trees.flatten(output)
+        exits = [mode.leave(leaf) for leaf in output_leaves]
+        new_buffers = trees.map_leaves(lambda leaf: mode.leave(leaf).value, new_buffers)
+    output = trees.unflatten(output_spec, (exit.value for exit in exits))
+    origin = Origin(len(arg_leaves), len(param_leaves), weights, state, higher, Switchboard())
+    tape = InputTape(
+        origin,
+        roots=[(i, exit.outer) for i, exit in enumerate(exits) if exit.outer is not None],
+        inputs=inputs,
+        sites=mode.sites,
+        derived=[(i, exit.inner) for i, exit in enumerate(exits) if exit.inner is not None],
+        shared=False,
+        home={},
+    )
+    return output, new_buffers, tape
+
+
+class _Split(TorchFunctionMode):
+    """Sends every operation through the levels that it concerns, and notes the sites.
+
+    Activations live on the outer level; parameters, and values made of parameters alone, on the inner.
+    Every path from the output to a parameter leaves the inner level at most once for good: what `call`
+    returns has left it, and nothing computed from that returns to it.
+    """
+
+    def __init__(self, outer: int | None, inner: int, given: dict[str, PyTree], arguments: list[Any]) -> None:
+        super().__init__()
+        self.outer = outer
+        self.inner = inner
+        self.given = given
+        self.arguments = arguments
+        self.sites: list[Site] = []
+        self.moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.owners: dict[int, tuple[str, int]] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        body = opened(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if self.moved:
+            args, kwargs = trees.map_leaves(self.current, (args, kwargs))
+        if _is_in_place(func, kwargs):
+            return self.in_place(func, args, kwargs)
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that mutates nothing."""
+        if self.outer is None or ft.current_level() != self.inner:
+            return func(*args, **kwargs)  # nothing to split, or inside a transform of the stage's own
+        if not self.reads_weights(args, kwargs):
+            return self.above(func, args, kwargs)
+        body = decomposed(func, args)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return self.release(result, args)
+        if isinstance(result, (tuple, list)):
+            return trees.map_leaves(lambda leaf: self.release(leaf, args), result)
+        return result
+
+    def above(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation with the outer level on top.
+
+        Not only for speed: composite kernels decide by `requires_grad` what to save, and on the inner
+        level activations do not require grad.
+        """
+        layer = ft.pop_layer()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            ft.push_layer(layer)
+
+    def reads_weights(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
+        """Tell whether an operand lives on the inner level."""
+        inner, level_of = self.inner, ft.level_of
+        for operands in (args, kwargs.values()) if kwargs else (args,):
+            for operand in operands:
+                if isinstance(operand, Tensor):
+                    if level_of(operand) == inner:
+                        return True
+                elif isinstance(operand, (list, tuple)):
+                    if self.reads_weights(operand, {}):
+                        return True
+                elif isinstance(operand, dict) and self.reads_weights(operand.values(), {}):
+                    return True
+        return False
+
+    def is_activation(self, value: Tensor) -> bool:
+        """Tell whether a value without its inner wrapper depends on a differentiated input."""
+        return value.requires_grad and ft.level_of(value) == self.outer
+
+    def release(self, leaf: Any, args: tuple[Any, ...]) -> Any:
+        """Let a site's output leave the inner level; values made of parameters alone stay."""
+        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner:
+            return leaf
+        value = ft.unwrap(leaf, self.inner)
+        if not leaf.requires_grad:
+            return value
+        if not self.is_activation(value) or any(leaf is operand for operand in args):
+            return leaf
+        self.sites.append(Site(get_gradient_edge(value), get_gradient_edge(leaf)))
+        return value
+
+    def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that writes into its first operand, or into `out`."""
+        out = kwargs.get("out")
+        target = args[0] if out is None else out
+        targets = target if isinstance(target, (tuple, list)) else (target,)
+        for tensor in targets:
+            owner = self.owner(tensor)
+            if owner is not None:
+                if tensor is not target or out is not None or not any(tensor is a for a in self.arguments):
+                    raise _impure(owner, func)
+                # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
+                copy = self.call(torch.clone, (tensor,), {})
+                self.moved[id(tensor)] = (tensor, copy)
+                return self.in_place(func, (copy, *args[1:]), kwargs)
+        if self.outer is None or ft.current_level() != self.inner:
+            return func(*args, **kwargs)
+        if any(ft.level_of(tensor) == self.inner for tensor in targets):
+            return func(*args, **kwargs)
+        if self.reads_weights(args, kwargs):
+            # The inner level may not write into a tensor of the outer one, so the weights come down.
+            args, kwargs = trees.map_leaves(self.lower, (args, kwargs))
+        return self.above(func, args, kwargs)
+
+    def lower(self, leaf: Any) -> Any:
+        """Bring an operand down to the outer level, as a site of its own."""
+        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner:
+            return leaf
+        if not leaf.requires_grad:
+            return ft.unwrap(leaf, self.inner)
+        if self.is_activation(ft.unwrap(leaf, self.inner)):
+            leaf = leaf.view_as(leaf)  # a place of its own, as `leaf` itself stays on both levels
+            value = ft.unwrap(leaf, self.inner)
+        else:
+            value = ft.make_leaf(self.above(torch.detach, (ft.unwrap(leaf, self.inner),), {}))
+        self.sites.append(Site(self.above(get_gradient_edge, (value,), {}), get_gradient_edge(leaf)))
+        return value
+
+    def current(self, leaf: Any) -> Any:
+        """The tensor that an overwritten argument stands for by now."""
+        moved = self.moved.get(id(leaf))
+        return leaf if moved is None else moved[1]
+
+    def owner(self, tensor: Tensor) -> str | None:
+        """Name what the caller has given in this memory, if it is the caller's."""
+        if self.owners is None:
+            self.owners = {
+                ft.storage_key(leaf): (kind, i)
+                for kind, tree in self.given.items()
+                for i, leaf in enumerate(trees.flatten(tree)[0])
+                if isinstance(leaf, Tensor)
+            }
+        kind, i = self.owners.get(ft.storage_key(tensor), (None, 0))
+        if kind is None:
+            return None
+        leaves, spec = trees.flatten(self.given[kind])
+        return f"{kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaves[i])})"
+
+    def leave(self, leaf: Any) -> Exit:
+        """Free a leaf of the result of its wrappers, and note its places on the tapes."""
+        leaf = self.current(leaf)
+        outer = inner = None
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner:
+            inner = get_gradient_edge(leaf) if leaf.requires_grad else None
+            leaf = ft.unwrap(leaf, self.inner)
+        if self.outer is not None and isinstance(leaf, Tensor) and ft.level_of(leaf) == self.outer:
+            outer = self.above(get_gradient_edge, (leaf,), {}) if leaf.requires_grad else None
+            leaf = ft.unwrap(leaf, self.outer)
+        return Exit(leaf, outer, inner)
+
+
+def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name.endswith("_"):
+        return name in _IN_PLACE_DUNDERS if name.endswith("__") else True
+    return kwargs.get("out") is not None
+
+
+def _is_differentiated(leaves: Iterable[Any]) -> bool:
+    """Tell whether somebody outside differentiates what is computed from these leaves."""
+    if not torch.is_grad_enabled():
+        return False
+    return ft.current_level() > 0 or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _seeds(places: Indexed, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
+    return [(edge, cotangent) for i, edge in places if (cotangent := cotangents[i]) is not None]
+
+
+def _reverse(
+    seeds: Sequence[tuple[GradientEdge, Tensor]],
+    wanted: Sequence[GradientEdge],
+    shared: bool,
+    origin: Origin,
+    home: Home,
+) -> Sequence[Tensor | None]:
+    """One reverse pass over a tape; `None` for the places that it does not reach."""
+    if not seeds or not wanted:
+        return [None] * len(wanted)
+    edges, cotangents = zip(*seeds, strict=True)
+    board = origin.switchboard
+    with board.reading(home):
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            edges,
+            wanted,
+            cotangents,
+            retain_graph=shared or origin.higher or board.taken_out,
+            create_graph=origin.higher,
+            allow_unused=True,
+        )
+    return grads
+
+
+def _unshared(grads: Iterable[Tensor | None], cotangents: Iterable[Tensor]) -> Iterator[Tensor | None]:
+    """Copy gradients that lie in each other's or a cotangent's memory, so that each can be added into."""
+    taken = {ft.storage_key(cotangent) for cotangent in cotangents}
+    for grad in grads:
+        if grad is not None:
+            key = ft.storage_key(grad)
+            if key in taken or (grad.layout is torch.strided and 0 in grad.stride()):
+                grad = grad.clone(memory_format=torch.contiguous_format)
+            taken.add(key)
+        yield grad
+
+
+def _refuse_saved_tensor_hooks(stack: ExitStack) -> None:
+    try:
+        stack.enter_context(disable_saved_tensors_hooks(_HOOKS_REFUSED))
+    except RuntimeError as error:
+        raise StageError(_HOOKS_REFUSED) from error
+
+
+def _impure(owner: str, func: Any) -> PurityError:
+    return PurityError(
+        f"The stage writes into {owner} in place, by {getattr(func, '__name__', func)}. A stage function "
+        "mutates nothing that it is given: work on a clone, or return the new value as a buffer."
+    )
+
+
+def _refusal(error: RuntimeError) -> StageError | None:
+    """Translate what torch says about functions that cannot be transformed; None for users' errors."""
+    message = str(error)
+    if _HOOKS_REFUSED in message:
+        return StageError(_HOOKS_REFUSED)
+    if "mutate a captured Tensor" in message:
+        return PurityError(
+            "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
+            "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
+            "update a clone of it."
+        )
+    if "autograd.Function" in message and "setup_context" in message:
+        return StageError(
+            "The stage uses a torch.autograd.Function whose forward takes `ctx`; torch.func can only "
+            "transform one with a separate setup_context staticmethod. Split it so, or use "
+            "funcstage.autograd on an eager tape."
+        )
+    return None
+
+
+_HOOKS_REFUSED = (
+    "The closures engine cannot differentiate under saved-tensor hooks (non-reentrant activation "
+    "checkpointing, save_on_cpu). Take them out of the stage, or use funcstage.autograd on an eager tape."
+)
+_IN_PLACE_DUNDERS = {
+    f"__{name}__"
+    for name in "iadd iand idiv ifloordiv ilshift imod imul ior ipow irshift isub itruediv ixor setitem".split()
+}

@@ -1,0 +1,27 @@
+"""The refusals: every one a `StageError` that says what was wrong, where, and what to do.
+
+A refused call consumes and mutates nothing. Each class also derives from the builtin exception that
+code outside pipelines would expect (`TypeError`, `ValueError`, `RuntimeError`).
+"""
+
+from __future__ import annotations
+
+
+class StageError(Exception):
+    """A call that funcstage refuses; the base of all its errors."""
+
+
+class ConsumedError(StageError, RuntimeError):
+    """A pullback was used a second time although its residuals are gone."""
+
+
+class StructureError(StageError, TypeError):
+    """A pytree or an argument has another structure or type than the stage function expects."""
+
+
+class LeafError(StageError, ValueError):
+    """A leaf has the right place but the wrong shape, dtype, device or value."""
+
+
+class PurityError(StageError, RuntimeError):
+    """The stage function mutates a tensor that it was given or has captured."""

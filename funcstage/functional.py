@@ -1,0 +1,177 @@
+"""From a module to a stage function: the first step, on which everything else builds.
+
+A stage function is `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`. It mutates
+nothing it is given; what a module would update in place comes back as a value.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from funcstage.errors import LeafError, StageError, StructureError
+from funcstage.trees import Buffers, Params, PyTree, describe, flatten
+
+
+class FunctionalStage(NamedTuple):
+    """A module as a pure function, with the values that it starts from.
+
+    Attributes:
+        apply: `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`.
+        params: the trainable parameters by qualified name, detached; they share the module's storage.
+        buffers: the buffers, then the frozen parameters, by qualified name, likewise.
+    """
+
+    apply: Callable[..., tuple[PyTree, Buffers]]
+    params: Params
+    buffers: Buffers
+
+
+def functionalize(module: nn.Module) -> FunctionalStage:
+    """Turn a module into a pure stage function and its parameters and buffers.
+
+    Built on `torch.func.functional_call`. The module lends its code and its train/eval mode, both read
+    at call time; its tensors are read here once and never written. A parameter that the module reaches
+    under several names (tied weights) appears once, under the first. Parameters that do not require
+    grad are held constant: they are found among the buffers.
+
+    Args:
+        module: any initialised `nn.Module`.
+
+    Returns:
+        A `FunctionalStage`.
+
+    Raises:
+        StageError: if `module` is not a module, or has lazy parameters that were never initialised.
+
+    Example:
+        >>> import torch, funcstage as fs
+        >>> apply, params, buffers = fs.functionalize(torch.nn.BatchNorm1d(3))
+        >>> sorted(params), sorted(buffers)
+        (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'])
+        >>> output, new_buffers = apply(params, buffers, torch.ones(2, 3))
+        >>> int(buffers["num_batches_tracked"]), int(new_buffers["num_batches_tracked"])
+        (0, 1)
+    """
+    if not isinstance(module, nn.Module):
+        raise StructureError(
+            f"functionalize expects an nn.Module, got {describe(module)}. A function of the form "
+            "apply(params, buffers, *args) -> (output, new_buffers) needs no functionalize: "
+            "pass it to stage_vjp as it is."
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise StageError(
+                f"{type(module).__name__}: {name!r} is lazy and not yet initialised, so it has no shape. "
+                "Call the module once on an example input, then functionalize it."
+            )
+    named_params = dict(module.named_parameters())
+    params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
+    frozen = {name: p.detach() for name, p in named_params.items() if not p.requires_grad}
+    buffers = {name: b.detach() for name, b in module.named_buffers()} | frozen
+    param_shapes = {name: p.shape for name, p in params.items()}
+    buffer_shapes = {name: b.shape for name, b in buffers.items()}
+    aliases = _tied_names(module)
+    recurrent = {prefix: m for prefix, m in module.named_modules() if isinstance(m, nn.RNNBase)}
+
+    def apply(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        with torch._C.DisableTorchFunction():
+            _check(module, "params", params, param_shapes)
+            _check(module, "buffers", buffers, buffer_shapes)
+        # In-place updates must land in copies; frozen parameters are never updated, so not copied.
+        state = {name: b if name in frozen else b.clone() for name, b in buffers.items()}
+        state.update(params)
+        for alias, name in aliases.items():
+            state[alias] = state[name]
+        with _flat_weights(recurrent, state):
+            # The ties are resolved above, once, rather than in every call.
+            output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
+        # functional_call writes buffers that the module re-assigned back into `state`.
+        return output, {name: state[name] for name in buffers}
+
+    apply.__qualname__ = apply.__name__ = type(module).__name__
+    return FunctionalStage(apply, params, buffers)
+
+
+def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:
+    """Return a stage function's result as its two parts, or refuse it.
+
+    Raises:
+        StructureError: if it is no pair, or if its output holds no tensor.
+    """
+    name = getattr(apply, "__qualname__", type(apply).__name__)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise StructureError(
+            f"{name}: a stage function returns (output, new_buffers), got {describe(result)}. Return "
+            "`output, buffers` where the function updates no buffer; modules become stage functions by "
+            "funcstage.functionalize(module)."
+        )
+    if not any(isinstance(leaf, Tensor) for leaf in flatten(result[0])[0]):
+        raise StructureError(
+            f"{name}: the output holds no tensor, got {describe(result[0])}; there is nothing to "
+            "differentiate. Return the tensors that the next stage or the loss needs."
+        )
+    return result
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Map every further name of a parameter or buffer to the first one."""
+    first: dict[Tensor, str] = {}
+    aliases: dict[str, str] = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if first.setdefault(tensor, name) != name:
+                aliases[name] = first[tensor]
+    return aliases
+
+
+@contextmanager
+def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) -> Iterator[None]:
+    """Lend recurrent modules the list of weights that they cache beside their parameters.
+
+    Left alone they would build it from the lent parameters, flatten those in place for cuDNN, and keep
+    them after the call.
+    """
+    kept = [(rnn, rnn._flat_weights, rnn._flat_weight_refs) for rnn in recurrent.values()]
+    try:
+        for prefix, rnn in recurrent.items():
+            names = (f"{prefix}.{name}" if prefix else name for name in rnn._flat_weights_names)
+            weights = [state.get(name) for name in names]
+            rnn._flat_weights = weights
+            rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+        yield
+    finally:
+        for rnn, weights, refs in kept:
+            rnn._flat_weights, rnn._flat_weight_refs = weights, refs
+
+
+def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:
+    """Refuse state whose names or shapes are not the module's (missing names would silently be its own)."""
+    owner = type(module).__name__
+    if not isinstance(given, Mapping):
+        raise StructureError(
+            f"{owner}: {what} must be a flat dict from qualified names to tensors, as functionalize "
+            f"returns it; got {describe(given)}."
+        )
+    if given.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - given.keys())
+        extra = sorted(map(str, given.keys() - shapes.keys()))
+        raise StructureError(
+            f"{owner}: {what} has other names than the module: missing {missing or 'none'}, unexpected "
+            f"{extra or 'none'}. Pass a dict with the keys that functionalize returned."
+        )
+    for name, shape in shapes.items():
+        tensor = given[name]
+        if not isinstance(tensor, Tensor):
+            raise StructureError(f"{owner}: {what}[{name!r}] must be a tensor, got {describe(tensor)}.")
+        if tensor.shape != shape:
+            raise LeafError(
+                f"{owner}: {what}[{name!r}] must have shape {list(shape)}, got {describe(tensor)}. "
+                "If the module was changed after functionalize, call functionalize again."
+            )

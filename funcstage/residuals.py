@@ -1,0 +1,176 @@
+"""Residuals: the tensors that autograd nodes have saved, listed, measured and replaced.
+
+A tape's residuals live inside autograd nodes, where `Residuals` reads them. To make a pullback a pytree
+they must also be exchangeable (moved to the host and back, say): they are then taken out of the nodes,
+through the hooks of each saved tensor, into a dict from which the nodes read while a pullback runs.
+That is done only for pullbacks that are rebuilt from leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from funcstage import _functorch as ft
+
+_RAW = "_raw_saved_"
+
+
+class Cell:
+    """Stands in a node for a tensor that was taken out of it."""
+
+    __slots__ = ()
+
+
+Home = dict[Cell, Tensor]
+"""Where a pullback keeps the tensors that were taken out of the nodes."""
+
+
+class Switchboard:
+    """Tells the nodes of one forward pass whose home to read; shared by all its pullbacks."""
+
+    __slots__ = ("_home", "_lock", "taken_out")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._home: Home = {}
+        self.taken_out = False
+
+    @contextmanager
+    def reading(self, home: Home) -> Iterator[None]:
+        """Let the nodes read from `home`; pullbacks that share nodes take turns."""
+        with self._lock:
+            before, self._home = self._home, home
+            try:
+                yield
+            finally:
+                self._home = before
+
+    def read(self, cell: Cell) -> Tensor:
+        return self._home[cell]
+
+
+class Residual(NamedTuple):
+    """A distinct tensor and all the places in nodes that hold it."""
+
+    tensor: Tensor
+    places: list[Any]
+
+
+def residuals_of(
+    edges: Iterable[GradientEdge], state: Iterable[Tensor], switchboard: Switchboard, home: Home
+) -> list[Residual]:
+    """List the distinct tensors that the nodes behind `edges` hold.
+
+    Args:
+        edges: where the walk starts.
+        state: tensors that are alive anyway (parameters, buffers); whatever shares their memory is left out.
+        switchboard: the forward pass's.
+        home: what was taken out of the nodes already.
+    """
+    excluded = {ft.storage_key(tensor) for tensor in state}
+    found: dict[Hashable, Residual] = {}
+    with switchboard.reading(home):
+        for node in _nodes(edges):
+            for tensor, place in _saved(node):
+                storage = ft.storage_key(tensor)
+                if storage in excluded:
+                    continue
+                geometry = (tensor.dtype, tensor.shape, *_strides(tensor), tensor.is_conj(), tensor.is_neg())
+                found.setdefault((storage, geometry), Residual(tensor, [])).places.append(place)
+    return list(found.values())
+
+
+def replaced(residuals: Sequence[Residual], tensors: Sequence[Tensor], switchboard: Switchboard, home: Home) -> Home:
+    """Take the residuals out of their nodes into `home`, and return a new home with `tensors` instead."""
+    switchboard.taken_out = True
+    new_home: Home = {}
+    for residual, tensor in zip(residuals, tensors, strict=True):
+        for place in residual.places:
+            cell = place.data
+            if not isinstance(cell, Cell):
+                cell = Cell()
+                home[cell] = residual.tensor
+                place.register_hooks(functools.partial(_pack, cell), switchboard.read)
+            new_home[cell] = tensor
+    return new_home
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind some tensors, memory that several share counted once."""
+    spans: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    total = 0
+    for tensor in map(ft.innermost, tensors):
+        if tensor.layout is not torch.strided:
+            total += sum(part.nbytes for part in _parts(tensor))
+        elif tensor.numel():
+            reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.storage_offset()
+            size = tensor.element_size()
+            spans[ft.storage_key(tensor)].append((start * size, (start + reach + 1) * size))
+    for intervals in spans.values():
+        end = 0
+        for first, last in sorted(intervals):
+            total += max(0, last - max(first, end))
+            end = max(end, last)
+    return total
+
+
+def _pack(cell: Cell, tensor: Tensor) -> Cell:
+    return cell
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a sparse one consists of."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def _strides(tensor: Tensor) -> tuple[Hashable, ...]:
+    return (tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
+
+
+def _nodes(edges: Iterable[GradientEdge]) -> Iterator[Node]:
+    stack = [edge.node for edge in edges]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+@functools.cache
+def _saved_names(node_type: type) -> list[str]:
+    return [name.removeprefix(_RAW) for name in dir(node_type) if name.startswith(_RAW)]
+
+
+def _saved(node: Node) -> Iterator[tuple[Tensor, Any]]:
+    """Yield the tensors that a node has saved, each with its `SavedTensor`."""
+    for name in _saved_names(type(node)):
+        # Python nodes know their saved tensors under a name of their own.
+        public = "saved_tensors" if isinstance(node, torch.autograd.function.BackwardCFunction) else f"_saved_{name}"
+        try:
+            values, places = getattr(node, public), getattr(node, _RAW + name)
+        except RuntimeError:  # freed by an earlier reverse pass
+            continue
+        if not isinstance(values, tuple):
+            values, places = (values,), (places,)
+        for value, place in zip(values, places, strict=True):
+            if isinstance(value, Tensor):
+                yield ft.unwrap_if_dead(value), place

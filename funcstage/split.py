@@ -1,0 +1,519 @@
+"""The split VJP: F, I and W as functions, whatever engine runs them.
+
+`stage_vjp` is F. It returns a `Pullback`, which is I; calling that returns a `WeightPullback`, which is
+W. The two are values: linear (used once, unless asked to be retained), measurable (`nbytes`), and
+pytrees of their residuals. The engines supply tapes; this file owns the contract: structures,
+validation, single use and summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcstage import closures, residuals, trees
+from funcstage.errors import ConsumedError, LeafError, StructureError
+from funcstage.functional import FunctionalStage
+from funcstage.trees import Buffers, Params, PyTree, describe
+
+
+class Tape(Protocol):
+    """What both tapes of an engine offer: their residuals, to look at and to replace."""
+
+    def leaves(self) -> list[Tensor]: ...
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Self: ...
+
+
+class WeightTape(Tape, Protocol):
+    """An engine's W."""
+
+    def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
+
+
+class InputTape(Tape, Protocol):
+    """An engine's I."""
+
+    def pull(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]: ...
+
+
+class Meta(NamedTuple):
+    """What a cotangent must match; nothing where the leaf cannot have one."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, leaf: object) -> Meta | None:
+        if not isinstance(leaf, Tensor) or not trees.is_differentiable(leaf):
+            return None
+        return cls(leaf.shape, leaf.dtype, leaf.device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device}"
+
+
+AnyTape = TypeVar("AnyTape", bound=Tape)
+
+
+class _Linear(Generic[AnyTape]):
+    """A function that may be called once, because calling it uses up its tape."""
+
+    __slots__ = ("_tape", "stage")
+    _verb: ClassVar[str]
+
+    def __init__(self, tape: AnyTape | None, stage: str) -> None:
+        self._tape = tape
+        self.stage = stage
+
+    def _live(self) -> AnyTape:
+        if self._tape is None:
+            raise ConsumedError(
+                f"This {type(self).__name__} of {self.stage} was used before, and using it freed its "
+                f"residuals. Call it with retain=True wherever it is to be used again."
+            )
+        return self._tape
+
+    @property
+    def consumed(self) -> bool:
+        """Whether it was used, so that a further call raises `ConsumedError`."""
+        return self._tape is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the residuals, memory that several share counted once, parameters and buffers not."""
+        return 0 if self._tape is None else residuals.nbytes(self._tape.leaves())
+
+    def __repr__(self) -> str:
+        if self._tape is None:
+            return f"<{type(self).__name__} of {self.stage}, consumed>"
+        leaves = self._tape.leaves()
+        return (
+            f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
+            f"{_readable(residuals.nbytes(leaves))}>"
+        )
+
+    def _signature(self) -> str:
+        raise NotImplementedError
+
+    def _rebuilt(self, tape: AnyTape | None) -> Self:
+        raise NotImplementedError
+
+
+class WeightPullback(_Linear[WeightTape]):
+    """W: the deferred half of a stage's backward. Returned by a `Pullback`.
+
+    It holds the residuals that only the weight gradients need and the cotangents at the stage's sites,
+    and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
+    """
+
+    __slots__ = ("_metas", "_params_spec")
+
+    def __init__(
+        self, tape: WeightTape | None, stage: str, params_spec: optree.PyTreeSpec, metas: list[Meta | None]
+    ) -> None:
+        super().__init__(tape, stage)
+        self._params_spec = params_spec
+        self._metas = metas
+
+    def __call__(self, *, retain: bool = False) -> Params:
+        """Compute the gradients of the parameters.
+
+        Args:
+            retain: keep the residuals for another call.
+
+        Returns:
+            A pytree with the structure of `params`; each gradient has its parameter's shape, dtype and
+            device, and memory of its own. `None` for a parameter that the output does not depend on.
+
+        Raises:
+            ConsumedError: on a second call, unless the first was made with `retain=True`.
+        """
+        grads, self._tape = self._live().pull(retain)
+        return trees.unflatten(self._params_spec, grads)
+
+    def _signature(self) -> str:
+        return f"() -> gradients of {sum(meta is not None for meta in self._metas)} parameters"
+
+    def _rebuilt(self, tape: WeightTape | None) -> WeightPullback:
+        return WeightPullback(tape, self.stage, self._params_spec, self._metas)
+
+
+class Pullback(_Linear[InputTape]):
+    """I: the urgent half of a stage's backward. Returned by `stage_vjp`.
+
+    As a pytree (namespace "funcstage") its leaves are the residuals of I and W.
+    """
+
+    __slots__ = ("_args_spec", "_output_metas", "_output_spec", "_param_metas", "_params_spec")
+
+    def __init__(
+        self,
+        tape: InputTape | None,
+        stage: str,
+        output_spec: optree.PyTreeSpec,
+        output_metas: list[Meta | None],
+        args_spec: optree.PyTreeSpec,
+        params_spec: optree.PyTreeSpec,
+        param_metas: list[Meta | None],
+    ) -> None:
+        super().__init__(tape, stage)
+        self._output_spec = output_spec
+        self._output_metas = output_metas
+        self._args_spec = args_spec
+        self._params_spec = params_spec
+        self._param_metas = param_metas
+
+    def __call__(
+        self, output_grads: PyTree = None, *, retain: bool = False
+    ) -> tuple[tuple[PyTree, ...], WeightPullback]:
+        """Compute the gradients of the inputs, and leave those of the weights for later.
+
+        Args:
+            output_grads: cotangents with the structure of the stage's output, each with its leaf's
+                shape, dtype and device. A `None` leaf is zero. `None` as a whole means one, where the
+                output is a single real number.
+            retain: keep the residuals for another call.
+
+        Returns:
+            The input gradients, one entry for each positional argument with that argument's structure,
+            `None` at leaves that are not differentiated or that the output does not depend on; and the
+            weight pullback.
+
+        Raises:
+            ConsumedError: on a second call, unless the first was made with `retain=True`.
+            StructureError: if `output_grads` has another structure than the output.
+            LeafError: if a cotangent has another shape, dtype or device than its output.
+        """
+        tape = self._live()
+        cotangents = self._checked(output_grads)
+        grads, weight_tape, self._tape = tape.pull(cotangents, retain)
+        weight_pullback = WeightPullback(weight_tape, self.stage, self._params_spec, self._param_metas)
+        return trees.unflatten(self._args_spec, grads), weight_pullback
+
+    def _checked(self, output_grads: PyTree) -> list[Tensor | None]:
+        if output_grads is None and self._output_spec.num_leaves:
+            return [self._one()]
+        leaves, spec = trees.flatten(output_grads)
+        if spec != self._output_spec:
+            raise StructureError(
+                f"output_grads of {self.stage} must have the structure of its output, {self._output_spec}; "
+                f"got {spec}. Pass None at a leaf whose cotangent is zero."
+            )
+        for i, (leaf, meta) in enumerate(zip(leaves, self._output_metas, strict=True)):
+            if leaf is not None:
+                self._check_leaf(i, leaf, meta)
+        return leaves
+
+    def _check_leaf(self, i: int, leaf: object, meta: Meta | None) -> None:
+        if meta is not None and Meta.of(leaf) == meta:
+            return
+        name = trees.leaf_names(self._output_spec, "output_grads")[i]
+        if meta is None:
+            raise LeafError(
+                f"{name} of {self.stage} must be None, as that output is no floating or complex tensor; "
+                f"got {describe(leaf)}."
+            )
+        if not isinstance(leaf, Tensor):
+            raise StructureError(f"{name} of {self.stage} must be a tensor, {meta}; got {describe(leaf)}.")
+        raise LeafError(
+            f"{name} of {self.stage} must match its output, {meta}; got {describe(leaf)}. Reshape, cast or "
+            "move the cotangent first."
+        )
+
+    def _one(self) -> Tensor:
+        meta = self._output_metas[0]
+        single = len(self._output_metas) == 1 and meta is not None and meta.shape.numel() == 1
+        if not single or meta is None or meta.dtype.is_complex:
+            outputs = ", ".join("no tensor gradient" if m is None else str(m) for m in self._output_metas)
+            raise LeafError(
+                f"output_grads of {self.stage} may be left out only where the output is one real scalar; "
+                f"the output is {outputs}. Pass cotangents with the structure of the output."
+            )
+        return torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+
+    def _signature(self) -> str:
+        return f"output_grads -> ({self._args_spec.num_children} input gradients, weight pullback)"
+
+    def _rebuilt(self, tape: InputTape | None) -> Pullback:
+        return Pullback(
+            tape,
+            self.stage,
+            self._output_spec,
+            self._output_metas,
+            self._args_spec,
+            self._params_spec,
+            self._param_metas,
+        )
+
+
+def stage_vjp(
+    apply: Callable[..., Any],
+    params: Params,
+    buffers: Buffers,
+    *args: Any,
+    argnums: int | Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[PyTree, Buffers, Pullback]:
+    """Run a stage forward (F) and return its output, its new buffers and its pullback (I, then W).
+
+    The vector-Jacobian product is split exactly: F runs the stage once, I computes what the input
+    gradients need and W the rest of the backward, and no matrix product is computed in both.
+
+    Args:
+        apply: a stage function `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`, from
+            `functionalize`, from `compile`, or hand-written.
+        params: a pytree of tensors; its floating and complex leaves are differentiated.
+        buffers: a pytree of tensors that are not differentiated.
+        *args: positional arguments, any pytrees.
+        argnums: which positional arguments are differentiated: an index, several, or `()` for none (a
+            first stage that is fed with tokens). `None` means each with a floating or complex tensor.
+        **kwargs: keyword arguments, never differentiated.
+
+    Returns:
+        `(output, new_buffers, pullback)`.
+
+    Raises:
+        StructureError: if `apply` is no stage function, or `argnums` names an argument that has nothing
+            to differentiate.
+        PurityError: if `apply` mutates what it was given or has captured.
+
+    Example:
+        >>> import torch, funcstage as fs
+        >>> apply, params, buffers = fs.functionalize(torch.nn.Linear(3, 2))
+        >>> x = torch.ones(4, 3)
+        >>> output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)
+        >>> (dx,), weight_pullback = pullback(torch.ones(4, 2))
+        >>> {name: tuple(grad.shape) for name, grad in weight_pullback().items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    _check_callable(apply)
+    diff = _differentiated_leaves(args, argnums)
+    linearize = getattr(apply, "linearize", None)
+    if linearize is None:
+        output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
+    else:
+        output, new_buffers, tape = linearize(params, buffers, args, kwargs, diff)
+    output_leaves, output_spec = trees.flatten(output)
+    param_leaves, params_spec = trees.flatten(params)
+    pullback = Pullback(
+        tape,
+        getattr(apply, "__qualname__", type(apply).__name__),
+        output_spec,
+        [Meta.of(leaf) for leaf in output_leaves],
+        trees.flatten(args)[1],
+        params_spec,
+        [Meta.of(leaf) for leaf in param_leaves],
+    )
+    return output, new_buffers, pullback
+
+
+def stage_backward(pullback: Pullback, output_grads: PyTree = None) -> tuple[tuple[PyTree, ...], Params]:
+    """Run a stage's whole backward, I and then W.
+
+    Args:
+        pullback: from `stage_vjp`; consumed.
+        output_grads: as for `Pullback.__call__`.
+
+    Returns:
+        `(input_grads, param_grads)`.
+    """
+    input_grads, weight_pullback = stage_backward_input(pullback, output_grads)
+    return input_grads, stage_backward_weight(weight_pullback)
+
+
+def stage_backward_input(
+    pullback: Pullback, output_grads: PyTree = None
+) -> tuple[tuple[PyTree, ...], WeightPullback]:
+    """Run I: the same as `pullback(output_grads)`.
+
+    Args:
+        pullback: from `stage_vjp`; consumed.
+        output_grads: as for `Pullback.__call__`.
+
+    Returns:
+        `(input_grads, weight_pullback)`.
+    """
+    if not isinstance(pullback, Pullback):
+        raise StructureError(
+            f"stage_backward_input expects the pullback that stage_vjp returns, got {describe(pullback)}. For "
+            "a module that ran eagerly, use funcstage.autograd."
+        )
+    return pullback(output_grads)
+
+
+def stage_backward_weight(
+    weight_pullbacks: WeightPullback | Iterable[WeightPullback], accumulate: Params | None = None
+) -> Params:
+    """Run W for one or many microbatches and sum.
+
+    Args:
+        weight_pullbacks: one weight pullback, or several of the same stage; consumed.
+        accumulate: gradients to add into, with the structure of the parameters, `None` leaves counting
+            as zero. Its tensors are donated: the sum reuses their storage. A wider dtype than the
+            parameters' (float32 for bfloat16) is kept.
+
+    Returns:
+        The summed gradients, with the structure of the parameters; `None` where nothing contributed.
+
+    Raises:
+        ConsumedError: if a pullback was used before, or is listed twice.
+        StructureError: if pullbacks or `accumulate` differ in structure.
+        LeafError: if a leaf of `accumulate` cannot take its parameter's gradient.
+    """
+    pending = [weight_pullbacks] if isinstance(weight_pullbacks, WeightPullback) else list(weight_pullbacks)
+    if not pending:
+        raise StructureError("stage_backward_weight needs at least one weight pullback, got none.")
+    _check_pending(pending)
+    first = pending[0]
+    total = _checked_accumulators(first, accumulate)
+    for weight_pullback in pending:
+        grads = trees.flatten(weight_pullback())[0]
+        total = [_sum(acc, grad) for acc, grad in zip(total, grads, strict=True)]
+    return trees.unflatten(first._params_spec, total)
+
+
+def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Add into `total`, which is ours or donated; differentiated sums must leave their terms intact."""
+    if total is None or grad is None:
+        return grad if total is None else total
+    if torch.is_grad_enabled() and (total.requires_grad or grad.requires_grad):
+        return total + grad
+    return total.add_(grad)
+
+
+def _check_pending(pending: Sequence[WeightPullback]) -> None:
+    first = pending[0]
+    seen: set[int] = set()
+    for i, weight_pullback in enumerate(pending):
+        if not isinstance(weight_pullback, WeightPullback):
+            raise StructureError(
+                f"stage_backward_weight expects weight pullbacks, which a pullback returns second; entry {i} "
+                f"is {describe(weight_pullback)}."
+            )
+        if weight_pullback.consumed or id(weight_pullback) in seen:
+            raise ConsumedError(
+                f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. Call it "
+                "yourself with retain=True where its gradients are needed again."
+            )
+        seen.add(id(weight_pullback))
+        if weight_pullback._params_spec != first._params_spec or weight_pullback._metas != first._metas:
+            raise StructureError(
+                f"Weight pullback {i} ({weight_pullback.stage}) has other parameters than the first "
+                f"({first.stage}); only microbatches of one stage can be summed."
+            )
+
+
+def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -> list[Tensor | None]:
+    if accumulate is None:
+        return [None] * len(pullback._metas)
+    leaves, spec = trees.flatten(accumulate)
+    if spec != pullback._params_spec:
+        raise StructureError(
+            f"accumulate must have the structure of the parameters of {pullback.stage}, "
+            f"{pullback._params_spec}; got {spec}. Use None at leaves that hold nothing yet."
+        )
+    for i, (leaf, meta) in enumerate(zip(leaves, pullback._metas, strict=True)):
+        if leaf is None:
+            continue
+        name = trees.leaf_names(spec, "accumulate")[i]
+        if meta is None:
+            raise LeafError(f"{name} must be None, as that parameter has no gradient; got {describe(leaf)}.")
+        if (
+            not isinstance(leaf, Tensor)
+            or leaf.shape != meta.shape
+            or leaf.device != meta.device
+            or not torch.can_cast(meta.dtype, leaf.dtype)
+        ):
+            raise LeafError(
+                f"{name} must be a tensor that takes a gradient of {meta}; got {describe(leaf)}. Pass zeros "
+                "like the parameter, or None."
+            )
+        if leaf.layout is torch.strided and any(
+            n > 1 and stride == 0 for n, stride in zip(leaf.shape, leaf.stride(), strict=True)
+        ):
+            raise LeafError(
+                f"{name} is an expanded tensor, several of whose elements share memory, so nothing can be "
+                "added into it. Pass accumulate leaves with memory of their own: tensor.contiguous()."
+            )
+    return leaves
+
+
+def _check_callable(apply: object) -> None:
+    if isinstance(apply, nn.Module):
+        raise StructureError(
+            f"stage_vjp expects a stage function, got the module {type(apply).__name__}: take "
+            "apply, params, buffers = funcstage.functionalize(module) first."
+        )
+    if isinstance(apply, FunctionalStage):
+        raise StructureError(
+            "stage_vjp expects a stage function, got a whole FunctionalStage: unpack it into "
+            "apply, params, buffers."
+        )
+    if not callable(apply):
+        raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
+
+
+def _differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
+    """Indices, among all leaves of `args`, of those that are differentiated."""
+    chosen = None if argnums is None else _checked_argnums(argnums, len(args))
+    diff: list[int] = []
+    offset = 0
+    for position, arg in enumerate(args):
+        leaves = trees.flatten(arg)[0]
+        found = [offset + i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
+        offset += len(leaves)
+        if chosen is None or position in chosen:
+            diff += found
+        if chosen is not None and position in chosen and not found:
+            what = describe(arg) if len(leaves) == 1 else f"a {type(arg).__name__} of {len(leaves)} leaves"
+            raise StructureError(
+                f"argnums names positional argument {position}, which has no floating or complex tensor to "
+                f"differentiate: it is {what}. Leave it out of argnums."
+            )
+    return diff
+
+
+def _checked_argnums(argnums: int | Sequence[int], n_args: int) -> set[int]:
+    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    chosen: set[int] = set()
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise StructureError(f"argnums must be an int or several, got {number!r} ({describe(number)}).")
+        if not -n_args <= number < n_args:
+            raise StructureError(
+                f"argnums names positional argument {number}, but the stage was given {n_args} positional "
+                "argument(s). Keyword arguments are never differentiated: pass it by position."
+            )
+        chosen.add(number % n_args)
+    return chosen
+
+
+def _readable(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _flatten_linear(pullback: _Linear[Any]) -> tuple[list[Tensor], tuple[_Linear[Any], Any]]:
+    tape = pullback._tape
+    # The tape goes along as it is now: the pullback itself may be consumed before it is rebuilt.
+    return ([], (pullback, None)) if tape is None else (tape.leaves(), (pullback, tape))
+
+
+def _unflatten_linear(metadata: tuple[_Linear[Any], Any], leaves: Iterable[Tensor]) -> _Linear[Any]:
+    pullback, tape = metadata
+    return pullback._rebuilt(None if tape is None else tape.with_leaves(tuple(leaves)))
+
+
+for _kind in (Pullback, WeightPullback):
+    optree.register_pytree_node(_kind, _flatten_linear, _unflatten_linear, namespace=trees.NAMESPACE)

@@ -1,0 +1,51 @@
+"""Pytrees: the one way in which funcstage flattens, compares and names the leaves of structures.
+
+Everything goes through optree with `None` as a leaf (an absent cotangent has a place of its own) and
+with the namespace "funcstage", which also sees whatever users registered globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import optree
+import torch
+
+NAMESPACE = "funcstage"
+
+PyTree: TypeAlias = Any
+Params: TypeAlias = Any
+Buffers: TypeAlias = Any
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves of `tree` and its structure, `None` counting as a leaf."""
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> PyTree:
+    """Rebuild a tree of structure `spec` from its leaves."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def map_leaves(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Map `function` over the leaves of one or several trees of the same structure."""
+    return optree.tree_map(function, tree, *rest, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def leaf_names(spec: optree.PyTreeSpec, root: str) -> list[str]:
+    """Return one readable name a leaf, such as ``output['logits'][0]``."""
+    return [accessor.codify(root) for accessor in spec.accessors()]
+
+
+def is_differentiable(leaf: object) -> bool:
+    """Tell whether a leaf is a tensor of a floating or complex dtype."""
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def describe(leaf: object) -> str:
+    """Return a short description of a leaf for error messages, such as ``float32[2, 3] on cpu``."""
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+    return "None" if leaf is None else type(leaf).__name__
