@@ -36,8 +36,11 @@ from funcstage.functional import checked_result
 from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
 from funcstage.trees import Buffers, Params, PyTree
 
-Indexed: TypeAlias = list[tuple[int, GradientEdge]]
-"""Leaf indices with the leaves' places on a tape."""
+Exits: TypeAlias = list[tuple[int, GradientEdge]]
+"""Indices of output leaves, with their places on a tape."""
+
+Entries: TypeAlias = list[tuple[int, Tensor]]
+"""Indices of argument or parameter leaves, with the wrapped leaves where a tape ends."""
 
 
 class Exit(NamedTuple):
@@ -62,7 +65,7 @@ class Origin:
     Attributes:
         n_args: the number of argument leaves.
         n_params: the number of parameter leaves.
-        params: where the parameter leaves lie on the inner tape.
+        params: the parameter leaves, where the inner tape ends.
         state: the parameters and buffers, which are no residuals: the caller holds them anyway.
         higher: whether the gradients are to be differentiated in turn.
         switchboard: where nodes look for residuals that were taken out of them.
@@ -70,7 +73,7 @@ class Origin:
 
     n_args: int
     n_params: int
-    params: Indexed
+    params: Entries
     state: list[Tensor]
     higher: bool
     switchboard: Switchboard
@@ -96,7 +99,7 @@ class WeightTape:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
         origin = self.origin
         cotangents = [cotangent for _, cotangent in self.seeds]
-        wanted = [edge for _, edge in origin.params]
+        wanted = [leaf for _, leaf in origin.params]
         shared = self.shared or retain
         found = _reverse(self.seeds, wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_params
@@ -127,7 +130,7 @@ class InputTape:
     Attributes:
         origin: the forward pass.
         roots: where the output leaves lie on the outer tape.
-        inputs: where the argument leaves lie on the outer tape.
+        inputs: the differentiated argument leaves, where the outer tape ends.
         sites: where the two tapes meet.
         derived: where output leaves lie on the inner tape, for what they owe to parameters directly.
         shared: whether other tapes still need the same nodes.
@@ -135,10 +138,10 @@ class InputTape:
     """
 
     origin: Origin
-    roots: Indexed
-    inputs: Indexed
+    roots: Exits
+    inputs: Entries
     sites: list[Site]
-    derived: Indexed
+    derived: Exits
     shared: bool
     home: Home
 
@@ -150,7 +153,7 @@ class InputTape:
         if not origin.higher and _is_differentiated(cotangents):
             origin = replace(origin, higher=True)
         shared = self.shared or retain
-        wanted = [edge for _, edge in self.inputs] + [site.outer for site in self.sites]
+        wanted = [*(leaf for _, leaf in self.inputs), *(site.outer for site in self.sites)]
         found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_args
         for (i, _), grad in zip(self.inputs, found, strict=False):
@@ -204,8 +207,8 @@ def linearize(
     state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
     higher = _is_differentiated(param_leaves) or _is_differentiated(arg_leaves)
-    inputs: Indexed = []
-    weights: Indexed = []
+    inputs: Entries = []
+    weights: Entries = []
     with ExitStack() as stack:
         _refuse_saved_tensor_hooks(stack)
         outer = None
@@ -215,14 +218,14 @@ def linearize(
             arg_leaves = list(arg_leaves)
             for i in diff:
                 arg_leaves[i] = ft.wrap_leaf(arg_leaves[i], outer)
-                inputs.append((i, get_gradient_edge(arg_leaves[i])))
+                inputs.append((i, arg_leaves[i]))
         inner = stack.enter_context(ft.grad_level())
         stack.enter_context(torch.enable_grad())
         param_leaves = list(param_leaves)
         for i, leaf in enumerate(param_leaves):
             if trees.is_differentiable(leaf):
                 param_leaves[i] = ft.wrap_leaf(leaf, inner)
-                weights.append((i, get_gradient_edge(param_leaves[i])))
+                weights.append((i, param_leaves[i]))
         mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
         try:
             with mode:
@@ -259,8 +262,19 @@ class _Split(TorchFunctionMode):
     """Sends every operation through the levels that it concerns, and notes the sites.
 
     Activations live on the outer level; parameters, and values made of parameters alone, on the inner.
-    Every path from the output to a parameter leaves the inner level at most once for good: what `call`
-    returns has left it, and nothing computed from that returns to it.
+    Every path from the output to a parameter changes from the outer tape to the inner at one site: what
+    `call` returns has left the inner level, and nothing computed from that returns to it. The exceptions
+    stay on both levels and are sites nowhere but where they are read (`lower`).
+
+    Attributes:
+        outer: the level of the inputs, None where nothing is differentiated.
+        inner: the level of the parameters.
+        given: what the caller owns, by kind, for refusing to write into it.
+        arguments: the argument leaves as the stage sees them.
+        sites: the sites so far.
+        moved: overwritten arguments with what they stand for by now.
+        owners: memory of the caller's leaves, read at the first in-place operation.
+        mixed: whether values that are on both levels may exist.
     """
 
     def __init__(self, outer: int | None, inner: int, given: dict[str, PyTree], arguments: list[Any]) -> None:
@@ -272,6 +286,7 @@ class _Split(TorchFunctionMode):
         self.sites: list[Site] = []
         self.moved: dict[int, tuple[Tensor, Tensor]] = {}
         self.owners: dict[int, tuple[str, int]] | None = None
+        self.mixed = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -289,10 +304,12 @@ class _Split(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that mutates nothing."""
-        if self.outer is None or ft.current_level() != self.inner:
-            return func(*args, **kwargs)  # nothing to split, or inside a transform of the stage's own
+        if not self.splits():
+            return func(*args, **kwargs)
         if not self.reads_weights(args, kwargs):
             return self.above(func, args, kwargs)
+        if self.mixed and func.__name__ not in _ABOUT_THE_OPERAND:
+            args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
         body = decomposed(func, args)
         if body is not None:
             with self:
@@ -303,6 +320,15 @@ class _Split(TorchFunctionMode):
         if isinstance(result, (tuple, list)):
             return trees.map_leaves(lambda leaf: self.release(leaf, args), result)
         return result
+
+    def splits(self) -> bool:
+        """Tell whether the two levels are there and on top."""
+        if self.outer is None:
+            return False  # everything is W's
+        if ft.current_level() == self.inner:
+            return True
+        self.mixed = True  # a transform of the stage's own is open, whose results stay on both levels
+        return False
 
     def above(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation with the outer level on top.
@@ -361,14 +387,21 @@ class _Split(TorchFunctionMode):
                 copy = self.call(torch.clone, (tensor,), {})
                 self.moved[id(tensor)] = (tensor, copy)
                 return self.in_place(func, (copy, *args[1:]), kwargs)
-        if self.outer is None or ft.current_level() != self.inner:
+        if not self.splits():
             return func(*args, **kwargs)
         if any(ft.level_of(tensor) == self.inner for tensor in targets):
+            self.mixed = True  # an activation may be written into a value made of parameters
             return func(*args, **kwargs)
         if self.reads_weights(args, kwargs):
             # The inner level may not write into a tensor of the outer one, so the weights come down.
             args, kwargs = trees.map_leaves(self.lower, (args, kwargs))
         return self.above(func, args, kwargs)
+
+    def lower_activation(self, leaf: Any) -> Any:
+        """Bring an operand that is on both levels down, so that the inner tape ends before it."""
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner and leaf.requires_grad:
+            return self.lower(leaf) if self.is_activation(ft.unwrap(leaf, self.inner)) else leaf
+        return leaf
 
     def lower(self, leaf: Any) -> Any:
         """Bring an operand down to the outer level, as a site of its own."""
@@ -431,13 +464,13 @@ def _is_differentiated(leaves: Iterable[Any]) -> bool:
     return ft.current_level() > 0 or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
-def _seeds(places: Indexed, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
+def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
     return [(edge, cotangent) for i, edge in places if (cotangent := cotangents[i]) is not None]
 
 
 def _reverse(
     seeds: Sequence[tuple[GradientEdge, Tensor]],
-    wanted: Sequence[GradientEdge],
+    wanted: Sequence[GradientEdge | Tensor],
     shared: bool,
     origin: Origin,
     home: Home,
@@ -509,6 +542,8 @@ _HOOKS_REFUSED = (
     "The closures engine cannot differentiate under saved-tensor hooks (non-reentrant activation "
     "checkpointing, save_on_cpu). Take them out of the stage, or use funcstage.autograd on an eager tape."
 )
+# These speak of the operand itself, so that another tensor of the same value will not do.
+_ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
     for name in "iadd iand idiv ifloordiv ilshift imod imul ior ipow irshift isub itruediv ixor setitem".split()

@@ -105,6 +105,16 @@ def _recurrent(whole: Callable[..., Any], packed: Callable[..., Any]) -> Callabl
     return choose
 
 
+def _shaped(body: Callable[..., Any], hidden_at: int) -> Callable[..., Any]:
+    """Give the final states the shape of the initial ones; torch 2.11 leaves an extra axis in them."""
+
+    def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output, h, c = body(*args)
+        return output, h.reshape(args[hidden_at][0].shape), c.reshape(args[hidden_at][1].shape)
+
+    return lstm
+
+
 def _lstm(args: tuple[Any, ...]) -> Callable[..., Any] | None:
     data, hidden = args[0], args[1]
     if isinstance(hidden, (tuple, list)):
@@ -178,7 +188,7 @@ _OPENED: dict[Any, Callable[..., Any] | None] = {
     torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
     torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, in_place=True),
 }
-_LSTM = _recurrent(decompositions.lstm_impl, decompositions.lstm_data_impl)
+_LSTM = _recurrent(_shaped(decompositions.lstm_impl, 1), _shaped(decompositions.lstm_data_impl, 2))
 _DECOMPOSED: dict[Any, Callable[[tuple[Any, ...]], Callable[..., Any] | None]] = {
     torch.lstm: _lstm,
     torch.gru: _recurrent(decompositions.gru_impl, decompositions.gru_impl_data),

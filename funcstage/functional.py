@@ -96,6 +96,7 @@ def functionalize(module: nn.Module) -> FunctionalStage:
         return output, {name: state[name] for name in buffers}
 
     apply.__qualname__ = apply.__name__ = type(module).__name__
+    apply.module = module  # type: ignore[attr-defined]  # read for its train/eval mode, never written
     return FunctionalStage(apply, params, buffers)
 
 
