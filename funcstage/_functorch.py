@@ -8,6 +8,10 @@ Tried with torch 2.11.0 and 2.13.0; `tests/test_private_api.py` says so when the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C._functorch import (
@@ -30,9 +34,10 @@ from torch._C._functorch import (
     push_dynamic_layer_stack as push_layer,
 )
 from torch._C._functorch import (
-    unwrap_if_dead,
+    unwrap_if_dead as _unwrap_if_dead,
 )
 from torch._functorch.eager_transforms import grad_increment_nesting as grad_level
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "current_level",
@@ -42,9 +47,11 @@ __all__ = [
     "make_leaf",
     "pop_layer",
     "push_layer",
+    "saving_through",
     "storage_key",
+    "under_one_dead_wrapper",
     "unwrap",
-    "unwrap_if_dead",
+    "without_dead_wrappers",
     "wrap_leaf",
 ]
 
@@ -74,6 +81,33 @@ def innermost(tensor: Tensor) -> Tensor:
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def without_dead_wrappers(tensor: Tensor) -> Tensor:
+    """Return the tensor under the wrappers of closed levels."""
+    while (inner := _unwrap_if_dead(tensor)) is not tensor:
+        tensor = inner
+    return tensor
+
+
+def under_one_dead_wrapper(tensor: Tensor) -> Tensor:
+    """Return the tensor under all but the innermost of the wrappers of closed levels."""
+    while (inner := _unwrap_if_dead(tensor)) is not _unwrap_if_dead(inner):
+        tensor = inner
+    return tensor
+
+
+@contextmanager
+def saving_through(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
+    """Let saved tensors go through hooks, also inside the transforms that torch.func refuses them in."""
+    refusal = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_enable()
+    try:
+        with saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        if refusal is not None:
+            torch._C._autograd._saved_tensors_hooks_disable(refusal)
 
 
 def storage_key(tensor: Tensor) -> int:

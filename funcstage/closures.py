@@ -33,7 +33,7 @@ from funcstage import trees
 from funcstage.composites import decomposed, opened
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
-from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
+from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of, saving_outside
 from funcstage.trees import Buffers, Params, PyTree
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
@@ -209,8 +209,12 @@ def linearize(
     higher = _is_differentiated(param_leaves) or _is_differentiated(arg_leaves)
     inputs: Entries = []
     weights: Entries = []
+    switchboard = Switchboard()
     with ExitStack() as stack:
-        _refuse_saved_tensor_hooks(stack)
+        if ft.current_level():
+            stack.enter_context(saving_outside(switchboard))
+        else:
+            _refuse_saved_tensor_hooks(stack)
         outer = None
         if diff:
             outer = stack.enter_context(ft.grad_level())
@@ -245,7 +249,7 @@ def linearize(
         exits = [mode.leave(leaf) for leaf in output_leaves]
         new_buffers = trees.map_leaves(lambda leaf: mode.leave(leaf).value, new_buffers)
     output = trees.unflatten(output_spec, (exit.value for exit in exits))
-    origin = Origin(len(arg_leaves), len(param_leaves), weights, state, higher, Switchboard())
+    origin = Origin(len(arg_leaves), len(param_leaves), weights, state, higher, switchboard)
     tape = InputTape(
         origin,
         roots=[(i, exit.outer) for i, exit in enumerate(exits) if exit.outer is not None],

@@ -25,3 +25,7 @@ class LeafError(StageError, ValueError):
 
 class PurityError(StageError, RuntimeError):
     """The stage function mutates a tensor that it was given or has captured."""
+
+
+class TraceError(StageError, RuntimeError):
+    """The stage function cannot be traced into a graph; uncompiled, it works."""

@@ -20,14 +20,22 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from funcstage import _functorch as ft
+from funcstage.errors import StageError
 
 _RAW = "_raw_saved_"
 
 
 class Cell:
-    """Stands in a node for a tensor that was taken out of it."""
+    """Stands in a node for a tensor that is not there: it was taken out, or never put in.
 
-    __slots__ = ()
+    Attributes:
+        tensor: what to read where no home has anything else.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self.tensor = tensor
 
 
 Home = dict[Cell, Tensor]
@@ -55,7 +63,10 @@ class Switchboard:
                 self._home = before
 
     def read(self, cell: Cell) -> Tensor:
-        return self._home[cell]
+        tensor = self._home.get(cell, cell.tensor)
+        if tensor is None:
+            raise StageError("These residuals were moved elsewhere: use the pullback that was rebuilt with them.")
+        return ft.under_one_dead_wrapper(tensor)
 
 
 class Residual(NamedTuple):
@@ -124,6 +135,17 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
+@contextmanager
+def saving_outside(switchboard: Switchboard) -> Iterator[None]:
+    """Keep what is saved meanwhile outside the nodes, and give it to them with one dead wrapper at most.
+
+    A transform around the stage (vmap, jvp, grad) sees through the wrapper of one closed level, whereas a
+    site's operands are under two when W reads them; it would take them for constants, or fail.
+    """
+    with ft.saving_through(Cell, switchboard.read):
+        yield
+
+
 def _pack(cell: Cell, tensor: Tensor) -> Cell:
     return cell
 
@@ -173,4 +195,4 @@ def _saved(node: Node) -> Iterator[tuple[Tensor, Any]]:
             values, places = (values,), (places,)
         for value, place in zip(values, places, strict=True):
             if isinstance(value, Tensor):
-                yield ft.unwrap_if_dead(value), place
+                yield ft.without_dead_wrappers(value), place

@@ -256,7 +256,7 @@ def _views(s: Stage, x: Tensor) -> Any:
 
 
 def _custom(s: Stage, x: Tensor) -> Any:
-    a, largest = _OldStyle.apply("x", torch.tanh(x), torch.full((6,), 0.5), s.w, 3)
+    a, largest = _OldStyle.apply("x", torch.tanh(x), torch.full_like(s.b.detach(), 0.5), s.w, 3)
     return _NewStyle.apply(_NewStyle.apply(a, s.w), s.w), largest
 
 
