@@ -1,9 +1,9 @@
 """The split backward of a pipeline stage, as a function transformation.
 
-    apply, params, buffers = fs.functionalize(module)                     # nn.Module -> pure function
-    output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)   # F
-    (dx,), weight_pullback = pullback(output_grads)                       # I: what upstream waits for
-    param_grads = weight_pullback()                                       # W: whenever there is a bubble
+apply, params, buffers = fs.functionalize(module)                     # nn.Module -> pure function
+output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)   # F
+(dx,), weight_pullback = pullback(output_grads)                       # I: what upstream waits for
+param_grads = weight_pullback()                                       # W: whenever there is a bubble
 """
 
 from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError

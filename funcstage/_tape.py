@@ -159,9 +159,7 @@ def call_node(node: Node, cotangents: Sequence[torch.Tensor | None]) -> list[tor
     return [None if after is None else next(needed) for after, _ in node.next_functions]
 
 
-def conform(
-    gradient: torch.Tensor, edge: Edge, not_sharing: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
+def conform(gradient: torch.Tensor, edge: Edge, not_sharing: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """The gradient that a node passed on, as it arrives at `edge`, in memory that `.grad` may take over.
 
     Broadcasting and promotion are undone, as the engine does between two nodes. An operation may pass on its

@@ -153,7 +153,8 @@ class InputTape:
         if not origin.higher and _is_differentiated(cotangents):
             origin = replace(origin, higher=True)
         shared = self.shared or retain
-        wanted = [*(leaf for _, leaf in self.inputs), *(site.outer for site in self.sites)]
+        wanted: list[GradientEdge | Tensor] = [leaf for _, leaf in self.inputs]
+        wanted += [site.outer for site in self.sites]
         found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_args
         for (i, _), grad in zip(self.inputs, found, strict=False):
@@ -173,7 +174,9 @@ class InputTape:
         return replace(self, home=replaced(self._saved(), leaves, self.origin.switchboard, self.home))
 
     def _saved(self) -> list[Residual]:
-        edges = [edge for _, edge in self.roots + self.derived] + [edge for site in self.sites for edge in site]
+        edges = [edge for _, edge in self.roots + self.derived] + [
+            edge for site in self.sites for edge in site
+        ]
         return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
 
 
@@ -271,8 +274,8 @@ class _Split(TorchFunctionMode):
     stay on both levels and are sites nowhere but where they are read (`lower`).
 
     Attributes:
-        outer: the level of the inputs, None where nothing is differentiated.
-        inner: the level of the parameters.
+        outer_level: the level of the inputs, None where nothing is differentiated.
+        inner_level: the level of the parameters.
         given: what the caller owns, by kind, for refusing to write into it.
         arguments: the argument leaves as the stage sees them.
         sites: the sites so far.
@@ -281,10 +284,12 @@ class _Split(TorchFunctionMode):
         mixed: whether values that are on both levels may exist.
     """
 
-    def __init__(self, outer: int | None, inner: int, given: dict[str, PyTree], arguments: list[Any]) -> None:
+    def __init__(
+        self, outer_level: int | None, inner_level: int, given: dict[str, PyTree], arguments: list[Any]
+    ) -> None:
         super().__init__()
-        self.outer = outer
-        self.inner = inner
+        self.outer_level = outer_level
+        self.inner_level = inner_level
         self.given = given
         self.arguments = arguments
         self.sites: list[Site] = []
@@ -327,9 +332,9 @@ class _Split(TorchFunctionMode):
 
     def splits(self) -> bool:
         """Tell whether the two levels are there and on top."""
-        if self.outer is None:
+        if self.outer_level is None:
             return False  # everything is W's
-        if ft.current_level() == self.inner:
+        if ft.current_level() == self.inner_level:
             return True
         self.mixed = True  # a transform of the stage's own is open, whose results stay on both levels
         return False
@@ -348,11 +353,11 @@ class _Split(TorchFunctionMode):
 
     def reads_weights(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
         """Tell whether an operand lives on the inner level."""
-        inner, level_of = self.inner, ft.level_of
+        inner_level, level_of = self.inner_level, ft.level_of
         for operands in (args, kwargs.values()) if kwargs else (args,):
             for operand in operands:
                 if isinstance(operand, Tensor):
-                    if level_of(operand) == inner:
+                    if level_of(operand) == inner_level:
                         return True
                 elif isinstance(operand, (list, tuple)):
                     if self.reads_weights(operand, {}):
@@ -363,13 +368,13 @@ class _Split(TorchFunctionMode):
 
     def is_activation(self, value: Tensor) -> bool:
         """Tell whether a value without its inner wrapper depends on a differentiated input."""
-        return value.requires_grad and ft.level_of(value) == self.outer
+        return value.requires_grad and ft.level_of(value) == self.outer_level
 
     def release(self, leaf: Any, args: tuple[Any, ...]) -> Any:
         """Let a site's output leave the inner level; values made of parameters alone stay."""
-        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner:
+        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner_level:
             return leaf
-        value = ft.unwrap(leaf, self.inner)
+        value = ft.unwrap(leaf, self.inner_level)
         if not leaf.requires_grad:
             return value
         if not self.is_activation(value) or any(leaf is operand for operand in args):
@@ -393,7 +398,7 @@ class _Split(TorchFunctionMode):
                 return self.in_place(func, (copy, *args[1:]), kwargs)
         if not self.splits():
             return func(*args, **kwargs)
-        if any(ft.level_of(tensor) == self.inner for tensor in targets):
+        if any(ft.level_of(tensor) == self.inner_level for tensor in targets):
             self.mixed = True  # an activation may be written into a value made of parameters
             return func(*args, **kwargs)
         if self.reads_weights(args, kwargs):
@@ -403,21 +408,21 @@ class _Split(TorchFunctionMode):
 
     def lower_activation(self, leaf: Any) -> Any:
         """Bring an operand that is on both levels down, so that the inner tape ends before it."""
-        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner and leaf.requires_grad:
-            return self.lower(leaf) if self.is_activation(ft.unwrap(leaf, self.inner)) else leaf
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner_level and leaf.requires_grad:
+            return self.lower(leaf) if self.is_activation(ft.unwrap(leaf, self.inner_level)) else leaf
         return leaf
 
     def lower(self, leaf: Any) -> Any:
         """Bring an operand down to the outer level, as a site of its own."""
-        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner:
+        if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner_level:
             return leaf
         if not leaf.requires_grad:
-            return ft.unwrap(leaf, self.inner)
-        if self.is_activation(ft.unwrap(leaf, self.inner)):
+            return ft.unwrap(leaf, self.inner_level)
+        if self.is_activation(ft.unwrap(leaf, self.inner_level)):
             leaf = leaf.view_as(leaf)  # a place of its own, as `leaf` itself stays on both levels
-            value = ft.unwrap(leaf, self.inner)
+            value = ft.unwrap(leaf, self.inner_level)
         else:
-            value = ft.make_leaf(self.above(torch.detach, (ft.unwrap(leaf, self.inner),), {}))
+            value = ft.make_leaf(self.above(torch.detach, (ft.unwrap(leaf, self.inner_level),), {}))
         self.sites.append(Site(self.above(get_gradient_edge, (value,), {}), get_gradient_edge(leaf)))
         return value
 
@@ -445,12 +450,16 @@ class _Split(TorchFunctionMode):
         """Free a leaf of the result of its wrappers, and note its places on the tapes."""
         leaf = self.current(leaf)
         outer = inner = None
-        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner:
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner_level:
             inner = get_gradient_edge(leaf) if leaf.requires_grad else None
-            leaf = ft.unwrap(leaf, self.inner)
-        if self.outer is not None and isinstance(leaf, Tensor) and ft.level_of(leaf) == self.outer:
+            leaf = ft.unwrap(leaf, self.inner_level)
+        if (
+            self.outer_level is not None
+            and isinstance(leaf, Tensor)
+            and ft.level_of(leaf) == self.outer_level
+        ):
             outer = self.above(get_gradient_edge, (leaf,), {}) if leaf.requires_grad else None
-            leaf = ft.unwrap(leaf, self.outer)
+            leaf = ft.unwrap(leaf, self.outer_level)
         return Exit(leaf, outer, inner)
 
 
@@ -487,7 +496,7 @@ def _reverse(
     with board.reading(home):
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             edges,
-            wanted,
+            wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both
             cotangents,
             retain_graph=shared or origin.higher or board.taken_out,
             create_graph=origin.higher,
@@ -550,5 +559,20 @@ _HOOKS_REFUSED = (
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
-    for name in "iadd iand idiv ifloordiv ilshift imod imul ior ipow irshift isub itruediv ixor setitem".split()
+    for name in [
+        "iadd",
+        "iand",
+        "idiv",
+        "ifloordiv",
+        "ilshift",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+        "setitem",
+    ]
 }

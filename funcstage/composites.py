@@ -5,7 +5,9 @@ the mode whole, before its body runs. Taken as one operation, everything between
 parameter would be repeated in the weight pass. `opened` returns the same body with its override checks
 answering no, so that called under the mode it presents the operations one by one.
 
-A few composites are written in C++ (the recurrent layers outside oneDNN and cuDNN, their cells); `decomposed` returns the same computation in Python.
+A few composites are written in C++ (the recurrent layers outside oneDNN and cuDNN, and their cells);
+`decomposed` returns the same computation in Python. Dropout is opened too, for another reason:
+torch.func has a dropout of its own, which draws other masks than the eager one.
 """
 
 from __future__ import annotations
@@ -119,10 +121,10 @@ def _lstm(args: tuple[Any, ...]) -> Callable[..., Any] | None:
     data, hidden = args[0], args[1]
     if isinstance(hidden, (tuple, list)):
         projected = hidden[0].shape[-1] != hidden[1].shape[-1]
-        fused_dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        if data.device.type == "cpu" and data.dtype in fused_dtypes and not projected:
-            if torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():
-                return None  # oneDNN runs a layer as one kernel
+        supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
+        one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        if data.device.type == "cpu" and supported and one_dnn:
+            return None  # a layer is one kernel
     return _LSTM(args)
 
 

@@ -143,13 +143,13 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     try:
         for prefix, rnn in recurrent.items():
             names = (f"{prefix}.{name}" if prefix else name for name in rnn._flat_weights_names)
-            weights = [state.get(name) for name in names]
+            weights: list[Any] = [state.get(name) for name in names]
             rnn._flat_weights = weights
             rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
         yield
     finally:
-        for rnn, weights, refs in kept:
-            rnn._flat_weights, rnn._flat_weight_refs = weights, refs
+        for rnn, flat_weights, refs in kept:
+            rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
 
 
 def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:

@@ -65,7 +65,9 @@ class Switchboard:
     def read(self, cell: Cell) -> Tensor:
         tensor = self._home.get(cell, cell.tensor)
         if tensor is None:
-            raise StageError("These residuals were moved elsewhere: use the pullback that was rebuilt with them.")
+            raise StageError(
+                "These residuals were moved elsewhere: use the pullback that was rebuilt with them."
+            )
         return ft.under_one_dead_wrapper(tensor)
 
 
@@ -100,7 +102,9 @@ def residuals_of(
     return list(found.values())
 
 
-def replaced(residuals: Sequence[Residual], tensors: Sequence[Tensor], switchboard: Switchboard, home: Home) -> Home:
+def replaced(
+    residuals: Sequence[Residual], tensors: Sequence[Tensor], switchboard: Switchboard, home: Home
+) -> Home:
     """Take the residuals out of their nodes into `home`, and return a new home with `tensors` instead."""
     switchboard.taken_out = True
     new_home: Home = {}
@@ -124,7 +128,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
             total += sum(part.nbytes for part in _parts(tensor))
         elif tensor.numel():
             reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.storage_offset()
+            start = int(tensor.storage_offset())
             size = tensor.element_size()
             spans[ft.storage_key(tensor)].append((start * size, (start + reach + 1) * size))
     for intervals in spans.values():
@@ -186,7 +190,8 @@ def _saved(node: Node) -> Iterator[tuple[Tensor, Any]]:
     """Yield the tensors that a node has saved, each with its `SavedTensor`."""
     for name in _saved_names(type(node)):
         # Python nodes know their saved tensors under a name of their own.
-        public = "saved_tensors" if isinstance(node, torch.autograd.function.BackwardCFunction) else f"_saved_{name}"
+        is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        public = "saved_tensors" if is_python else f"_saved_{name}"
         try:
             values, places = getattr(node, public), getattr(node, _RAW + name)
         except RuntimeError:  # freed by an earlier reverse pass

@@ -342,8 +342,8 @@ def stage_backward_input(
     """
     if not isinstance(pullback, Pullback):
         raise StructureError(
-            f"stage_backward_input expects the pullback that stage_vjp returns, got {describe(pullback)}. For "
-            "a module that ran eagerly, use funcstage.autograd."
+            f"stage_backward_input expects the pullback that stage_vjp returns, got {describe(pullback)}. "
+            "For a module that ran eagerly, use funcstage.autograd."
         )
     return pullback(output_grads)
 
@@ -516,4 +516,9 @@ def _unflatten_linear(metadata: tuple[_Linear[Any], Any], leaves: Iterable[Tenso
 
 
 for _kind in (Pullback, WeightPullback):
-    optree.register_pytree_node(_kind, _flatten_linear, _unflatten_linear, namespace=trees.NAMESPACE)
+    optree.register_pytree_node(
+        _kind,  # type: ignore[arg-type]  # the stubs expect collections
+        _flatten_linear,  # type: ignore[arg-type]
+        _unflatten_linear,  # type: ignore[arg-type]
+        namespace=trees.NAMESPACE,
+    )

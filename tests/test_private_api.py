@@ -46,7 +46,14 @@ def test_functorch_opens_a_level_as_the_closures_engine_expects() -> None:
 def test_recurrent_layers_have_their_decompositions() -> None:
     from torch._decomp import decompositions
 
-    for name in ("lstm_impl", "lstm_data_impl", "gru_impl", "gru_impl_data", "rnn_tanh_input", "rnn_relu_data"):
+    for name in (
+        "lstm_impl",
+        "lstm_data_impl",
+        "gru_impl",
+        "gru_impl_data",
+        "rnn_tanh_input",
+        "rnn_relu_data",
+    ):
         assert hasattr(decompositions, name), MOVED.format(
             version=torch.__version__, name=f"torch._decomp {name}", file="funcstage/composites.py"
         )

@@ -66,9 +66,7 @@ def test_any_pytree_goes_in_and_comes_out() -> None:
     assert isinstance(output, Pair)
     assert output.right[0].tokens is batch.tokens
     cotangents = optree.tree_map(
-        lambda leaf: torch.ones_like(leaf)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else None,
+        lambda leaf: torch.ones_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None,
         output,
         none_is_leaf=True,
         namespace=NAMESPACE,
