@@ -19,13 +19,14 @@ for I to do, and W is the whole backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
@@ -133,6 +134,7 @@ class InputTape:
         inputs: the differentiated argument leaves, where the outer tape ends.
         sites: where the two tapes meet.
         derived: where output leaves lie on the inner tape, for what they owe to parameters directly.
+        hooked: whether the stage put hooks on activations.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
     """
@@ -142,6 +144,7 @@ class InputTape:
     inputs: Entries
     sites: list[Site]
     derived: Exits
+    hooked: bool
     shared: bool
     home: Home
 
@@ -155,15 +158,38 @@ class InputTape:
         shared = self.shared or retain
         wanted: list[GradientEdge | Tensor] = [leaf for _, leaf in self.inputs]
         wanted += [site.outer for site in self.sites]
-        found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
+        with self._behind_hooks() as hooked_cotangents:
+            found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_args
         for (i, _), grad in zip(self.inputs, found, strict=False):
             grads[i] = grad
-        at_sites = found[len(self.inputs) :]
-        seeds = [(s.inner, grad) for s, grad in zip(self.sites, at_sites, strict=True) if grad is not None]
+        seeds: list[tuple[GradientEdge, Tensor]] = []
+        for site, grad in zip(self.sites, found[len(self.inputs) :], strict=True):
+            if site.outer.node in hooked_cotangents:
+                grad = hooked_cotangents[site.outer.node][site.outer.output_nr]
+            if grad is not None:
+                seeds.append((site.inner, grad))
         seeds += _seeds(self.derived, cotangents)
         weight_tape = WeightTape(origin, seeds, shared, self.home)
         return grads, weight_tape, replace(self, shared=True) if retain else None
+
+    @contextmanager
+    def _behind_hooks(self) -> Iterator[dict[Node, Sequence[Tensor | None]]]:
+        """Note the cotangents at sites as the stage's own hooks leave them.
+
+        Where a node runs, `torch.autograd.grad` reports what arrived before hooks, but W needs what the
+        input side got: what was there after them.
+        """
+        arrived: dict[Node, Sequence[Tensor | None]] = {}
+        handles = []
+        if self.hooked:
+            for node in {site.outer.node for site in self.sites}:
+                handles.append(node.register_prehook(partial(arrived.__setitem__, node)))
+        try:
+            yield arrived
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes of both tapes have saved."""
@@ -259,6 +285,7 @@ def linearize(
         inputs=inputs,
         sites=mode.sites,
         derived=[(i, exit.inner) for i, exit in enumerate(exits) if exit.inner is not None],
+        hooked=mode.hooked,
         shared=False,
         home={},
     )
@@ -282,6 +309,7 @@ class _Split(TorchFunctionMode):
         moved: overwritten arguments with what they stand for by now.
         owners: memory of the caller's leaves, read at the first in-place operation.
         mixed: whether values that are on both levels may exist.
+        hooked: whether the stage has put hooks on tensors.
     """
 
     def __init__(
@@ -296,6 +324,7 @@ class _Split(TorchFunctionMode):
         self.moved: dict[int, tuple[Tensor, Tensor]] = {}
         self.owners: dict[int, tuple[str, int]] | None = None
         self.mixed = False
+        self.hooked = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -303,6 +332,7 @@ class _Split(TorchFunctionMode):
         kwargs = kwargs or {}
         body = opened(func)
         if body is not None:
+            self.hooked = self.hooked or func is Tensor.register_hook
             with self:
                 return body(*args, **kwargs)
         if self.moved:
@@ -465,7 +495,7 @@ class _Split(TorchFunctionMode):
 
 def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
-    if name.endswith("_"):
+    if name.endswith("_") and name != "requires_grad_":
         return name in _IN_PLACE_DUNDERS if name.endswith("__") else True
     return kwargs.get("out") is not None
 

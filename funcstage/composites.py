@@ -12,6 +12,7 @@ torch.func has a dropout of its own, which draws other masks than the eager one.
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decompositions
+
+from funcstage import _functorch as ft
+from funcstage import recurrent
 
 _OVERRIDE_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -95,92 +98,61 @@ def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = Fa
     return dropout
 
 
-def _recurrent(whole: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
-    def choose(args: tuple[Any, ...]) -> Callable[..., Any] | None:
-        data = args[0]
-        if data.is_cuda and torch.backends.cudnn.is_acceptable(data):
-            return None  # one cuDNN kernel
-        # The packed form has batch sizes where the other has the hidden state.
-        is_packed = isinstance(args[1], Tensor) and args[1].dtype == torch.int64
-        return packed if is_packed else whole
-
-    return choose
-
-
-def _shaped(body: Callable[..., Any], hidden_at: int) -> Callable[..., Any]:
-    """Give the final states the shape of the initial ones; torch 2.11 leaves an extra axis in them."""
-
-    def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output, h, c = body(*args)
-        return output, h.reshape(args[hidden_at][0].shape), c.reshape(args[hidden_at][1].shape)
-
-    return lstm
+def _is_one_kernel(data: Tensor) -> bool:
+    """Tell whether cuDNN runs a recurrent layer."""
+    return data.is_cuda and torch.backends.cudnn.is_acceptable(data)
 
 
 def _lstm(args: tuple[Any, ...]) -> Callable[..., Any] | None:
     data, hidden = args[0], args[1]
-    if isinstance(hidden, (tuple, list)):
+    is_sequence = isinstance(hidden, (tuple, list))  # packed data has its batch sizes there
+    if is_sequence and data.device.type == "cpu":
         projected = hidden[0].shape[-1] != hidden[1].shape[-1]
         supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
-        one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        if data.device.type == "cpu" and supported and one_dnn:
-            return None  # a layer is one kernel
-    return _LSTM(args)
+        if supported and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+            return recurrent.lstm_by_layer if args[4] > 1 else None  # oneDNN runs a layer as one kernel
+    return None if _is_one_kernel(data) else _LSTM
 
 
-def _lstm_cell(
-    data: Tensor,
-    hidden: tuple[Tensor, Tensor],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    h, c = hidden
-    linear = torch.nn.functional.linear
-    gates = linear(data, w_ih, b_ih) + linear(h, w_hh, b_hh)
-    i, f, g, o = gates.chunk(4, 1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def _gru_cell(
-    data: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    linear = torch.nn.functional.linear
-    i_r, i_z, i_n = linear(data, w_ih, b_ih).chunk(3, 1)
-    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, 1)
-    r = torch.sigmoid(h_r + i_r)
-    z = torch.sigmoid(h_z + i_z)
-    n = torch.tanh(i_n + h_n * r)
-    return (h - n) * z + n
-
-
-def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def cell(
-        data: Tensor,
-        h: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None = None,
-        b_hh: Tensor | None = None,
-    ) -> Tensor:
-        linear = torch.nn.functional.linear
-        return activation(linear(data, w_ih, b_ih) + linear(h, w_hh, b_hh))
-
-    return cell
+def _unless_one_kernel(body: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda args: None if _is_one_kernel(args[0]) else body
 
 
 def _always(body: Callable[..., Any]) -> Callable[..., Any]:
     return lambda args: body
 
 
+def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Pack with lengths and batch sizes free of wrappers, as the kernels read their memory."""
+    pack = torch.ops.aten._pack_padded_sequence.default
+    packed, batch_sizes = pack(input, ft.innermost(lengths), batch_first)
+    return packed, ft.innermost(batch_sizes)
+
+
+def _pad_packed_sequence(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """The eager operations, as in ATen/native/PackedSequence.cpp, whose kernel fills `lengths` by address."""
+    sizes = ft.innermost(batch_sizes).tolist()
+    if 0 < total_length < len(sizes):
+        raise RuntimeError(
+            "Expected total_length to be at least the length of the longest sequence in input, but got "
+            f"total_length={total_length} and max sequence length being {len(sizes)}"
+        )
+    padded = data.new_full((max(total_length, len(sizes)), sizes[0], *data.shape[1:]), padding_value)
+    lengths = [0] * sizes[0]
+    start = offset = 0
+    for size, steps in ((size, len(list(group))) for size, group in itertools.groupby(sizes)):
+        block = data[offset : offset + steps * size].view(steps, size, *data.shape[1:])
+        padded[start : start + steps, :size].copy_(block)
+        start, offset = start + steps, offset + steps * size
+        lengths[:size] = [start] * size
+    return padded.transpose(0, 1) if batch_first else padded, torch.tensor(lengths)
+
+
 _OPENED: dict[Any, Callable[..., Any] | None] = {
+    torch._pack_padded_sequence: _pack_padded_sequence,
+    torch._pad_packed_sequence: _pad_packed_sequence,
     torch.dropout: _dropout(),
     torch.dropout_: _dropout(in_place=True),
     torch.feature_dropout: _dropout(features=True),
@@ -190,14 +162,14 @@ _OPENED: dict[Any, Callable[..., Any] | None] = {
     torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
     torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, in_place=True),
 }
-_LSTM = _recurrent(_shaped(decompositions.lstm_impl, 1), _shaped(decompositions.lstm_data_impl, 2))
+_LSTM = recurrent.stacked(recurrent.lstm_step)
 _DECOMPOSED: dict[Any, Callable[[tuple[Any, ...]], Callable[..., Any] | None]] = {
     torch.lstm: _lstm,
-    torch.gru: _recurrent(decompositions.gru_impl, decompositions.gru_impl_data),
-    torch.rnn_tanh: _recurrent(decompositions.rnn_tanh_input, decompositions.rnn_tanh_data),
-    torch.rnn_relu: _recurrent(decompositions.rnn_relu_input, decompositions.rnn_relu_data),
-    torch.lstm_cell: _always(_lstm_cell),
-    torch.gru_cell: _always(_gru_cell),
-    torch.rnn_tanh_cell: _always(_rnn_cell(torch.tanh)),
-    torch.rnn_relu_cell: _always(_rnn_cell(torch.relu)),
+    torch.gru: _unless_one_kernel(recurrent.stacked(recurrent.gru_step)),
+    torch.rnn_tanh: _unless_one_kernel(recurrent.stacked(recurrent.tanh_step)),
+    torch.rnn_relu: _unless_one_kernel(recurrent.stacked(recurrent.relu_step)),
+    torch.lstm_cell: _always(recurrent.single(recurrent.lstm_step)),
+    torch.gru_cell: _always(recurrent.single(recurrent.gru_step)),
+    torch.rnn_tanh_cell: _always(recurrent.single(recurrent.tanh_step)),
+    torch.rnn_relu_cell: _always(recurrent.single(recurrent.relu_step)),
 }

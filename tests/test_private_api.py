@@ -43,22 +43,6 @@ def test_functorch_opens_a_level_as_the_closures_engine_expects() -> None:
         assert isinstance(level, int), message
 
 
-def test_recurrent_layers_have_their_decompositions() -> None:
-    from torch._decomp import decompositions
-
-    for name in (
-        "lstm_impl",
-        "lstm_data_impl",
-        "gru_impl",
-        "gru_impl_data",
-        "rnn_tanh_input",
-        "rnn_relu_data",
-    ):
-        assert hasattr(decompositions, name), MOVED.format(
-            version=torch.__version__, name=f"torch._decomp {name}", file="funcstage/composites.py"
-        )
-
-
 def test_composite_functions_check_for_overrides_by_the_names_that_are_answered() -> None:
     from funcstage.composites import opened
 
