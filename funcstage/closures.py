@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
 from funcstage import trees
+from funcstage.autocast import cast_first
 from funcstage.composites import decomposed, opened
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
@@ -310,6 +311,7 @@ class _Split(TorchFunctionMode):
         owners: memory of the caller's leaves, read at the first in-place operation.
         mixed: whether values that are on both levels may exist.
         hooked: whether the stage has put hooks on tensors.
+        bases: the sites at what outputs are views of.
     """
 
     def __init__(
@@ -325,6 +327,7 @@ class _Split(TorchFunctionMode):
         self.owners: dict[int, tuple[str, int]] | None = None
         self.mixed = False
         self.hooked = False
+        self.bases: set[Site] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -343,11 +346,12 @@ class _Split(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that mutates nothing."""
+        func = cast_first(func, args)
         if not self.splits():
             return func(*args, **kwargs)
         if not self.reads_weights(args, kwargs):
             return self.above(func, args, kwargs)
-        if self.mixed and func.__name__ not in _ABOUT_THE_OPERAND:
+        if self.mixed and getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND:
             args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
         body = decomposed(func, args)
         if body is not None:
@@ -409,8 +413,25 @@ class _Split(TorchFunctionMode):
             return value
         if not self.is_activation(value) or any(leaf is operand for operand in args):
             return leaf
-        self.sites.append(Site(get_gradient_edge(value), get_gradient_edge(leaf)))
+        if value._is_view() and leaf._is_view():
+            self.meet_at_base(value, leaf)
+        else:
+            self.sites.append(Site(get_gradient_edge(value), get_gradient_edge(leaf)))
         return value
+
+    def meet_at_base(self, value: Tensor, leaf: Tensor) -> None:
+        """Note a site whose output is a view, at what it is a view of.
+
+        Writing into a view moves its place on a tape, but not that of its base. Several outputs may be
+        views of one base, which is one site.
+        """
+        base, inner_base = value._base, leaf._base
+        assert base is not None
+        assert inner_base is not None
+        site = Site(get_gradient_edge(base), get_gradient_edge(inner_base))
+        if site not in self.bases:
+            self.bases.add(site)
+            self.sites.append(site)
 
     def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that writes into its first operand, or into `out`."""

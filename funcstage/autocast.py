@@ -1,0 +1,37 @@
+"""Autocast above the levels, for composites that it runs in float32.
+
+Inside a `torch.func` level autocast acts on a composite operation and then, below the level, once more
+on the operations it consists of. Where the composite is to run in float32 its matrix products are so
+cast back to the lower precision, after autograd has saved the float32 operands. Going straight to the
+autocast kernel makes it act once, as in eager, and before the levels.
+Tried with torch 2.11.0 and 2.13.0; private: the dispatch keys and `OpOverload.redispatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COMPOSITES: dict[Any, Any] = {
+    torch._C._nn.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
+    torch._VF.cdist: torch.ops.aten.cdist.default,  # type: ignore[attr-defined]
+}
+_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "hpu": "AutocastHPU"}
+
+
+def cast_first(function: Any, args: Sequence[Any]) -> Callable[..., Any]:
+    """Return `function`, or under autocast the autocast kernel of a composite that needs it."""
+    if not torch._C._is_any_autocast_enabled():
+        return function
+    overload = _COMPOSITES.get(function)
+    if overload is None or not isinstance(args[0], Tensor):
+        return function
+    device_type = args[0].device.type
+    key = _KEYS.get(device_type)
+    if key is None or not torch.is_autocast_enabled(device_type):
+        return function
+    return partial(overload.redispatch, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))

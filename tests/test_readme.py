@@ -1,0 +1,24 @@
+"""The README's Python runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_examples_of_the_readme_run_one_after_the_other() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert namespace["param_grads"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    text = README.read_text()
+    assert "pip install -e '.[demo]' && python -m funcstage demo" in text
+    assert "pip install -e '.[test]' && pytest" in text
