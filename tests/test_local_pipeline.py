@@ -75,11 +75,17 @@ def microbatches_for(schedule: str, num_stages: int) -> int:
     return max(4, num_stages)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# V-shaped schedules have two stages a rank.
+POSSIBLE = [
+    (schedule, num_stages)
+    for schedule in SCHEDULES
+    for num_stages in (1, 2, 3, 4, 6, 8)
+    if num_stages % 2 == 0 or schedule not in ("ZBVZeroBubble", "DualPipeV")
+]
+
+
+@pytest.mark.parametrize(("schedule", "num_stages"), POSSIBLE)
 def test_loss_and_gradients_are_those_of_the_whole_model(schedule: str, num_stages: int) -> None:
-    if num_stages % 2 and schedule in ("ZBVZeroBubble", "DualPipeV"):
-        pytest.skip("V-shaped schedules have two stages a rank")
     modules = uneven(num_stages)
     count = microbatches_for(schedule, num_stages)
     fan_in, fan_out = ends(modules)

@@ -33,14 +33,20 @@ def test_actions_still_have_the_fields_that_are_read() -> None:
     assert {"F", "I", "W", "B", "OVERLAP_F_B"} <= kinds, MOVED
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])
+# V-shaped schedules have two stages a rank.
+POSSIBLE = [
+    (schedule, num_stages)
+    for schedule in SCHEDULES
+    for num_stages in (1, 2, 3, 4, 8)
+    if num_stages % 2 == 0 or schedule not in ("ZBVZeroBubble", "DualPipeV")
+]
+
+
+@pytest.mark.parametrize(("schedule", "num_stages"), POSSIBLE)
 @pytest.mark.parametrize("num_microbatches", [8, 12])
 def test_every_table_holds_each_action_once_and_can_run(
     schedule: str, num_stages: int, num_microbatches: int
 ) -> None:
-    if num_stages % 2 and schedule in ("ZBVZeroBubble", "DualPipeV"):
-        pytest.skip("V-shaped schedules have two stages a rank")
     order = pipeline_order(schedule, num_stages, num_microbatches)
     done = [done for action in order.in_turn() for done in action.gives()]
     expected = {
