@@ -119,7 +119,7 @@ def lstm_by_layer(
     finals = []
     states = zip(*(tensor.chunk(num_layers, 0) for tensor in hidden), strict=True)
     for layer, state in enumerate(states):
-        own = weights[layer * per_layer : (layer + 1) * per_layer]
+        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
         if layer and dropout and train:
             data = torch.dropout(data, dropout, True)
         data, *final = torch.lstm(data, state, own, has_biases, 1, 0.0, train, bidirectional, batch_first)

@@ -1,0 +1,589 @@
+"""`check_stage`: does the split of this very stage equal eager backward?
+
+The stage runs once under plain autograd, on copies of everything, and once split, with the same random
+state and cotangents. What is compared is all that the contract promises: outputs, buffers, the gradients
+and which of them are absent, FLOPs, purity, single use, and that W may be run late.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from funcstage import trees
+from funcstage.errors import ConsumedError, StructureError
+from funcstage.functional import FunctionalStage, functionalize
+from funcstage.split import Pullback, WeightPullback, _differentiated_leaves, stage_vjp
+from funcstage.testing.tolerances import Difference, Rounding, compare, dtypes_on_tape, tolerance_of
+from funcstage.trees import Buffers, Params, PyTree
+
+_SHOWN = 8
+"""How many differences a message lists."""
+
+_COMPARED = ("output", "new buffers", "gradient of args", "gradient of params")
+"""The names of the results, in the order in which they are kept."""
+
+_TRIALS = 3
+"""How often eager runs on rounded operands where a leaf differs."""
+
+_ROUNDINGS = 8
+"""How many roundings of the operands a result may be away."""
+
+
+class StageMismatch(AssertionError):
+    """The split of a stage is not what eager backward gives, or breaks a promise of the contract.
+
+    Attributes:
+        report: what was compared, the differences among it.
+    """
+
+    def __init__(self, message: str, report: StageReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class Flops(NamedTuple):
+    """Floating-point operations as `FlopCounterMode` counts them."""
+
+    eager_forward: int
+    eager_backward: int
+    eager_input_backward: int
+    forward: int
+    input: int
+    weight: int
+
+
+@dataclass(slots=True)
+class StageReport:
+    """What `check_stage` found.
+
+    Attributes:
+        stage: the stage's name.
+        leaves: every compared leaf with its error.
+        problems: broken promises that no leaf stands for.
+        flops: of F, I and W against eager's, if they were counted.
+        input_nbytes: bytes that the pullback held between F and I.
+        weight_nbytes: bytes that the weight pullback held between I and W.
+    """
+
+    stage: str
+    leaves: list[Difference] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    flops: Flops | None = None
+    input_nbytes: int = 0
+    weight_nbytes: int = 0
+
+    @property
+    def exact(self) -> int:
+        """How many leaves are bitwise equal."""
+        return sum(leaf.accepted and leaf.absolute == 0 for leaf in self.leaves)
+
+    @property
+    def worst(self) -> Difference | None:
+        """The leaf with the largest relative error."""
+        return max(self.leaves, key=lambda leaf: leaf.relative, default=None)
+
+    def complaints(self) -> list[str]:
+        """Everything that is wrong, in words; empty for a correct split."""
+        return self.problems + [str(leaf) for leaf in self.leaves if not leaf.accepted]
+
+    def __str__(self) -> str:
+        lines = [f"{self.stage}: {len(self.leaves)} leaves compared, {self.exact} bitwise equal"]
+        if self.worst is not None and self.worst.relative:
+            lines.append(f"largest error: {self.worst}")
+        if self.flops is not None:
+            f = self.flops
+            lines.append(
+                f"FLOPs: F {f.forward} + I {f.input} + W {f.weight} = "
+                f"eager {f.eager_forward + f.eager_backward}"
+            )
+        lines.append(f"residuals: {self.input_nbytes} B before I, {self.weight_nbytes} B before W")
+        return "\n  ".join(lines)
+
+
+def check_stage(
+    module_or_apply: nn.Module | FunctionalStage | Callable[..., Any],
+    *args: Any,
+    params: Params = None,
+    buffers: Buffers = None,
+    argnums: int | Sequence[int] | None = None,
+    output_grads: PyTree | Callable[[PyTree], PyTree] = None,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    flops: bool = True,
+    tolerance: float | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> StageReport:
+    """Compare a stage's split backward with plain eager autograd, on these arguments.
+
+    The module is never run itself, only a deep copy of it and its functional form; nothing that is
+    passed in is mutated, and the global random state is left as it was.
+
+    Args:
+        module_or_apply: an `nn.Module`, what `functionalize` returned, or a stage function
+            `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`.
+        *args: positional arguments of the stage.
+        params: the parameters of a stage function; only with one.
+        buffers: its buffers; only with one.
+        argnums: which positional arguments are differentiated, as for `stage_vjp`.
+        output_grads: cotangents with the structure of the output (`None` leaves are zero), or a function
+            that makes them from the output; drawn from a normal distribution if left out.
+        wrap: an engine, as a function from a stage function to one, such as `funcstage.compile`; the
+            closures engine if left out.
+        flops: whether to count FLOPs as well, which runs everything a second time. The count is exact
+            for stages whose operations are primitive; transforms such as `vmap` inside a stage are not.
+        tolerance: largest error relative to the largest magnitude of a leaf; by default that of the
+            coarsest dtype that took part (`funcstage.testing.TOLERANCES`), and where a stage is so
+            ill-conditioned that eager itself differs by more on rounded operands, a multiple of that.
+        seed: for the random state of the stage and for the cotangents.
+        **kwargs: keyword arguments of the stage. For a stage whose own keyword is one of the names
+            above, pass a function that calls it.
+
+    Returns:
+        A `StageReport`.
+
+    Raises:
+        StageMismatch: an `AssertionError` that lists every leaf that differs, by how much.
+
+    Example:
+        >>> import torch
+        >>> from funcstage.testing import check_stage
+        >>> print(check_stage(torch.nn.Linear(3, 2), torch.ones(4, 3)))
+        Linear: 4 leaves compared, 4 bitwise equal
+          FLOPs: F 48 + I 48 + W 48 = eager 144
+          residuals: 48 B before I, 80 B before W
+    """
+    subject = _Subject.of(module_or_apply, params, buffers, args, kwargs, argnums)
+    apply = subject.stage.apply if wrap is None else wrap(subject.stage.apply)
+    run = _Run(subject, apply, output_grads, seed)
+    report = StageReport(subject.name)
+    expected = run.eager()
+    dtypes = subject.dtypes() | expected.dtypes
+    allowed = tolerance_of(dtypes) if tolerance is None else tolerance
+    given = _Snapshot(subject.held())
+    with run.seeded():
+        output, new_buffers, pullback = stage_vjp(
+            apply, *subject.stage[1:], *subject.args, argnums=argnums, **subject.kwargs
+        )
+    _check_free(report, "output", output)
+    _check_free(report, "new buffers", new_buffers)
+    cotangents = run.cotangents(output)
+    passed = _Snapshot([*_named("output", output), *_named("output_grads", cotangents)])
+    report.input_nbytes = pullback.nbytes
+    input_grads, weight_pullback = pullback(cotangents)
+    report.weight_nbytes = weight_pullback.nbytes
+    run.another_microbatch()
+    param_grads = weight_pullback()
+    results = (output, new_buffers, input_grads, param_grads)
+    for what, got, wanted in zip(_COMPARED, results, expected[:4], strict=True):
+        _compare_trees(report, what, got, wanted, allowed)
+    if tolerance is None and any(leaf.relative > allowed for leaf in report.leaves):
+        report.leaves = run.conditioned(report.leaves, expected, dtypes)
+    report.problems += [*given.changes(), *passed.changes()]
+    _check_single_use(report, pullback, cotangents, weight_pullback)
+    _check_own_memory(report, param_grads, [*subject.held(), *_named("output_grads", cotangents)])
+    if flops:
+        report.flops = run.flops()
+        report.problems += _flop_problems(report.flops)
+    complaints = report.complaints()
+    if complaints:
+        shown = complaints[:_SHOWN]
+        if len(complaints) > _SHOWN:
+            shown.append(f"and {len(complaints) - _SHOWN} more")
+        engine = "" if wrap is None else f" through {getattr(wrap, '__qualname__', wrap)}"
+        raise StageMismatch(
+            f"{report.stage}{engine} differs from eager backward:\n  " + "\n  ".join(shown), report
+        )
+    return report
+
+
+class _Eager(NamedTuple):
+    """The results of plain autograd."""
+
+    output: PyTree
+    buffers: Buffers
+    input_grads: PyTree
+    param_grads: Params
+    dtypes: set[torch.dtype]
+
+
+class _Forward(NamedTuple):
+    """An eager forward and what it is differentiated by."""
+
+    output: PyTree
+    buffers: Buffers
+    inputs: list[Tensor]
+    params: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The stage under test with its arguments."""
+
+    name: str
+    stage: FunctionalStage
+    module: nn.Module | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    diff: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        given: nn.Module | FunctionalStage | Callable[..., Any],
+        params: Params,
+        buffers: Buffers,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        argnums: int | Sequence[int] | None,
+    ) -> _Subject:
+        if isinstance(given, (nn.Module, FunctionalStage)):
+            if params is not None or buffers is not None:
+                raise StructureError("check_stage takes params and buffers only with a stage function.")
+            module = given if isinstance(given, nn.Module) else None
+            stage = functionalize(given) if isinstance(given, nn.Module) else given
+        else:
+            module = None
+            stage = FunctionalStage(
+                given, {} if params is None else params, {} if buffers is None else buffers
+            )
+        name = getattr(stage.apply, "__qualname__", type(stage.apply).__name__)
+        args, kwargs = trees.map_leaves(_detached, (args, kwargs))
+        return cls(name, stage, module, args, kwargs, _differentiated_leaves(args, argnums))
+
+    def forward(self, rounding: Rounding | None = None, trained: bool = True) -> _Forward:
+        """Run the stage under plain autograd, on copies; these may be rounded, or not trained."""
+        leaves, spec = trees.flatten(self.args)
+        leaves = [_twin(leaf) for leaf in leaves]
+        if rounding is not None:
+            leaves = [rounding(leaf) for leaf in leaves]
+        inputs = [leaves[i].requires_grad_() for i in self.diff]
+        for i in self.diff:
+            leaves[i] = _Twin.apply(leaves[i])
+        args, kwargs = trees.unflatten(spec, leaves), trees.map_leaves(_twin, self.kwargs)
+        if self.module is None:
+            params, buffers = trees.map_leaves(_twin, (self.stage.params, self.stage.buffers))
+            if rounding is not None:
+                params = trees.map_leaves(rounding, params)
+            for leaf in trees.flatten(params)[0]:
+                if trained and trees.is_differentiable(leaf):
+                    leaf.requires_grad_()
+            output, buffers = self.stage.apply(params, buffers, *args, **kwargs)
+        else:
+            module = copy.deepcopy(self.module)
+            if not trained:
+                module.requires_grad_(False)
+            if rounding is not None:
+                for parameter in module.parameters():
+                    parameter.data = rounding(parameter.data)
+            output = module(*args, **kwargs)
+            named = dict(module.named_parameters())
+            params = {name: p for name, p in named.items() if p.requires_grad}
+            buffers = dict(module.named_buffers()) | {n: p for n, p in named.items() if not p.requires_grad}
+        return _Forward(output, buffers, inputs, trees.flatten(params)[0])
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        """Name every tensor of the caller's."""
+        named = [
+            *_named("params", self.stage.params),
+            *_named("buffers", self.stage.buffers),
+            *_named("args", self.args),
+            *_named("kwargs", self.kwargs),
+        ]
+        if self.module is not None:
+            for name, p in self.module.named_parameters():
+                named.append((f"module parameter {name}", p.detach()))
+                if p.grad is not None:
+                    named.append((f"module.{name}.grad", p.grad))
+            named += [(f"module buffer {name}", b) for name, b in self.module.named_buffers()]
+        return named
+
+    def accelerators(self) -> list[torch.device]:
+        """The devices other than the CPU that hold tensors of the stage."""
+        return sorted({t.device for _, t in self.held() if t.device.type not in ("cpu", "meta")}, key=str)
+
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of all that takes part."""
+        dtypes = {leaf.dtype for _, leaf in self.held()}
+        for device in {leaf.device.type for _, leaf in self.held()}:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                dtypes.add(torch.get_autocast_dtype(device))
+        return dtypes
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The subject in one engine, with its randomness fixed."""
+
+    subject: _Subject
+    apply: Callable[..., Any]
+    output_grads: PyTree | Callable[[PyTree], PyTree]
+    seed: int
+
+    @contextmanager
+    def seeded(self, offset: int = 0) -> Iterator[None]:
+        """Fix the random state inside and give it back afterwards."""
+        accelerators = [(device, torch.get_device_module(device)) for device in self.subject.accelerators()]
+        cpu_state = torch.get_rng_state()
+        states = [module.get_rng_state(device) for device, module in accelerators]
+        try:
+            # Cheaper than torch.manual_seed, which formats the whole stack for devices that may not exist.
+            torch.default_generator.manual_seed(self.seed + offset)
+            for device, module in accelerators:
+                with module.device(device):
+                    module.manual_seed(self.seed + offset)
+            yield
+        finally:
+            torch.set_rng_state(cpu_state)
+            for (device, module), state in zip(accelerators, states, strict=True):
+                module.set_rng_state(state, device)
+
+    def cotangents(self, output: PyTree, offset: int = 0) -> PyTree:
+        """The caller's cotangents, or normally distributed ones; `None` where there can be none."""
+        if callable(self.output_grads):
+            return self.output_grads(trees.map_leaves(_detached, output))
+        if self.output_grads is not None:
+            return self.output_grads
+        generator = torch.Generator().manual_seed(self.seed + offset)
+        return trees.map_leaves(lambda leaf: normal_like(leaf, generator), output)
+
+    def eager(self, rounding: Rounding | None = None) -> _Eager:
+        """Run plain autograd."""
+        with self.seeded():
+            forward = self.subject.forward(rounding)
+        outputs, cotangents = self.differentiated(forward)
+        found = _grad(outputs, forward.inputs + _trainable(forward.params), cotangents)
+        leaves, args_spec = trees.flatten(self.subject.args)
+        input_grads: list[Tensor | None] = [None] * len(leaves)
+        for i, grad in zip(self.subject.diff, found, strict=False):
+            input_grads[i] = grad
+        rest = iter(found[len(forward.inputs) :])
+        param_grads = [next(rest) if _requires_grad(leaf) else None for leaf in forward.params]
+        return _Eager(
+            trees.map_leaves(_detached, forward.output),
+            trees.map_leaves(_detached, forward.buffers),
+            trees.unflatten(args_spec, input_grads),
+            trees.unflatten(trees.flatten(self.subject.stage.params)[1], param_grads),
+            dtypes_on_tape(outputs),
+        )
+
+    def conditioned(
+        self, leaves: list[Difference], expected: _Eager, dtypes: set[torch.dtype]
+    ) -> list[Difference]:
+        """Widen the tolerances to what eager itself makes of operands that are rounded once more."""
+        seen: dict[str, float] = {}
+        for trial in range(_TRIALS):
+            rounded = StageReport("")
+            eager = self.eager(Rounding(dtypes, trial))
+            for what, got, wanted in zip(_COMPARED, eager[:4], expected[:4], strict=True):
+                _compare_trees(rounded, what, got, wanted, 0.0)
+            for leaf in rounded.leaves:
+                seen[leaf.leaf] = max(seen.get(leaf.leaf, 0.0), leaf.relative)
+        return [
+            replace(leaf, tolerance=leaf.tolerance + _ROUNDINGS * seen.get(leaf.leaf, 0.0)) for leaf in leaves
+        ]
+
+    def differentiated(self, forward: _Forward) -> tuple[list[Tensor], list[Tensor]]:
+        """Pair the outputs that have a gradient with their cotangents."""
+        leaves, spec = trees.flatten(forward.output)
+        grads = self.cotangents(forward.output)
+        if grads is None and spec.num_leaves == 1:
+            grads = trees.unflatten(spec, [torch.ones_like(leaf) for leaf in leaves])
+        pairs = [
+            (leaf, grad)
+            for leaf, grad in zip(leaves, trees.flatten(grads)[0], strict=True)
+            if grad is not None and _requires_grad(leaf)
+        ]
+        return [leaf for leaf, _ in pairs], [grad for _, grad in pairs]
+
+    def split(self, offset: int = 0) -> Pullback:
+        """Run F."""
+        s = self.subject
+        with self.seeded(offset):
+            return stage_vjp(self.apply, *s.stage[1:], *s.args, argnums=self.argnums(), **s.kwargs)[2]
+
+    def argnums(self) -> tuple[int, ...]:
+        """The positions of the differentiated arguments."""
+        positions, offset = [], 0
+        for position, arg in enumerate(self.subject.args):
+            n = len(trees.flatten(arg)[0])
+            if any(offset <= i < offset + n for i in self.subject.diff):
+                positions.append(position)
+            offset += n
+        return tuple(positions)
+
+    def another_microbatch(self) -> None:
+        """Run F, I and W once more with other random numbers, and forget the results."""
+        with self.seeded(offset=1):
+            s = self.subject
+            output, _, pullback = stage_vjp(
+                self.apply, *s.stage[1:], *s.args, argnums=self.argnums(), **s.kwargs
+            )
+        pullback(self.cotangents(output, offset=1))[1]()
+
+    def flops(self) -> Flops:
+        """Count eager's FLOPs and those of F, I and W."""
+        with self.seeded():
+            forward, eager_forward = _counted(self.subject.forward)
+        outputs, cotangents = self.differentiated(forward)
+        params = _trainable(forward.params)
+        eager_backward = _counted(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
+        # With nothing to train, rather than by asking for less: a custom autograd.Function knows only that.
+        with self.seeded():
+            frozen = self.subject.forward(trained=False)
+        outputs, cotangents = self.differentiated(frozen)
+        eager_input = _counted(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
+        pullback, of_f = _counted(self.split)
+        grads = self.cotangents(forward.output)
+        (_, weight_pullback), of_i = _counted(lambda: pullback(grads))
+        of_w = _counted(weight_pullback)[1]
+        return Flops(eager_forward, eager_backward, eager_input, of_f, of_i, of_w)
+
+
+class _Twin(torch.autograd.Function):
+    """The identity, into memory of its own: what the stage may overwrite without touching a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _twin(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Snapshot:
+    """Some tensors as they are now: their values and versions."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._kept = [(name, tensor, _version(tensor), tensor.clone()) for name, tensor in named]
+
+    def changes(self) -> Iterator[str]:
+        """Name the tensors that were written since."""
+        for name, tensor, version, value in self._kept:
+            if _version(tensor) != version:
+                yield f"{name} was mutated in place"
+            elif not compare(name, tensor.detach(), value.detach(), 0.0).accepted:
+                yield f"{name} was mutated behind its version counter"
+
+
+def _compare_trees(report: StageReport, what: str, got: PyTree, expected: PyTree, tolerance: float) -> None:
+    got_leaves, got_spec = trees.flatten(got)
+    leaves, spec = trees.flatten(expected)
+    if got_spec != spec:
+        report.problems.append(f"{what}: expected structure {spec}, got {got_spec}")
+        return
+    for name, ours, eagers in zip(trees.leaf_names(spec, what), got_leaves, leaves, strict=True):
+        report.leaves.append(compare(name, ours, eagers, tolerance))
+
+
+def _check_free(report: StageReport, what: str, tree: PyTree) -> None:
+    for name, leaf in _named(what, tree):
+        if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            report.problems.append(f"{name} is still wrapped by a transform")
+        elif leaf.requires_grad:
+            report.problems.append(f"{name} still requires grad, so it keeps a tape alive")
+
+
+def _check_single_use(
+    report: StageReport, pullback: Pullback, cotangents: PyTree, weight_pullback: WeightPullback
+) -> None:
+    for used, call in (
+        (pullback, lambda: pullback(cotangents)),
+        (weight_pullback, lambda: weight_pullback()),
+    ):
+        kind = type(used).__name__
+        try:
+            call()
+        except ConsumedError:
+            pass
+        else:
+            report.problems.append(f"the {kind} could be used twice")
+        if used.nbytes:
+            report.problems.append(f"the {kind} still holds {used.nbytes} B after its use")
+
+
+def _check_own_memory(report: StageReport, param_grads: Params, held: list[tuple[str, Tensor]]) -> None:
+    owners = {_memory(tensor): name for name, tensor in held if tensor.numel()}
+    for name, grad in _named("gradient of params", param_grads):
+        if grad.numel() and grad.layout is torch.strided:
+            owner = owners.setdefault(_memory(grad), name)
+            if owner != name:
+                report.problems.append(f"{name} shares its memory with {owner}")
+
+
+def _flop_problems(f: Flops) -> Iterator[str]:
+    if f.forward != f.eager_forward:
+        yield f"FLOPs: F takes {f.forward}, eager's forward {f.eager_forward}"
+    if f.input != f.eager_input_backward:
+        yield f"FLOPs: I takes {f.input}, eager's backward to the inputs alone {f.eager_input_backward}"
+    if f.forward + f.input + f.weight != f.eager_forward + f.eager_backward:
+        yield (
+            f"FLOPs: F + I + W = {f.forward} + {f.input} + {f.weight}, eager's forward + backward = "
+            f"{f.eager_forward} + {f.eager_backward}"
+        )
+
+
+def _counted(function: Callable[[], Any]) -> tuple[Any, int]:
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return result, counter.get_total_flops()
+
+
+def _grad(outputs: list[Tensor], wanted: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
+    if not outputs or not wanted:
+        return [None] * len(wanted)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+    return grads
+
+
+def normal_like(leaf: object, generator: torch.Generator) -> Tensor | None:
+    """Return a normally distributed cotangent for an output leaf, `None` where there can be none."""
+    if not isinstance(leaf, Tensor) or not trees.is_differentiable(leaf):
+        return None
+    wide = torch.complex128 if leaf.is_complex() else torch.float64
+    return torch.randn(leaf.shape, dtype=wide, generator=generator).to(leaf.device, leaf.dtype)
+
+
+def _twin(leaf: Any) -> Any:
+    """Copy a tensor with its memory's layout (gaps and repetitions too); pass on everything else."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach()
+    if leaf.layout is not torch.strided or leaf.is_conj() or leaf.is_neg():
+        return leaf.clone()
+    storage = leaf.untyped_storage().clone()
+    return leaf.new_empty(0).set_(storage, leaf.storage_offset(), leaf.shape, leaf.stride())
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _named(root: str, tree: PyTree) -> list[tuple[str, Tensor]]:
+    leaves, spec = trees.flatten(tree)
+    names = trees.leaf_names(spec, root)
+    return [(n, leaf) for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+
+
+def _requires_grad(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _trainable(params: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in params if _requires_grad(leaf)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,143 @@
+"""How far two gradients of the same stage may lie apart, stated once.
+
+The split runs eager's kernels on eager's operands, so results are bitwise equal wherever a gradient is a
+single term, and the reports count how many are. Where a tensor is used several times, its gradient is a
+sum whose terms may be added in another order (I and W each see a part of them), and every addition may
+round by half a unit in the last place of the largest term. A tolerance is therefore a small multiple of
+the machine epsilon, relative to the largest magnitude in the leaf: cancellation makes single elements
+small, but not the terms that they are sums of. What counts is the coarsest dtype that a value passed
+through, not the dtype that it ends in: under autocast a float32 weight receives a sum of bfloat16 terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from funcstage.trees import describe, is_differentiable
+
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-11,
+    torch.complex128: 1e-11,
+    torch.float32: 2e-5,
+    torch.complex64: 2e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 6e-2,
+}
+"""Largest accepted error, relative to the largest magnitude in the leaf."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One compared leaf.
+
+    Attributes:
+        leaf: its name, such as ``gradient of params['0.weight']``.
+        absolute: the largest absolute error; infinite where NaN or infinity lie in other places.
+        relative: the same relative to the largest magnitude of the expected leaf.
+        tolerance: the largest relative error accepted; 0 for what must be equal.
+        complaint: what is wrong other than values (structure, shape, `None`), if anything.
+    """
+
+    leaf: str
+    absolute: float = 0.0
+    relative: float = 0.0
+    tolerance: float = 0.0
+    complaint: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the leaf is equal within its tolerance."""
+        return not self.complaint and self.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.complaint:
+            return f"{self.leaf}: {self.complaint}"
+        return (
+            f"{self.leaf}: max abs error {self.absolute:.3g}, max rel error {self.relative:.3g} "
+            f"(tolerance {self.tolerance:.3g})"
+        )
+
+
+def compare(name: str, got: object, expected: object, tolerance: float) -> Difference:
+    """Compare a leaf with eager's: shape, dtype, device, whether it is `None`, and values.
+
+    Args:
+        name: the leaf's name in messages.
+        got: ours.
+        expected: eager's. What is not a tensor is compared with ``==``.
+        tolerance: relative to the largest magnitude of `expected`.
+    """
+    if not isinstance(got, Tensor) or not isinstance(expected, Tensor):
+        same = type(got) is type(expected) and bool(got == expected)
+        return Difference(name, complaint="" if same else f"expected {_show(expected)}, got {_show(got)}")
+    if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
+        return Difference(name, complaint=f"expected {describe(expected)}, got {describe(got)}")
+    if got.layout is not torch.strided or expected.layout is not torch.strided:
+        got, expected = got.to_dense(), expected.to_dense()
+    if torch.equal(got, expected):
+        return Difference(name, tolerance=tolerance)
+    if not (got.is_floating_point() or got.is_complex()):
+        return Difference(name, complaint=f"{int((got != expected).sum())} of {got.numel()} elements differ")
+    wide = torch.complex128 if got.is_complex() else torch.float64
+    got, expected = got.detach().to(wide), expected.detach().to(wide)
+    finite = expected.isfinite()
+    errors = (got - expected).abs()
+    same_where_not_finite = (got == expected) | (got.isnan() & expected.isnan())
+    errors = torch.where(finite, errors, torch.where(same_where_not_finite, 0.0, torch.inf))
+    absolute = float(errors.nan_to_num(nan=torch.inf).max()) if errors.numel() else 0.0
+    magnitudes = expected.abs()[finite]
+    magnitude = float(magnitudes.max()) if magnitudes.numel() else 0.0
+    relative = 0.0 if absolute == 0 else absolute / magnitude if magnitude else float("inf")
+    return Difference(name, absolute, relative, tolerance)
+
+
+def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
+    """Return the tolerance of the coarsest of some dtypes; dtypes without one do not count."""
+    return max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
+def dtypes_on_tape(outputs: Iterable[Tensor]) -> set[torch.dtype]:
+    """Collect the dtypes of all values that an eager tape differentiates, casts inside it included."""
+    dtypes: set[torch.dtype] = set()
+    stack: list[Node] = []
+    for output in outputs:
+        dtypes.add(output.dtype)
+        if output.grad_fn is not None:
+            stack.append(output.grad_fn)
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        dtypes.update(meta.dtype for meta in node._input_metadata if meta is not None)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return dtypes
+
+
+class Rounding:
+    """Rounds tensors in the coarsest of some dtypes: every element moves by up to half a unit of it."""
+
+    def __init__(self, dtypes: Iterable[torch.dtype], seed: int) -> None:
+        floating = [dtype for dtype in dtypes if dtype in TOLERANCES]
+        self.eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, leaf: Any) -> Any:
+        """Return a rounded copy of a floating or complex tensor, and everything else as it is."""
+        if not is_differentiable(leaf):
+            return leaf
+        moves = torch.rand(leaf.shape, dtype=torch.float64, generator=self.generator) - 0.5
+        factors = (1 + 2 * self.eps * moves).to(leaf.device)
+        wide = torch.complex128 if leaf.is_complex() else torch.float64
+        return (leaf.to(wide) * factors).to(leaf.dtype)
+
+
+def _show(value: object) -> str:
+    return describe(value) if value is None or isinstance(value, Tensor) else repr(value)

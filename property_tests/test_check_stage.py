@@ -1,0 +1,207 @@
+"""`check_stage` sees every kind of wrong split, and says which leaf and by how much."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcstage as fs
+from funcstage import closures
+from funcstage.testing import StageMismatch, check_stage
+
+Grads = list[Tensor | None]
+
+
+class Tape:
+    """A tape of the closures engine whose results somebody spoils."""
+
+    def __init__(self, tape: Any, spoil: Callable[[str, Grads, list[Any]], Any], keeps: bool = False) -> None:
+        self.tape = tape
+        self.spoil = spoil
+        self.keeps = keeps
+
+    def leaves(self) -> list[Tensor]:
+        return self.tape.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Tape:
+        return Tape(self.tape.with_leaves(leaves), self.spoil, self.keeps)
+
+    def pull(self, *args: Any) -> Any:
+        *args, retain = args
+        *results, rest = self.tape.pull(*args, retain or self.keeps)
+        self.spoil("I" if args else "W", results[0], list(args))
+        if args:
+            results[1] = Tape(results[1], self.spoil, self.keeps)
+        return *results, rest if rest is None else Tape(rest, self.spoil, self.keeps)
+
+
+def engine(
+    spoil: Callable[[str, Grads, list[Any]], Any] = lambda verb, grads, cotangents: None,
+    forward: Callable[..., Any] = lambda output, buffers, params: (output, buffers),
+    keeps: bool = False,
+) -> Callable[[Any], Any]:
+    """The closures engine with a defect."""
+
+    def wrap(apply: Any) -> Any:
+        def linearize(params: Any, buffers: Any, args: Any, kwargs: Any, diff: Any) -> Any:
+            output, buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
+            return *forward(output, buffers, params), Tape(tape, spoil, keeps)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return apply(*args, **kwargs)
+
+        wrapped.linearize = linearize  # type: ignore[attr-defined]
+        return wrapped
+
+    return wrap
+
+
+def only(verb: str, act: Callable[[Grads, list[Any]], Any]) -> Callable[[str, Grads, list[Any]], Any]:
+    """A defect of I or of W alone."""
+    return lambda v, grads, cotangents: act(grads, cotangents) if v == verb else None
+
+
+def put(i: int, change: Callable[[Tensor | None], Tensor | None]) -> Callable[[Grads, list[Any]], None]:
+    """A defect in one gradient."""
+
+    def act(grads: Grads, cotangents: list[Any]) -> None:
+        grads[i] = change(grads[i])
+
+    return act
+
+
+DEFECTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an input gradient is off by a thousandth": (
+        engine(only("I", put(0, lambda g: g * 1.001))),
+        r"gradient of args\[0\]: max abs error .*, max rel error 0.001",
+    ),
+    "a parameter gradient is missing": (
+        engine(only("W", put(1, lambda g: None))),
+        r"gradient of params\['0.weight'\]: expected float32\[3, 3\] on cpu, got None",
+    ),
+    "a parameter gradient is zero where eager has none": (
+        engine(only("W", put(4, lambda g: torch.zeros(2)))),
+        r"gradient of params\['unused'\]: expected None, got float32\[2\] on cpu",
+    ),
+    "a parameter gradient has another dtype": (
+        engine(only("W", put(1, lambda g: g.double()))),
+        r"expected float32\[3, 3\] on cpu, got float64\[3, 3\] on cpu",
+    ),
+    "a gradient is not a number": (
+        engine(only("W", put(0, lambda g: g * float("nan")))),
+        r"gradient of params\['0.bias'\]: max abs error inf",
+    ),
+    "two gradients share memory": (
+        engine(only("W", lambda grads, _: grads.__setitem__(2, grads[0].detach()))),
+        r"gradient of params\['1.bias'\] shares its memory with gradient of params\['0.bias'\]",
+    ),
+    "the output is off": (
+        engine(forward=lambda output, buffers, params: (output + 0.1, buffers)),
+        "output: max abs error 0.1",
+    ),
+    "the output keeps a tape alive": (
+        engine(forward=lambda output, buffers, params: (output.clone().requires_grad_(), buffers)),
+        "output still requires grad",
+    ),
+    "a buffer is not updated": (
+        engine(forward=lambda output, buffers, params: (output, {n: b * 0 for n, b in buffers.items()})),
+        r"new buffers\['1.num_batches_tracked'\]: 1 of 1 elements differ",
+    ),
+    "a parameter is overwritten": (
+        engine(forward=lambda output, buffers, params: (params["0.bias"].add_(0) * 0 + output, buffers)),
+        r"params\['0.bias'\] was mutated in place",
+    ),
+    "a cotangent is overwritten": (
+        engine(only("I", lambda grads, rest: rest[0][0].mul_(2))),
+        "output_grads was mutated in place",
+    ),
+    "the pullbacks may be used twice": (engine(keeps=True), "the Pullback could be used twice"),
+    "I does the work of W as well": (
+        engine(only("I", lambda grads, _: torch.ones(3, 4) @ torch.ones(4, 3))),
+        "FLOPs: I takes 144, eager's backward to the inputs alone 72",
+    ),
+}
+
+
+class Stage(nn.Sequential):
+    """A stage with a buffer and an unused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_wrong_split_is_reported(defect: str) -> None:
+    wrap, message = DEFECTS[defect]
+    torch.manual_seed(0)
+    with pytest.raises(StageMismatch, match=message) as caught:
+        check_stage(Stage(), torch.randn(4, 3), wrap=wrap)
+    assert caught.value.report.complaints()
+
+
+def test_a_right_split_passes_through_an_engine() -> None:
+    report = check_stage(Stage(), torch.randn(4, 3), wrap=engine())
+    assert not report.complaints()
+    assert report.exact == len(report.leaves) == 10
+    assert report.input_nbytes > 0
+    assert report.weight_nbytes > 0
+
+
+def test_nothing_that_is_passed_in_changes() -> None:
+    module, x = Stage(), torch.randn(4, 3, requires_grad=True)
+    module[0].weight.grad = torch.ones(3, 3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    random = torch.get_rng_state()
+    check_stage(module, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert x.grad is None
+    assert module[0].bias.grad is None
+    assert torch.equal(module[0].weight.grad, torch.ones(3, 3))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_hand_written_stage_takes_its_parameters_by_keyword() -> None:
+    def affine(params: Any, buffers: Any, x: Tensor, *, scale: float) -> Any:
+        return {"y": x @ params["w"] * scale + params["b"]}, {"calls": buffers["calls"] + 1}
+
+    params = {"w": torch.randn(3, 2), "b": torch.randn(2), "unused": torch.randn(2), "index": torch.tensor(1)}
+    report = check_stage(
+        affine, torch.randn(4, 3), params=params, buffers={"calls": torch.tensor(0)}, scale=2.0
+    )
+    assert report.stage.endswith("affine")
+    assert {leaf.leaf for leaf in report.leaves} >= {"output['y']", "new buffers['calls']"}
+
+
+def test_what_functionalize_returned_is_a_stage_too() -> None:
+    stage = fs.functionalize(nn.Linear(3, 2))
+    check_stage(stage, torch.randn(4, 3))
+    with pytest.raises(fs.StageError, match=re.escape("only with a stage function")):
+        check_stage(stage, torch.randn(4, 3), params=stage.params)
+
+
+def test_a_scalar_output_needs_no_cotangent() -> None:
+    class Loss(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square().sum()
+
+    check_stage(Loss(3, 2), torch.randn(4, 3))
+    check_stage(Loss(3, 2), torch.randn(4, 3), output_grads=torch.tensor(2.0))
+
+
+def test_tolerances_follow_the_coarsest_dtype_that_took_part() -> None:
+    class Casts(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.bfloat16().float())
+
+    report = check_stage(Casts(3, 2), torch.randn(4, 3))
+    assert {leaf.tolerance for leaf in report.leaves} == {6e-2}
