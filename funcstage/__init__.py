@@ -6,8 +6,9 @@ output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)   # F
 param_grads = weight_pullback()                                       # W: whenever there is a bubble
 """
 
-from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError
+from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError, TraceError
 from funcstage.functional import FunctionalStage, functionalize
+from funcstage.graph import CompiledStage, compile
 from funcstage.split import (
     Pullback,
     WeightPullback,
@@ -19,6 +20,7 @@ from funcstage.split import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompiledStage",
     "ConsumedError",
     "FunctionalStage",
     "LeafError",
@@ -26,7 +28,9 @@ __all__ = [
     "PurityError",
     "StageError",
     "StructureError",
+    "TraceError",
     "WeightPullback",
+    "compile",
     "functionalize",
     "stage_backward",
     "stage_backward_input",

@@ -719,7 +719,7 @@ LAYERS: dict[str, Layer] = {
         lambda p: len(p.shape) >= 2,
         {
             "kind": ("plain", "features", "alpha", "feature alpha"),
-            "p": (0.5, 0.0, 1.0),
+            "p": (0.25, 0.5, 0.0, 1.0),
             "inplace": _NO,
         },
         tags="dense image attention state",
@@ -792,13 +792,13 @@ LAYERS: dict[str, Layer] = {
     "attention": Layer(
         _attention,
         _sequence,
-        {"heads": (1, 2), "weights": _NO, "masked": _NO, "dropout": (0.0, 0.5)},
+        {"heads": (1, 2), "weights": _NO, "masked": _NO, "dropout": (0.0, 0.25)},
         tags="attention",
     ),
     "transformer": Layer(
         _transformer,
         _sequence,
-        {"heads": (1, 2), "decoder": _NO, "norm_first": _NO, "dropout": (0.0, 0.5)},
+        {"heads": (1, 2), "decoder": _NO, "norm_first": _NO, "dropout": (0.0, 0.25)},
         tags="attention",
     ),
     "counting": Layer(lambda place: Counting(place), fresh=True, complex=True, tags="state"),

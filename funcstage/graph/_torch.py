@@ -1,0 +1,153 @@
+"""The private parts of torch that tracing needs, in one place.
+
+Tried with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+)
+"""What fake tensors raise where the program depends on the values of tensors."""
+
+__all__ = [
+    "UNTRACEABLE",
+    "BoxedCodeGen",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensorMode",
+    "autocast_off",
+    "autocast_state",
+    "fake_like",
+    "from_functional",
+    "global_flags",
+    "is_any_autocast_enabled",
+    "is_transformed",
+    "lent",
+    "make_fx",
+    "own_autocast_cache",
+    "to_functional",
+    "was_written",
+    "without_modes",
+]
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor with the geometry of a real one, which is neither read nor kept."""
+    with mode:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device, requires_grad=False
+        )
+
+
+def to_functional(tensor: Tensor) -> Tensor:
+    """Wrap a tensor so that in-place operations on it are recorded as functions."""
+    wrapped: Tensor = FunctionalTensor.to_functional(tensor)
+    return wrapped
+
+
+def from_functional(tensor: Tensor) -> Tensor:
+    """The current value of a functional tensor."""
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    value: Tensor = torch._from_functional_tensor(tensor.elem)
+    return value
+
+
+def was_written(tensor: Tensor) -> bool:
+    """Tell whether an in-place operation changed a functional tensor."""
+    assert isinstance(tensor, FunctionalTensor)
+    return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
+
+
+def is_transformed() -> bool:
+    """Tell whether a functorch transform is active."""
+    return peek_interpreter_stack() is not None
+
+
+def is_any_autocast_enabled() -> bool:
+    """Tell whether autocast is on for any device type."""
+    return torch._C._is_any_autocast_enabled()
+
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
+
+
+def autocast_state() -> tuple[Hashable, ...]:
+    """The device types for which autocast is on, with the dtypes that it casts to."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)
+    )
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Turn autocast off where it is on."""
+    with ExitStack() as stack:
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def own_autocast_cache() -> Iterator[None]:
+    """Keep what a trace casts out of the caller's autocast cache, and what it cast out of the trace."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Lend a module parameters and buffers, for a recompute that runs after its own call."""
+    return nullcontext() if module is None else _reparametrize_module(module, state, tie_weights=True)
+
+
+def global_flags() -> tuple[Hashable, ...]:
+    """The global settings that a stage function, its trace or its lowering may read."""
+    read = torch._C
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device() if _len_torch_function_stack() else None,
+        torch.is_inference_mode_enabled(),
+        read._get_fp32_precision_getter("cuda", "matmul"),
+        read._get_fp32_precision_getter("cuda", "conv"),
+        read._get_fp32_precision_getter("mkldnn", "matmul"),
+        read._get_deterministic_algorithms(),
+        read._get_cudnn_enabled(),
+        read._get_cudnn_deterministic(),
+        read._get_mkldnn_enabled(),
+        read._get_flash_sdp_enabled(),
+        read._get_mem_efficient_sdp_enabled(),
+        read._get_math_sdp_enabled(),
+        read._get_cudnn_sdp_enabled(),
+        read._get_overrideable_sdp_enabled(),
+        *read._get_sdp_priority_order(),
+    )

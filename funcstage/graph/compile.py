@@ -1,0 +1,241 @@
+"""`compile`: a stage function -> the same function, whose F, I and W are programs traced once.
+
+The passes, in order: trace -> separate -> partition -> programs, one result for each signature.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcstage import closures, trees
+from funcstage.errors import StructureError
+from funcstage.graph import _torch as tt
+from funcstage.graph.cuda_graphs import SlotPool
+from funcstage.graph.partition import Remat, partition
+from funcstage.graph.plan import Plan, StagePrograms, plan_of
+from funcstage.graph.programs import Lower, Programs, run_as_python
+from funcstage.graph.separate import DECOMPOSED, separate
+from funcstage.graph.signature import ModuleState, Signature, reasons, signature_of
+from funcstage.graph.trace import trace
+from funcstage.split import _differentiated_leaves as differentiated_leaves
+from funcstage.trees import Buffers, Params, PyTree
+
+MAX_SIGNATURES = 64
+"""How many signatures a compiled stage keeps; the least recently used one makes room."""
+
+WARN_SIGNATURES = 8
+
+
+class CompiledStage:
+    """A stage function whose forward and split backward run as compiled programs.
+
+    It is called as the function that it was made from, and `stage_vjp` runs F, I and W from it. A call
+    that somebody differentiates from outside (an argument requires grad, or a transform or a mode of
+    torch is active) runs the original function, whose results are the same.
+    """
+
+    def __init__(self, apply: Callable[..., Any], backend: str, remat: Remat, cuda_graphs: bool) -> None:
+        self.apply = apply
+        self.backend = backend
+        self.remat = remat
+        self.cuda_graphs = cuda_graphs
+        self.module: nn.Module | None = getattr(apply, "module", None)
+        self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
+        self._module_state = ModuleState(self.module)
+        self._traced: OrderedDict[Signature, Programs] = OrderedDict()
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        if _is_differentiated(leaves):
+            return self.apply(params, buffers, *args, **kwargs)
+        programs, state, inputs = self._programs(leaves, structure, None)
+        output, new_buffers, _ = programs.linearize(state, inputs)
+        return output, new_buffers
+
+    def linearize(
+        self,
+        params: Params,
+        buffers: Buffers,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        diff: Sequence[int],
+    ) -> tuple[PyTree, Buffers, Any]:
+        """Run F. Called by `stage_vjp`; the protocol of engines."""
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        if _is_differentiated(leaves):
+            return closures.linearize(self.apply, params, buffers, args, kwargs, diff)
+        programs, state, inputs = self._programs(leaves, structure, diff)
+        return programs.linearize(state, inputs)
+
+    def plan(
+        self,
+        params: Params,
+        buffers: Buffers,
+        *args: Any,
+        argnums: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Plan:
+        """Say what F, I and W cost for these arguments, which may be on the meta device.
+
+        Args:
+            params, buffers, *args, argnums, **kwargs: as for `stage_vjp`.
+
+        Returns:
+            The plan; print it.
+        """
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        programs, _, _ = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        return plan_of(self.__qualname__, programs.joint, programs.partition)
+
+    def programs(
+        self,
+        params: Params,
+        buffers: Buffers,
+        *args: Any,
+        argnums: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> StagePrograms:
+        """Return the graphs of F, I and W for these arguments, for reading.
+
+        Args:
+            params, buffers, *args, argnums, **kwargs: as for `stage_vjp`.
+
+        Returns:
+            The three graphs; print them.
+        """
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        programs, _, _ = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        parts = programs.partition
+        return StagePrograms(parts.forward.module, parts.input_grad.module, parts.weight_grad.module)
+
+    def __repr__(self) -> str:
+        remat = self.remat if isinstance(self.remat, str) else getattr(self.remat, "__name__", "policy")
+        return (
+            f"<CompiledStage of {self.__qualname__}, backend={self.backend!r}, remat={remat!r}, "
+            f"{len(self._traced)} signature(s)>"
+        )
+
+    def _programs(
+        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
+    ) -> tuple[Programs, list[Tensor], list[Tensor]]:
+        """The programs for these arguments, and their tensors: state, then args."""
+        signature = signature_of(leaves, structure, diff, self._module_state)
+        programs = self._traced.get(signature)
+        if programs is None:
+            with self._lock:
+                programs = self._traced.get(signature)
+                if programs is None:
+                    programs = self._trace(signature, leaves, structure, diff)
+        elif len(self._traced) > 1:
+            with self._lock:
+                if signature in self._traced:
+                    self._traced.move_to_end(signature)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        n_state = programs.joint.n_state
+        return programs, tensors[:n_state], tensors[n_state:]
+
+    def _trace(
+        self,
+        signature: Signature,
+        leaves: list[Any],
+        structure: optree.PyTreeSpec,
+        diff: Sequence[int] | None,
+    ) -> Programs:
+        params, buffers, args, kwargs = trees.unflatten(structure, leaves)
+        decompositions, lower = _backend(self.backend)
+        joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
+        on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
+        slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None
+        programs = Programs(joint, partition(separate(joint), self.remat), lower, slots)
+        self._traced[signature] = programs
+        if len(self._traced) > WARN_SIGNATURES and not self._warned:
+            self._warned = True
+            self._warn()
+        if len(self._traced) > MAX_SIGNATURES:
+            self._traced.popitem(last=False)
+        return programs
+
+    def _warn(self) -> None:
+        seen = list(self._traced)
+        misses = ("; ".join(reasons(old, new)) or "?" for old, new in itertools.pairwise(seen))
+        listed = "\n".join(f"  {i}: {miss}" for i, miss in enumerate(misses, 2))
+        warnings.warn(
+            f"{self.__qualname__} was traced for {len(seen)} signatures, each of which is compiled apart. "
+            f"What differed from the one before:\n{listed}",
+            stacklevel=2,
+        )
+
+
+def compile(
+    apply: Callable[..., Any],
+    *,
+    backend: Literal["inductor", "aten"] = "inductor",
+    remat: Remat = "min_cut",
+    cuda_graphs: bool = False,
+) -> CompiledStage:
+    """Compile a stage function: traced once for each signature, F, I and W become three programs.
+
+    A signature is all that a trace depends on: tree structure, shapes, dtypes, devices and strides of the
+    leaves, other arguments' values, what is differentiated, the module's train/eval mode and simple
+    attributes, autocast, grad mode, and torch's global numeric settings.
+
+    Args:
+        apply: a stage function, from `functionalize` or hand-written.
+        backend: "inductor" lowers the programs with TorchInductor; "aten" runs them operation by
+            operation, bitwise as eager does.
+        remat: what backward computes again instead of holding it: "none", "min_cut" (cheap operations,
+            so that the fewest bytes are held), "full" (all, from the stage's inputs), or a policy that
+            tells of a graph node whether its value is to be saved.
+        cuda_graphs: replay the programs as CUDA graphs. Every microbatch between F and W takes a slot
+            of device memory, at most 16 for each signature; further ones run without graphs.
+
+    Returns:
+        A stage function for `stage_vjp`.
+
+    Raises:
+        StructureError: if an option is unknown or `apply` is no stage function.
+
+    Example:
+        >>> import torch, funcstage as fs
+        >>> apply, params, buffers = fs.functionalize(torch.nn.Linear(3, 2))
+        >>> fast = fs.compile(apply, backend="aten")
+        >>> output, buffers, pullback = fs.stage_vjp(fast, params, buffers, torch.ones(4, 3))
+        >>> (dx,), weight_pullback = pullback(torch.ones(4, 2))
+        >>> sorted(weight_pullback())
+        ['bias', 'weight']
+    """
+    if not callable(apply) or isinstance(apply, nn.Module):
+        raise StructureError(
+            f"compile expects a stage function, got {type(apply).__name__}. Take "
+            "apply, params, buffers = funcstage.functionalize(module) and compile apply."
+        )
+    if backend not in ("inductor", "aten"):
+        raise StructureError(f"backend must be 'inductor' or 'aten', got {backend!r}.")
+    if remat not in ("none", "min_cut", "full") and not callable(remat):
+        raise StructureError(f"remat must be 'none', 'min_cut', 'full' or a policy of nodes, got {remat!r}.")
+    return CompiledStage(apply, backend, remat, cuda_graphs)
+
+
+def _backend(name: str) -> tuple[Any, Lower]:
+    if name == "aten":
+        return {}, run_as_python
+    from funcstage.graph import inductor  # here, as importing Inductor takes seconds
+
+    return inductor.decompositions(), inductor.lower
+
+
+def _is_differentiated(leaves: list[Any]) -> bool:
+    if tt.is_transformed():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)

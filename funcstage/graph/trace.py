@@ -1,0 +1,338 @@
+"""Pass 1, trace: a stage function and the shapes of its arguments -> the joint graph of F, I and W.
+
+The stage runs once on fake tensors, which have shapes, dtypes and devices but no memory, and its
+backward right after it. What is recorded below autograd is one flat graph of ATen operations. The
+backward is plain reverse mode rather than `torch.func.vjp`, whose levels bring decompositions of their
+own (of dropout, for one, whose masks differ from the eager ones).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from funcstage import recurrent, trees
+from funcstage.composites import opened
+from funcstage.errors import PurityError, StageError, TraceError
+from funcstage.functional import checked_result
+from funcstage.graph import _torch as tt
+from funcstage.trees import Buffers, Params
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """The joint graph of a stage and its backward, with what its inputs and outputs are.
+
+    The graph's placeholders are the tensor leaves of (params, buffers), of (args, kwargs) and the
+    cotangents, in this order. Its output is a tuple of four tuples: output leaves, leaves of the new
+    buffers, input gradients and parameter gradients, each a node or `None`.
+
+    Attributes:
+        module: the graph; every tensor node carries its fake value in `meta["val"]`.
+        n_state: how many placeholders are parameters and buffers.
+        n_args: how many are arguments.
+        cotangents: for each cotangent placeholder, the index of its output leaf.
+        output_spec: the structure of the output.
+        buffers_spec: the structure of the new buffers.
+        constants: leaves of output and new buffers that are no tensors, by position among both.
+    """
+
+    module: GraphModule
+    n_state: int
+    n_args: int
+    cotangents: tuple[int, ...]
+    output_spec: optree.PyTreeSpec
+    buffers_spec: optree.PyTreeSpec
+    constants: dict[int, Any]
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return self.module.graph.find_nodes(op="placeholder")
+
+    @property
+    def results(self) -> tuple[Sequence[Node | None], ...]:
+        """Output leaves, new buffers, input gradients, parameter gradients."""
+        (output,) = self.module.graph.find_nodes(op="output")
+        return output.args[0]
+
+
+def trace(
+    apply: Callable[..., Any],
+    params: Params,
+    buffers: Buffers,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    diff: Sequence[int] | None,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Joint:
+    """Trace a stage function and its backward; nothing is computed, allocated or mutated.
+
+    Args:
+        apply: the stage function.
+        params: its parameters; floating and complex leaves are differentiated.
+        buffers: its buffers.
+        args: its positional arguments.
+        kwargs: its keyword arguments. Leaves that are no tensors become constants of the graph.
+        diff: indices of the differentiated leaves of `args`; `None` traces the forward alone.
+        decompositions: ATen operations to replace while tracing.
+
+    Returns:
+        The joint graph, free of mutating operations.
+
+    Raises:
+        TraceError: if the stage reads values of tensors (data-dependent control flow or shapes), or
+            cannot be recorded for another reason.
+        PurityError: if it mutates what it was given.
+    """
+    state_leaves, state_spec = trees.flatten((params, buffers))
+    arg_leaves, args_spec = trees.flatten((args, kwargs))
+    leaves = [*state_leaves, *arg_leaves]
+    n_leaves, n_params, n_args = len(state_leaves), len(trees.flatten(params)[0]), len(trees.flatten(args)[0])
+    wanted_args = [n_leaves + i for i in diff or ()]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    n_state = sum(i < n_leaves for i in places)
+    fake_mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
+    with tt.without_modes():
+        fakes = [tt.fake_like(fake_mode, leaves[i]) for i in places]
+    note: dict[str, Any] = {}
+    module: nn.Module | None = getattr(apply, "module", None)
+
+    def differentiable(i: int) -> bool:
+        return trees.is_differentiable(leaves[i])
+
+    def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
+        with tt.FunctionalTensorMode(), _Separable():
+            given = [tt.to_functional(tensor) for tensor in tensors]
+            values = list(leaves)
+            for i, tensor in zip(places, given, strict=True):
+                values[i] = tensor
+            wanted = [] if diff is None else [*filter(differentiable, range(n_params)), *wanted_args]
+            for i in wanted:
+                # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
+                values[i] = torch.ops.aten.alias.default(values[i].requires_grad_())
+            stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
+            stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
+            with torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None):
+                result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
+            output, new_buffers = checked_result(apply, result)
+            outputs, note["output"] = trees.flatten(output)
+            fresh, note["buffers"] = trees.flatten(new_buffers)
+            results = [*outputs, *fresh]
+            note["constants"] = {i: r for i, r in enumerate(results) if not isinstance(r, Tensor)}
+            roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            roots = [] if diff is None else roots
+            note["roots"] = roots
+            cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
+            grads: list[Tensor | None] = [None] * len(values)
+            if roots and wanted:
+                with tt.lent(module, {**stage_buffers, **stage_params} if module else {}), tt.autocast_off():
+                    found = torch.autograd.grad(
+                        [outputs[i] for i in roots],
+                        [values[i] for i in wanted],
+                        cotangents,
+                        allow_unused=True,
+                    )
+                for i, grad in zip(wanted, found, strict=True):
+                    grads[i] = grad
+            if any(map(tt.was_written, given[:n_state])):
+                raise _impure(apply)
+            parts = (
+                outputs,
+                fresh,
+                grads[n_leaves : n_leaves + n_args],
+                grads[:n_params],
+                cotangents,
+            )
+            return tuple([_unwrapped(leaf) for leaf in part] for part in parts)
+
+    with tt.without_modes(), tt.own_autocast_cache():
+        try:
+            with fake_mode:
+                traced = tt.make_fx(joint, decomposition_table=dict(decompositions or {}) | _OWN)(*fakes)
+        except StageError:
+            raise
+        except Exception as error:
+            raise _refusal(apply, error) from error
+    _name_placeholders(traced, n_state)
+    _open_cotangents(apply, traced)
+    _check_recorded(apply, traced)
+    _drop_aliases(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return Joint(
+        traced,
+        n_state,
+        len(fakes) - n_state,
+        tuple(note["roots"]),
+        note["output"],
+        note["buffers"],
+        note["constants"],
+    )
+
+
+def _unwrapped(leaf: object) -> Tensor | None:
+    return tt.from_functional(leaf) if isinstance(leaf, Tensor) else None
+
+
+def _name(apply: Callable[..., Any]) -> str:
+    return getattr(apply, "__qualname__", type(apply).__name__)
+
+
+def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> None:
+    """Turn the stand-ins for the cotangents, which the trace returns last, into placeholders."""
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    stand_ins = output.args[0][-1]
+    if stand_ins:
+        _refuse_random_backward(apply, stand_ins[0])
+    placeholders = graph.find_nodes(op="placeholder")
+    anchor = placeholders[-1] if placeholders else graph._root
+    for i, stand_in in enumerate(stand_ins):
+        with graph.inserting_after(anchor):
+            anchor = graph.placeholder(f"cotangent_{i}")
+        anchor.meta["val"] = stand_in.meta["val"]
+        stand_in.replace_all_uses_with(anchor)
+    *results, _ = output.args[0]  # a gradient may be a cotangent itself
+    output.args = (tuple(tuple(part) for part in results),)
+    for stand_in in stand_ins:
+        graph.erase_node(stand_in)
+
+
+def _refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
+    """A recompute that draws again would need the generator's state of the first draw."""
+    node = first
+    while node.op != "output":
+        if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
+            raise TraceError(
+                f"{_name(apply)} draws random numbers in its backward ({node.target}): a recomputed region "
+                f"(activation checkpointing) with dropout. Take the checkpoint out, and let "
+                f"funcstage.compile's `remat` choose what to recompute. {_UNCOMPILED}"
+            )
+        node = node.next
+
+
+def is_random(node: Node) -> bool:
+    """Tell whether a node draws random numbers."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def _drop_aliases(graph: Graph) -> None:
+    """Below autograd, detaching is the identity."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _name_placeholders(module: GraphModule, n_state: int) -> None:
+    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        node._rename(f"state_{i}" if i < n_state else f"arg_{i - n_state}")
+        node.target = node.name
+
+
+def _check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
+    """Refuse what a graph cannot express: mutation, and tensors left over from other traces."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
+            raise TraceError(
+                f"{_name(apply)} keeps a tensor of an earlier call and reads it in this one, which a pure "
+                f"function cannot do. Return the value as a buffer. {_UNCOMPILED}"
+            )
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise TraceError(f"{_name(apply)} calls {node.target}, which writes in place. {_UNCOMPILED}")
+
+
+def _impure(apply: Callable[..., Any]) -> PurityError:
+    return PurityError(
+        f"{_name(apply)} writes in place into a tensor that it was given. A stage function mutates nothing: "
+        "work on a clone, or return the new value as a buffer."
+    )
+
+
+def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
+    """Say where the trace stopped; errors that the stage itself raises are passed on."""
+    if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in str(error):
+        return _impure(apply)
+    where = None
+    owner = _name(apply)
+    names = {
+        m: f"{owner}.{n}" if n else owner for n, m in getattr(apply, "module", nn.Module()).named_modules()
+    }
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        owner = (
+            names.get(frame.f_locals.get("self"), owner) if _is_module(frame.f_locals.get("self")) else owner
+        )
+        if package not in ("torch", "funcstage"):
+            where = f"{frame.f_code.co_filename}:{line}"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, tt.UNTRACEABLE):
+        reason = f"it reads the value of a tensor ({reason})"
+    at = "" if where is None else f", at {where}"
+    return TraceError(f"{owner} cannot be traced{at}: {reason}. {_UNCOMPILED}")
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nn.Module)
+
+
+class _Separable(TorchFunctionMode):
+    """Replaces what would be recorded as one operation that cannot be separated or replayed.
+
+    Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Batch
+    norm is traced without cuDNN, whose operation writes the running statistics and does not say so.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.batch_norm, F.instance_norm):
+            body = opened(func)
+            assert body is not None
+            with self:
+                return body(*args, **kwargs)
+        if func in (torch.batch_norm, torch.instance_norm):
+            return func(*args[:-1], False, **kwargs)
+        if func in _RECURRENT:
+            return _RECURRENT[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@torch.library.custom_op("funcstage::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def bernoulli(like: Tensor, p: float) -> Tensor:
+    """`torch.empty_like(like).bernoulli_(p)`: ATen's functional form draws in another order."""
+    return torch.empty_like(like).bernoulli_(p)
+
+
+@bernoulli.register_fake
+def _(like: Tensor, p: float) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Any:
+    if generator is not None:
+        return NotImplemented
+    return torch.ops.funcstage.bernoulli.default(like, p)
+
+
+_OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
+_UNCOMPILED = "The uncompiled `apply` works: pass it to stage_vjp as it is."
+_RECURRENT = {
+    torch.lstm: recurrent.stacked(recurrent.lstm_step),
+    torch.gru: recurrent.stacked(recurrent.gru_step),
+    torch.rnn_tanh: recurrent.stacked(recurrent.tanh_step),
+    torch.rnn_relu: recurrent.stacked(recurrent.relu_step),
+}

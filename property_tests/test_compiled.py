@@ -1,0 +1,38 @@
+"""The main property through the graph engine: every generated stage, compiled, is eager backward.
+
+Eager runs without oneDNN here, whose LSTM is one kernel without FLOPs; the graph engine splits it by step.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcstage as fs
+from funcstage.testing import strategies
+from funcstage.testing.stages import Stage
+
+aten = functools.partial(fs.compile, backend="aten")
+
+
+def reads_values(stage: Stage) -> bool:
+    """Tell whether a stage's operations depend on values of tensors, which a trace cannot express."""
+    described = str(stage)
+    return "branching" in described or "momentum=None" in described
+
+
+@pytest.mark.filterwarnings("ignore:.*was traced for:UserWarning")
+@pytest.mark.parametrize("family", strategies.FAMILIES)
+@given(data=st.data())
+def test_a_generated_stage_compiled_is_eager_backward(family: str, data: st.DataObject) -> None:
+    stage: Stage = data.draw(strategies.stages(family=family), label="stage")
+    with torch.backends.mkldnn.flags(enabled=False):
+        try:
+            stage.check(wrap=aten)
+        except fs.TraceError:
+            if not reads_values(stage):
+                raise
