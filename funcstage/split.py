@@ -113,14 +113,14 @@ class WeightPullback(_Linear[WeightTape]):
     and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
     """
 
-    __slots__ = ("_metas", "_params_spec")
+    __slots__ = ("_params", "_params_spec")
 
     def __init__(
-        self, tape: WeightTape | None, stage: str, params_spec: optree.PyTreeSpec, metas: list[Meta | None]
+        self, tape: WeightTape | None, stage: str, params_spec: optree.PyTreeSpec, params: Sequence[Any]
     ) -> None:
         super().__init__(tape, stage)
         self._params_spec = params_spec
-        self._metas = metas
+        self._params = params  # the tape has them too
 
     def __call__(self, *, retain: bool = False) -> Params:
         """Compute the gradients of the parameters.
@@ -136,13 +136,19 @@ class WeightPullback(_Linear[WeightTape]):
             ConsumedError: on a second call, unless the first was made with `retain=True`.
         """
         grads, self._tape = self._live().pull(retain)
+        if self._tape is None:
+            self._params = ()
         return trees.unflatten(self._params_spec, grads)
 
+    def _metas(self) -> list[Meta | None]:
+        """What the gradients look like; read when asked for, as there are many in the path of every F."""
+        return [Meta.of(param) for param in self._params]
+
     def _signature(self) -> str:
-        return f"() -> gradients of {sum(meta is not None for meta in self._metas)} parameters"
+        return f"() -> gradients of {sum(meta is not None for meta in self._metas())} parameters"
 
     def _rebuilt(self, tape: WeightTape | None) -> WeightPullback:
-        return WeightPullback(tape, self.stage, self._params_spec, self._metas)
+        return WeightPullback(tape, self.stage, self._params_spec, self._params)
 
 
 class Pullback(_Linear[InputTape]):
@@ -151,7 +157,7 @@ class Pullback(_Linear[InputTape]):
     As a pytree (namespace "funcstage") its leaves are the residuals of I and W.
     """
 
-    __slots__ = ("_args_spec", "_output_metas", "_output_spec", "_param_metas", "_params_spec")
+    __slots__ = ("_args_spec", "_output_metas", "_output_spec", "_params", "_params_spec")
 
     def __init__(
         self,
@@ -161,14 +167,14 @@ class Pullback(_Linear[InputTape]):
         output_metas: list[Meta | None],
         args_spec: optree.PyTreeSpec,
         params_spec: optree.PyTreeSpec,
-        param_metas: list[Meta | None],
+        params: Sequence[Any],
     ) -> None:
         super().__init__(tape, stage)
         self._output_spec = output_spec
         self._output_metas = output_metas
         self._args_spec = args_spec
         self._params_spec = params_spec
-        self._param_metas = param_metas
+        self._params = params
 
     def __call__(
         self, output_grads: PyTree = None, *, retain: bool = False
@@ -194,7 +200,9 @@ class Pullback(_Linear[InputTape]):
         tape = self._live()
         cotangents = self._checked(output_grads)
         grads, weight_tape, self._tape = tape.pull(cotangents, retain)
-        weight_pullback = WeightPullback(weight_tape, self.stage, self._params_spec, self._param_metas)
+        weight_pullback = WeightPullback(weight_tape, self.stage, self._params_spec, self._params)
+        if self._tape is None:
+            self._params = ()
         return trees.unflatten(self._args_spec, grads), weight_pullback
 
     def _checked(self, output_grads: PyTree) -> list[Tensor | None]:
@@ -249,7 +257,7 @@ class Pullback(_Linear[InputTape]):
             self._output_metas,
             self._args_spec,
             self._params_spec,
-            self._param_metas,
+            self._params,
         )
 
 
@@ -309,7 +317,7 @@ def stage_vjp(
         [Meta.of(leaf) for leaf in output_leaves],
         trees.flatten(args)[1],
         params_spec,
-        [Meta.of(leaf) for leaf in param_leaves],
+        param_leaves,
     )
     return output, new_buffers, pullback
 
@@ -390,6 +398,7 @@ def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
 
 def _check_pending(pending: Sequence[WeightPullback]) -> None:
     first = pending[0]
+    metas = first._metas() if isinstance(first, WeightPullback) else []
     seen: set[int] = set()
     for i, weight_pullback in enumerate(pending):
         if not isinstance(weight_pullback, WeightPullback):
@@ -403,7 +412,7 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
                 "yourself with retain=True where its gradients are needed again."
             )
         seen.add(id(weight_pullback))
-        if weight_pullback._params_spec != first._params_spec or weight_pullback._metas != first._metas:
+        if weight_pullback._params_spec != first._params_spec or weight_pullback._metas() != metas:
             raise StructureError(
                 f"Weight pullback {i} ({weight_pullback.stage}) has other parameters than the first "
                 f"({first.stage}); only microbatches of one stage can be summed."
@@ -412,14 +421,14 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
 
 def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -> list[Tensor | None]:
     if accumulate is None:
-        return [None] * len(pullback._metas)
+        return [None] * pullback._params_spec.num_leaves
     leaves, spec = trees.flatten(accumulate)
     if spec != pullback._params_spec:
         raise StructureError(
             f"accumulate must have the structure of the parameters of {pullback.stage}, "
             f"{pullback._params_spec}; got {spec}. Use None at leaves that hold nothing yet."
         )
-    for i, (leaf, meta) in enumerate(zip(leaves, pullback._metas, strict=True)):
+    for i, (leaf, meta) in enumerate(zip(leaves, pullback._metas(), strict=True)):
         if leaf is None:
             continue
         name = trees.leaf_names(spec, "accumulate")[i]
