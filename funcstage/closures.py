@@ -347,16 +347,18 @@ class _Split(TorchFunctionMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that mutates nothing."""
         func = cast_first(func, args)
-        if not self.splits():
-            return func(*args, **kwargs)
-        if not self.reads_weights(args, kwargs):
-            return self.above(func, args, kwargs)
-        if self.mixed and getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND:
-            args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
-        body = decomposed(func, args)
+        splits = self.splits()
+        is_site = splits and self.reads_weights(args, kwargs)
+        body = decomposed(func, args, is_site)
         if body is not None:
             with self:
                 return body(*args, **kwargs)
+        if not splits:
+            return func(*args, **kwargs)
+        if not is_site:
+            return self.above(func, args, kwargs)
+        if self.mixed and getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND:
+            args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             return self.release(result, args)

@@ -5,9 +5,9 @@ the mode whole, before its body runs. Taken as one operation, everything between
 parameter would be repeated in the weight pass. `opened` returns the same body with its override checks
 answering no, so that called under the mode it presents the operations one by one.
 
-A few composites are written in C++ (the recurrent layers outside oneDNN and cuDNN, and their cells);
-`decomposed` returns the same computation in Python. Dropout is opened too, for another reason:
-torch.func has a dropout of its own, which draws other masks than the eager one.
+A few composites are written in C++ (the recurrent layers outside oneDNN, and their cells); `decomposed`
+returns the same computation in Python. Dropout is opened too, for another reason: torch.func has a
+dropout of its own, which draws other masks than the eager one.
 """
 
 from __future__ import annotations
@@ -62,10 +62,16 @@ def opened(function: Any) -> Callable[..., Any] | None:
     return _OPENED.setdefault(function, body)
 
 
-def decomposed(function: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """Return a C++ composite's computation in Python, or None where it runs as a single kernel."""
+def decomposed(function: Any, args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
+    """Return a C++ composite's computation in Python, or None where it runs as it is.
+
+    Args:
+        function: what is called.
+        args: its positional arguments.
+        split: whether it is a site, both of whose gradients are wanted apart.
+    """
     choose = _DECOMPOSED.get(function)
-    return None if choose is None else choose(args)
+    return None if choose is None else choose(args, split)
 
 
 def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = False) -> Callable[..., Tensor]:
@@ -98,12 +104,7 @@ def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = Fa
     return dropout
 
 
-def _is_one_kernel(data: Tensor) -> bool:
-    """Tell whether cuDNN runs a recurrent layer."""
-    return data.is_cuda and torch.backends.cudnn.is_acceptable(data)
-
-
-def _lstm(args: tuple[Any, ...]) -> Callable[..., Any] | None:
+def _lstm(args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
     data, hidden = args[0], args[1]
     is_sequence = isinstance(hidden, (tuple, list))  # packed data has its batch sizes there
     if is_sequence and data.device.type == "cpu":
@@ -111,15 +112,18 @@ def _lstm(args: tuple[Any, ...]) -> Callable[..., Any] | None:
         supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
         if supported and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             return recurrent.lstm_by_layer if args[4] > 1 else None  # oneDNN runs a layer as one kernel
-    return None if _is_one_kernel(data) else _LSTM
+    return _LSTM if split or data.is_cuda else None
 
 
-def _unless_one_kernel(body: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda args: None if _is_one_kernel(args[0]) else body
+def _layers(step: recurrent.Cell) -> Callable[..., Any]:
+    body = recurrent.stacked(step)
+    # cuDNN's layers read their weights by address, which wrapped tensors do not have.
+    return lambda args, split: body if split or args[0].is_cuda else None
 
 
-def _always(body: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda args: body
+def _cell(step: recurrent.Cell) -> Callable[..., Any]:
+    body = recurrent.single(step)
+    return lambda args, split: body if split else None
 
 
 def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -163,13 +167,13 @@ _OPENED: dict[Any, Callable[..., Any] | None] = {
     torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, in_place=True),
 }
 _LSTM = recurrent.stacked(recurrent.lstm_step)
-_DECOMPOSED: dict[Any, Callable[[tuple[Any, ...]], Callable[..., Any] | None]] = {
+_DECOMPOSED: dict[Any, Callable[[tuple[Any, ...], bool], Callable[..., Any] | None]] = {
     torch.lstm: _lstm,
-    torch.gru: _unless_one_kernel(recurrent.stacked(recurrent.gru_step)),
-    torch.rnn_tanh: _unless_one_kernel(recurrent.stacked(recurrent.tanh_step)),
-    torch.rnn_relu: _unless_one_kernel(recurrent.stacked(recurrent.relu_step)),
-    torch.lstm_cell: _always(recurrent.single(recurrent.lstm_step)),
-    torch.gru_cell: _always(recurrent.single(recurrent.gru_step)),
-    torch.rnn_tanh_cell: _always(recurrent.single(recurrent.tanh_step)),
-    torch.rnn_relu_cell: _always(recurrent.single(recurrent.relu_step)),
+    torch.gru: _layers(recurrent.gru_step),
+    torch.rnn_tanh: _layers(recurrent.tanh_step),
+    torch.rnn_relu: _layers(recurrent.relu_step),
+    torch.lstm_cell: _cell(recurrent.lstm_step),
+    torch.gru_cell: _cell(recurrent.gru_step),
+    torch.rnn_tanh_cell: _cell(recurrent.tanh_step),
+    torch.rnn_relu_cell: _cell(recurrent.relu_step),
 }

@@ -31,6 +31,9 @@ settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
 )
 
+# cuDNN's recurrent layers are single kernels that count no FLOPs, round to TensorFloat-32 and refuse
+# backward in eval mode; the other kernels of eager compare with ours operation by operation.
+torch.backends.cudnn.enabled = False
 # Stages are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="Complex modules are a new feature")

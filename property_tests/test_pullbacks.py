@@ -40,7 +40,7 @@ def forward(stage: Stage, seed: int = 0) -> Split:
     """Run F and draw cotangents."""
     module, args, kwargs = stage.build()
     apply, params, buffers = fs.functionalize(module)
-    torch.default_generator.manual_seed(seed)
+    torch.manual_seed(seed)
     output, _, pullback = fs.stage_vjp(apply, params, buffers, *args, argnums=stage.argnums, **kwargs)
     return Split(pullback, cotangents(output, seed))
 
@@ -94,13 +94,13 @@ def test_summed_weight_passes_are_what_eager_accumulates(stage: Stage, count: in
     apply, params, buffers = fs.functionalize(module)
     pending = []
     for seed in range(count):
-        torch.default_generator.manual_seed(seed)
+        torch.manual_seed(seed)
         output, buffers, pullback = fs.stage_vjp(
             apply, params, buffers, *args, argnums=stage.argnums, **kwargs
         )
         grads = cotangents(output, seed)
         pending.append(pullback(grads)[1])
-        torch.default_generator.manual_seed(seed)
+        torch.manual_seed(seed)
         output = eager(*trees.map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, args), **kwargs)
         pairs = zip(trees.flatten(output)[0], trees.flatten(grads)[0], strict=True)
         pairs = [(y, grad) for y, grad in pairs if grad is not None and y.requires_grad]

@@ -101,6 +101,9 @@ def partition(joint: Joint, remat: Remat) -> Partition:
     needed = ancestors((*outputs, *new_buffers))
     for_inputs = ancestors(input_grads)
     urgent = late & for_inputs
+    for node in joint.module.graph.nodes:
+        if node.target is operator.getitem and node.args[0] in urgent:
+            urgent.add(node)  # an entry of a result is at hand where the result is, which cannot be saved
     deferred = (late & ancestors(param_grads)) - urgent - set(cotangents)
     early = [node for node in joint.module.graph.nodes if node not in deferred and node.op != "output"]
     movable = _movable(joint.module.graph, deferred) if urgent else set()

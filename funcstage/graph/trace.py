@@ -73,6 +73,8 @@ def trace(
     kwargs: dict[str, Any],
     diff: Sequence[int] | None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    overwritten: bool = False,
 ) -> Joint:
     """Trace a stage function and its backward; nothing is computed, allocated or mutated.
 
@@ -84,6 +86,8 @@ def trace(
         kwargs: its keyword arguments. Leaves that are no tensors become constants of the graph.
         diff: indices of the differentiated leaves of `args`; `None` traces the forward alone.
         decompositions: ATen operations to replace while tracing.
+        overwritten: whether the stage writes into its differentiated arguments, which are then copied.
+            Found out by trying.
 
     Returns:
         The joint graph, free of mutating operations.
@@ -118,7 +122,8 @@ def trace(
             wanted = [] if diff is None else [*filter(differentiable, range(n_params)), *wanted_args]
             for i in wanted:
                 # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
-                values[i] = torch.ops.aten.alias.default(values[i].requires_grad_())
+                alias = torch.clone if overwritten and i >= n_leaves else torch.ops.aten.alias.default
+                values[i] = alias(values[i].requires_grad_())
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
             with torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None):
@@ -161,7 +166,11 @@ def trace(
         except StageError:
             raise
         except Exception as error:
-            raise _refusal(apply, error) from error
+            if overwritten or _LEAF_WRITTEN not in str(error):
+                raise _refusal(apply, error) from error
+            traced = None
+    if traced is None:
+        return trace(apply, params, buffers, args, kwargs, diff, decompositions, overwritten=True)
     _name_placeholders(traced, n_state)
     _open_cotangents(apply, traced)
     _check_recorded(apply, traced)
@@ -263,7 +272,7 @@ def _impure(apply: Callable[..., Any]) -> PurityError:
 
 def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     """Say where the trace stopped; errors that the stage itself raises are passed on."""
-    if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in str(error):
+    if isinstance(error, RuntimeError) and _LEAF_WRITTEN in str(error):
         return _impure(apply)
     where = None
     owner = _name(apply)
@@ -305,7 +314,8 @@ class _Separable(TorchFunctionMode):
             with self:
                 return body(*args, **kwargs)
         if func in (torch.batch_norm, torch.instance_norm):
-            return func(*args[:-1], False, **kwargs)
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args[:-1], False, **kwargs)
         if func in _RECURRENT:
             return _RECURRENT[func](*args, **kwargs)
         return func(*args, **kwargs)
@@ -329,6 +339,7 @@ def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | Non
 
 
 _OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
+_LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message
 _UNCOMPILED = "The uncompiled `apply` works: pass it to stage_vjp as it is."
 _RECURRENT = {
     torch.lstm: recurrent.stacked(recurrent.lstm_step),
