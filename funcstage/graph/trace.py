@@ -122,8 +122,10 @@ def trace(
             wanted = [] if diff is None else [*filter(differentiable, range(n_params)), *wanted_args]
             for i in wanted:
                 # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
-                alias = torch.clone if overwritten and i >= n_leaves else torch.ops.aten.alias.default
-                values[i] = alias(values[i].requires_grad_())
+                values[i] = torch.ops.aten.alias.default(values[i].requires_grad_())
+            ends = [values[i] for i in wanted]
+            for i in wanted_args if overwritten else ():
+                values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
             with torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None):
@@ -142,7 +144,7 @@ def trace(
                 with tt.lent(module, {**stage_buffers, **stage_params} if module else {}), tt.autocast_off():
                     found = torch.autograd.grad(
                         [outputs[i] for i in roots],
-                        [values[i] for i in wanted],
+                        ends,
                         cotangents,
                         allow_unused=True,
                     )
