@@ -16,6 +16,20 @@ import funcstage as fs
 NAMESPACE = "funcstage"
 
 
+class Watched(nn.Module):
+    """Two linear layers; notes the value between them, which W needs."""
+
+    def __init__(self, refs: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.refs = refs
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).cos()
+        self.refs.append(weakref.ref(torch._C._functorch.get_unwrapped(h)))
+        return self.second(h)
+
+
 def forward(module: nn.Module, x: Tensor) -> fs.Pullback:
     return fs.stage_vjp(*fs.functionalize(module), x)[2]
 
@@ -69,26 +83,15 @@ def test_what_only_i_needed_is_freed_by_i() -> None:
 
 def test_what_w_needs_is_freed_by_w_without_the_garbage_collector() -> None:
     refs: list[weakref.ref[Tensor]] = []
-
-    class Stage(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x).cos()
-            refs.append(weakref.ref(torch._C._functorch.get_unwrapped(h)))
-            return self.second(h)
-
     gc.collect()
     gc.disable()
     try:
-        pullback = forward(Stage(), torch.randn(8, 4))
+        pullback = forward(Watched(refs), torch.randn(8, 4))
         _, weight_pullback = pullback(torch.ones(8, 4))
         assert refs[0]() is not None
         weight_pullback()
         assert refs[0]() is None
-        forward(Stage(), torch.randn(8, 4))  # dropped unused
+        forward(Watched(refs), torch.randn(8, 4))  # dropped unused
         assert refs[1]() is None
     finally:
         gc.enable()
@@ -143,18 +146,7 @@ def test_pullbacks_are_pytrees_of_their_residuals(device: str) -> None:
 
 def test_moving_the_residuals_away_frees_the_originals() -> None:
     refs: list[weakref.ref[Tensor]] = []
-
-    class Stage(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x).cos()
-            refs.append(weakref.ref(torch._C._functorch.get_unwrapped(h)))
-            return self.second(h)
-
-    module, x, cotangent = Stage(), torch.randn(8, 4), torch.randn(8, 4)
+    module, x, cotangent = Watched(refs), torch.randn(8, 4), torch.randn(8, 4)
     expected = forward(module, x)(cotangent)[1]()
     pullback = forward(module, x)
     parked = optree.tree_map(torch.clone, pullback, namespace=NAMESPACE)
