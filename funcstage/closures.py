@@ -113,6 +113,9 @@ class WeightTape:
         """The residuals: what the nodes have saved, then the cotangents."""
         return [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
 
+    def share(self) -> list[Tensor]:
+        return self.leaves()  # nothing is ever written into them
+
     def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
         """The same tape over other residuals."""
         saved = self._saved()
@@ -195,6 +198,9 @@ class InputTape:
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes of both tapes have saved."""
         return [r.tensor for r in self._saved()]
+
+    def share(self) -> list[Tensor]:
+        return self.leaves()  # nothing is ever written into them
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
         """The same tape over other residuals."""

@@ -22,9 +22,10 @@ from funcstage.trees import Buffers, Params, PyTree, describe
 
 
 class Tape(Protocol):
-    """What both tapes of an engine offer: their residuals, to look at and to replace."""
+    """What both tapes of an engine offer: their residuals, to look at, to give away and to replace."""
 
     def leaves(self) -> list[Tensor]: ...
+    def share(self) -> list[Tensor]: ...
     def with_leaves(self, leaves: Sequence[Tensor]) -> Self: ...
 
 
@@ -302,7 +303,7 @@ def stage_vjp(
         {'weight': (2, 3), 'bias': (2,)}
     """
     _check_callable(apply)
-    diff = _differentiated_leaves(args, argnums)
+    diff = differentiated_leaves(args, argnums)
     linearize = getattr(apply, "linearize", None)
     if linearize is None:
         output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
@@ -469,23 +470,27 @@ def _check_callable(apply: object) -> None:
         raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
 
 
-def _differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
-    """Indices, among all leaves of `args`, of those that are differentiated."""
-    chosen = None if argnums is None else _checked_argnums(argnums, len(args))
+def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
+    """Return the indices, among all leaves of `args`, of those that `argnums` differentiates."""
+    if argnums is None:
+        return [i for i, leaf in enumerate(trees.flatten(args)[0]) if trees.is_differentiable(leaf)]
+    chosen = _checked_argnums(argnums, len(args))
     diff: list[int] = []
     offset = 0
     for position, arg in enumerate(args):
         leaves = trees.flatten(arg)[0]
-        found = [offset + i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
-        offset += len(leaves)
-        if chosen is None or position in chosen:
+        if position in chosen:
+            found = [offset + i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
+            if not found:
+                what = (
+                    describe(arg) if len(leaves) == 1 else f"a {type(arg).__name__} of {len(leaves)} leaves"
+                )
+                raise StructureError(
+                    f"argnums names positional argument {position}, which has no floating or complex tensor "
+                    f"to differentiate: it is {what}. Leave it out of argnums."
+                )
             diff += found
-        if chosen is not None and position in chosen and not found:
-            what = describe(arg) if len(leaves) == 1 else f"a {type(arg).__name__} of {len(leaves)} leaves"
-            raise StructureError(
-                f"argnums names positional argument {position}, which has no floating or complex tensor to "
-                f"differentiate: it is {what}. Leave it out of argnums."
-            )
+        offset += len(leaves)
     return diff
 
 
@@ -516,7 +521,7 @@ def _readable(n: int) -> str:
 def _flatten_linear(pullback: _Linear[Any]) -> tuple[list[Tensor], tuple[_Linear[Any], Any]]:
     tape = pullback._tape
     # The tape goes along as it is now: the pullback itself may be consumed before it is rebuilt.
-    return ([], (pullback, None)) if tape is None else (tape.leaves(), (pullback, tape))
+    return ([], (pullback, None)) if tape is None else (tape.share(), (pullback, tape))
 
 
 def _unflatten_linear(metadata: tuple[_Linear[Any], Any], leaves: Iterable[Tensor]) -> _Linear[Any]:

@@ -5,11 +5,13 @@ Tried with torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -42,6 +44,7 @@ __all__ = [
     "FunctionalTensorMode",
     "autocast_off",
     "autocast_state",
+    "comparison",
     "fake_like",
     "from_functional",
     "global_flags",
@@ -77,6 +80,21 @@ def from_functional(tensor: Tensor) -> Tensor:
     torch._sync(tensor)
     value: Tensor = torch._from_functional_tensor(tensor.elem)
     return value
+
+
+def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A check whether tensors agree with these in class, shape, strides, dtype, device and requires_grad.
+
+    Also in what the dispatcher sees: conjugation, negation, subclasses, wrappers of transforms, autocast.
+    """
+    shapes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
+    if not tensors:
+        return lambda: True
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
+    ).check
+    return check
 
 
 def was_written(tensor: Tensor) -> bool:

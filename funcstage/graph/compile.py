@@ -24,9 +24,9 @@ from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.graph.programs import Lower, Programs, run_as_python
 from funcstage.graph.separate import DECOMPOSED, separate
-from funcstage.graph.signature import ModuleState, Signature, reasons, signature_of
+from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
 from funcstage.graph.trace import trace
-from funcstage.split import _differentiated_leaves as differentiated_leaves
+from funcstage.split import differentiated_leaves
 from funcstage.trees import Buffers, Params, PyTree
 
 MAX_SIGNATURES = 64
@@ -52,15 +52,16 @@ class CompiledStage:
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._module_state = ModuleState(self.module)
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()
+        self._recent: tuple[Recent, Programs] | None = None
         self._lock = threading.Lock()
         self._warned = False
 
     def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
-        leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        if _is_differentiated(leaves):
+        found = self._found(params, buffers, args, kwargs, None)
+        if found is None:
             return self.apply(params, buffers, *args, **kwargs)
-        programs, state, inputs = self._programs(leaves, structure, None)
-        output, new_buffers, _ = programs.linearize(state, inputs)
+        programs, tensors = found
+        output, new_buffers, _ = programs.linearize(tensors)
         return output, new_buffers
 
     def linearize(
@@ -72,11 +73,11 @@ class CompiledStage:
         diff: Sequence[int],
     ) -> tuple[PyTree, Buffers, Any]:
         """Run F. Called by `stage_vjp`; the protocol of engines."""
-        leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        if _is_differentiated(leaves):
+        found = self._found(params, buffers, args, kwargs, diff)
+        if found is None:
             return closures.linearize(self.apply, params, buffers, args, kwargs, diff)
-        programs, state, inputs = self._programs(leaves, structure, diff)
-        return programs.linearize(state, inputs)
+        programs, tensors = found
+        return programs.linearize(tensors)
 
     def plan(
         self,
@@ -95,7 +96,7 @@ class CompiledStage:
             The plan; print it.
         """
         leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        programs, _, _ = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
         return plan_of(self.__qualname__, programs.joint, programs.partition)
 
     def programs(
@@ -115,7 +116,7 @@ class CompiledStage:
             The three graphs; print them.
         """
         leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        programs, _, _ = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
         parts = programs.partition
         return StagePrograms(parts.forward.module, parts.input_grad.module, parts.weight_grad.module)
 
@@ -126,24 +127,40 @@ class CompiledStage:
             f"{len(self._traced)} signature(s)>"
         )
 
+    def _found(
+        self,
+        params: Params,
+        buffers: Buffers,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        diff: Sequence[int] | None,
+    ) -> tuple[Programs, list[Tensor]] | None:
+        """The programs for a call and its tensors; `None` where the original function must run."""
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        if tt.is_transformed():
+            return None
+        if self._recent is not None:  # computing a signature takes as long as launching F
+            recent, programs = self._recent
+            tensors = recent.match(leaves, structure, diff, self._module_state)
+            if tensors is not None:
+                return programs, tensors
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
+        programs = self._programs(leaves, structure, diff)
+        self._recent = Recent(leaves, structure, diff, self._module_state), programs
+        return programs, tensors
+
     def _programs(
         self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
-    ) -> tuple[Programs, list[Tensor], list[Tensor]]:
-        """The programs for these arguments, and their tensors: state, then args."""
+    ) -> Programs:
         signature = signature_of(leaves, structure, diff, self._module_state)
-        programs = self._traced.get(signature)
-        if programs is None:
-            with self._lock:
-                programs = self._traced.get(signature)
-                if programs is None:
-                    programs = self._trace(signature, leaves, structure, diff)
-        elif len(self._traced) > 1:
-            with self._lock:
-                if signature in self._traced:
-                    self._traced.move_to_end(signature)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        n_state = programs.joint.n_state
-        return programs, tensors[:n_state], tensors[n_state:]
+        with self._lock:
+            programs = self._traced.get(signature)
+            if programs is None:
+                return self._trace(signature, leaves, structure, diff)
+            self._traced.move_to_end(signature)
+            return programs
 
     def _trace(
         self,
@@ -233,9 +250,3 @@ def _backend(name: str) -> tuple[Any, Lower]:
     from funcstage.graph import inductor  # here, as importing Inductor takes seconds
 
     return inductor.decompositions(), inductor.lower
-
-
-def _is_differentiated(leaves: list[Any]) -> bool:
-    if tt.is_transformed():
-        return True
-    return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)

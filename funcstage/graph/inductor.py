@@ -5,23 +5,24 @@ All of torch's private Inductor API is imported here. Tried with torch 2.11 and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.ir import ConcatKernel, TensorBox
+from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from funcstage.graph.partition import is_cheap, is_view
 from funcstage.graph.programs import Runner
-
-_OPTIONS = {"fallback_random": True}
-"""Random numbers as eager draws them, for the same seed."""
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -30,26 +31,115 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
         return select_decomp_table()
 
 
-def lower(module: GraphModule) -> Runner:
+def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     """Compile a program; the results keep the strides that the trace gave them.
 
     Args:
         module: a boxed program; left as it is.
+        donated: names of the inputs that it may overwrite after their last use.
 
     Returns:
         The compiled program, boxed as well.
     """
-    nodes = module.graph.find_nodes(op="placeholder")
-    examples = [node.meta["val"] for node in nodes]
-    graph = torch.fx.Graph()
+    graph = Graph()
     results = graph.graph_copy(module.graph, {})
     graph.output(results)
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    fake_mode = detect_fake_mode(examples)
     if not any(node.op == "call_function" for node in graph.nodes):
         return module.forward
-    with config.patch(_OPTIONS), V.set_fake_mode(fake_mode), tracing(TracingContext(fake_mode)):
-        compiled = compile_fx_inner(GraphModule(module, graph), examples, cudagraphs=BoxedBool(False))
+    _write_parts_in_place(graph)
+    nodes = graph.find_nodes(op="placeholder")
+    for node in nodes:
+        _rename(node, node.name in donated)
+    examples = [node.meta["val"] for node in nodes]
+    fake_mode = detect_fake_mode(examples)
+    context = TracingContext(fake_mode)
+    places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
+    context.fw_metadata = _Donation(places)  # type: ignore[assignment]
+    with config.patch(_OPTIONS), V.set_fake_mode(fake_mode), tracing(context):
+        compiled = compile_fx_inner(
+            GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
+        )
     return compiled
+
+
+class _Donation(NamedTuple):
+    """The one part of AOTAutograd's metadata that is read below it, and only of backward programs."""
+
+    bw_donated_idxs: list[int]
+
+
+_DONATED = "donated_"
+
+
+def _rename(node: Node, donated: bool) -> None:
+    """Name an input as Inductor's memory planning expects it: it frees what is not named as below.
+
+    The name also tells its cache, which does not look at what is donated, two such programs apart.
+    """
+    if donated:
+        name = _DONATED + node.name
+    else:
+        name = node.name.replace("state_", "primals_").replace("cotangent_", "tangents_")
+    node._rename(name)
+    node.target = node.name
+
+
+def _write_parts_in_place(graph: Graph) -> None:
+    """Let concatenations whose parts are computed from the same values be written part by part.
+
+    Inductor would make each a kernel that selects a part for every element: it reads what all parts are
+    made from once for each, and fuses with nothing else that reads it. Written part by part, the two halves
+    of a gated unit's gradient and the recomputed unit itself become one kernel with one read.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = node.args[0]
+        reads_once = all(map(_is_mapped, parts)) and set.intersection(*map(_sources, parts))
+        if reads_once and not any(map(_is_mapped, _beyond_views(node))):
+            node.target = torch.ops.funcstage.cat.default
+
+
+def _is_mapped(node: Node) -> bool:
+    return is_cheap(node) and not is_view(node)
+
+
+def _beyond_views(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if is_view(user):
+            yield from _beyond_views(user)
+        else:
+            yield user
+
+
+def _sources(node: Node) -> set[Node]:
+    """The values that a node is computed from by mapping and moving elements alone."""
+    sources: set[Node] = set()
+    stack, seen = [node], {node}
+    while stack:
+        for read in stack.pop().all_input_nodes:
+            if read not in seen:
+                seen.add(read)
+                (stack.append if is_cheap(read) else sources.add)(read)
+    return sources
+
+
+@torch.library.custom_op("funcstage::cat", mutates_args=())
+def cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, whose parts Inductor computes where they belong in the result."""
+    return torch.cat(parts, dim)
+
+
+@cat.register_fake
+def _(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(parts, dim)
+
+
+@register_lowering(torch.ops.funcstage.cat.default)
+def _(parts: list[Any], dim: int = 0) -> Any:
+    return TensorBox(ConcatKernel.create(parts, dim % len(parts[0].get_size())))
+
+
+_OPTIONS = {"fallback_random": True}
+"""Random numbers as eager draws them, for the same seed."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import networkx as nx  # type: ignore[import-untyped]
 import torch
@@ -299,7 +299,8 @@ def _extract(
     """Build the program that computes `results` from those of `inputs` that they need.
 
     The operations of `prompt` run in the order of the joint graph; all others, which are recomputations,
-    run when they are first read, so that not all of them are alive together.
+    run when they are first read, so that not all of them are alive together, and results among them as
+    soon as nothing else waits for what they are made from.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -316,9 +317,10 @@ def _extract(
     for node in given:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    roots = [node for node in joint.module.graph.nodes if node in wanted and node in prompt]
-    for root in (*roots, *results):
-        pending = [] if root is None else [root]
+    nodes = [node for node in joint.module.graph.nodes if node in wanted]
+    state = {*constants, *joint.placeholders[: joint.n_state]}
+    for root in _schedule(nodes, prompt, boundary, state, results):
+        pending = [root]
         while pending:
             node = pending[-1]
             missing = [source for source in node.all_input_nodes if source not in copies]
@@ -338,6 +340,39 @@ def _extract(
     )
 
 
+def _schedule(
+    nodes: Sequence[Node],
+    prompt: set[Node],
+    held: set[Node],
+    state: set[Node],
+    results: Iterable[Node | None],
+) -> list[Node]:
+    """Order the prompt operations and the results.
+
+    A result that is recomputed follows the last prompt operation that reads what it is made from: that is
+    free then, and a compiler can have both from one pass over it.
+
+    Args:
+        nodes: what the program consists of, in graph order.
+        prompt: what keeps its order.
+        held: the inputs; `state` are those of them that are held anyway.
+        results: the results.
+    """
+    order = {node: i for i, node in enumerate(node for node in nodes if node in prompt)}
+    last_use = dict.fromkeys(nodes, -1)
+    for node in reversed(nodes):
+        for read in node.all_input_nodes if node not in held else ():
+            last_use[read] = max(last_use[read], order.get(node, last_use[node]))
+    due: dict[Node, int] = {}
+    for node in nodes:
+        if node in held:
+            due[node] = -1 if node in state else last_use[node]
+        else:
+            due[node] = order.get(node, max((due[read] for read in node.all_input_nodes), default=-1))
+    recomputed = {node: due[node] for node in results if node is not None and node not in order}
+    return sorted([*order, *recomputed], key=lambda node: (due[node], node in recomputed))
+
+
 def boxed(root: GraphModule, graph: Graph) -> GraphModule:
     """A module that takes its arguments in one list and empties it, so that each is freed after its use."""
     graph.set_codegen(BoxedCodeGen())
@@ -351,9 +386,7 @@ def own_results(graph: Graph) -> None:
     owned: list[Node | None] = []
     for node in output.args[0]:
         if node is not None:
-            base = node
-            while base.op == "call_function" and is_view(base):
-                base = base.args[0]
+            base = _base(node)
             value = node.meta["val"]
             if base.op != "call_function" or base in taken or 0 in value.stride():
                 with graph.inserting_before(output):
@@ -365,6 +398,35 @@ def own_results(graph: Graph) -> None:
             taken.add(base)
         owned.append(node)
     output.args = (tuple(owned),)
+
+
+def giving_away(program: Program, names: Collection[str]) -> Program:
+    """Return a program whose results are the inputs of `names` where they are copies of these.
+
+    Args:
+        program: left as it is.
+        names: inputs that nobody reads after the program.
+    """
+    graph = Graph()
+    results: list[Any] = list(graph.graph_copy(program.module.graph, {}))  # type: ignore[arg-type]
+    given: set[Node] = set()
+    for i, result in enumerate(results):
+        if result is not None and result.target is aten.clone.default:
+            source = result.args[0]
+            base = _base(source)
+            if base.name in names and base not in given and source.meta["val"].is_contiguous():
+                given.add(base)
+                results[i] = source
+    graph.output(tuple(results))
+    graph.eliminate_dead_code()
+    return replace(program, module=boxed(program.module, graph))
+
+
+def _base(node: Node) -> Node:
+    """The node in whose memory another lies."""
+    while node.op == "call_function" and is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 _RESHAPES = {aten._unsafe_view.default, aten.reshape.default, aten.lift_fresh_copy.default}

@@ -6,7 +6,8 @@ used. The tapes know by position where every input of the next program comes fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -18,18 +19,18 @@ from funcstage import trees
 from funcstage.graph import _torch as tt
 from funcstage.graph.absent import without
 from funcstage.graph.cuda_graphs import Flight, SlotPool, handed_out
-from funcstage.graph.partition import Partition, Program
+from funcstage.graph.partition import Partition, Program, giving_away
 from funcstage.graph.trace import Joint
 from funcstage.trees import Buffers, PyTree
 
 Runner: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor | None]]
 """A program that can be run: takes its inputs in a list, which it empties."""
 
-Lower: TypeAlias = Callable[[GraphModule], Runner]
-"""Makes a program runnable."""
+Lower: TypeAlias = Callable[[GraphModule, Collection[str]], Runner]
+"""Makes a program runnable, which may overwrite the inputs that are named."""
 
 
-def run_as_python(module: GraphModule) -> Runner:
+def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
     """`backend="aten"`: the generated Python, operation by operation."""
     return module.forward
 
@@ -56,21 +57,13 @@ class Step:
         return plain_run(self.run, self.inputs(state, rest))
 
 
-def step(program: Program, joint: Joint, rest: Sequence[str], lower: Lower) -> Step:
-    """Lower a program whose inputs are state, then some of `rest`."""
-    names = [node.name for node in joint.placeholders[: joint.n_state]]
-    state = {name: i for i, name in enumerate(names)}
-    others = {name: i for i, name in enumerate(rest)}
-    return Step(
-        lower(program.module),
-        tuple(state[name] for name in program.inputs if name in state),
-        tuple(others[name] for name in program.inputs if name not in state),
-    )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Programs:
     """The three programs of one signature, lowered when first needed.
+
+    A program may overwrite residuals that nothing else lies in the memory of, once it is their last reader.
+    Which these are is read off the tensors of the first run, as a lowered program may let results share
+    memory that had none in common in the graph.
 
     Attributes:
         joint: the traced graph.
@@ -83,11 +76,12 @@ class Programs:
     partition: Partition
     lower: Lower
     slots: SlotPool | None = None
-    _steps: dict[Any, Any] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict)
 
-    def linearize(self, state: Sequence[Tensor], args: Sequence[Tensor]) -> tuple[PyTree, Buffers, InputTape]:
-        """Run F: return output, new buffers and the tape."""
+    def linearize(self, tensors: Sequence[Tensor]) -> tuple[PyTree, Buffers, InputTape]:
+        """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
         joint = self.joint
+        state, args = tensors[: joint.n_state], tensors[joint.n_state :]
         n = joint.output_spec.num_leaves
         end = n + joint.buffers_spec.num_leaves
         flight = self.slots.claim(state) if self.slots is not None else None
@@ -102,43 +96,102 @@ class Programs:
         output = trees.unflatten(joint.output_spec, leaves[:n])
         new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
         residuals: Any = tuple(results[end:])
+        if "F" not in self._made:
+            others = [*tensors, *results[:end]]
+            self._made["F"] = unshared(self.partition.after_forward, residuals, others)
         return output, new_buffers, InputTape(self, state, residuals, flight)
 
     @property
     def forward(self) -> Step:
-        if "forward" not in self._steps:
+        if "forward" not in self._made:
             rest = [node.name for node in self.joint.placeholders[self.joint.n_state :]]
-            self._steps["forward"] = step(self.partition.forward, self.joint, rest, self.lower)
-        return self._steps["forward"]
+            self._made["forward"] = self._step(self.partition.forward, rest)
+        return self._made["forward"]
 
     def backward(self, absent: tuple[int, ...]) -> Backward:
         """I and W, specialised to the cotangents that are absent."""
-        if absent not in self._steps:
-            self._steps[absent] = self._backward(absent)
-        return self._steps[absent]
+        if absent not in self._made:
+            self._made[absent] = self._backward(absent)
+        return self._made[absent]
+
+    def input_grad(self, backward: Backward, donate: bool) -> Step:
+        """I; it overwrites what only it reads, if that is donated."""
+        key = "I", backward, donate
+        if key not in self._made:
+            handed_on = {self.partition.after_forward[i] for i in backward.kept}
+            donated = self._made["F"] - handed_on if donate else ()
+            rest = [*self.partition.after_forward, *self._cotangents]
+            self._made[key] = self._step(backward.input_grad, rest, donated)
+        return self._made[key]
+
+    def weight_grad(self, backward: Backward, own: bool, donate: bool) -> Step:
+        """W; residuals that are its own it may return as results and, if donated, overwrite."""
+        key = "W", backward, own, donate
+        if key not in self._made:
+            parts, program = self.partition, backward.weight_grad
+            owned = self._made["F"] | self._made["I", backward]
+            if own:
+                program = giving_away(program, owned)
+            rest = [*parts.after_forward, *parts.from_input]
+            self._made[key] = self._step(program, rest, owned if own and donate else ())
+        return self._made[key]
+
+    def note(
+        self, backward: Backward, results: Sequence[Tensor | None], others: Sequence[Tensor | None]
+    ) -> None:
+        """Note which residuals of W lie in memory of their own, from what I returned in its first run."""
+        n = backward.n_grads
+        self._made["I", backward] = unshared(self.partition.from_input, results[n:], (*results[:n], *others))
+
+    def is_noted(self, backward: Backward) -> bool:
+        return ("I", backward) in self._made
+
+    @property
+    def _cotangents(self) -> list[str]:
+        return [node.name for node in self.joint.placeholders[self.joint.n_state + self.joint.n_args :]]
+
+    def _step(self, program: Program, rest: Sequence[str], donated: Collection[str] = ()) -> Step:
+        """Lower a program whose inputs are state, then some of `rest`."""
+        names = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
+        state = {name: i for i, name in enumerate(names)}
+        others = {name: i for i, name in enumerate(rest)}
+        return Step(
+            self.lower(program.module, donated),
+            tuple(state[name] for name in program.inputs if name in state),
+            tuple(others[name] for name in program.inputs if name not in state),
+        )
 
     def _backward(self, absent: tuple[int, ...]) -> Backward:
         parts, joint = self.partition, self.joint
         input_grad, weight_grad = parts.input_grad, parts.weight_grad
         if absent:
-            names = [node.name for node in joint.placeholders[joint.n_state + joint.n_args :]]
-            input_grad = without(input_grad, parts.linear, [names[i] for i in absent])
+            input_grad = without(input_grad, parts.linear, [self._cotangents[i] for i in absent])
             made = input_grad.results[len(input_grad.results) - len(parts.from_input) :]
             gone = [name for name, result in zip(parts.from_input, made, strict=True) if result is None]
             weight_grad = without(weight_grad, parts.linear, gone, own=True)
         cotangents = joint.placeholders[joint.n_state + joint.n_args :]
         values = [node.meta["val"] for node in cotangents]
-        after_forward = {name: i for i, name in enumerate(parts.after_forward)}
         needed = set(weight_grad.inputs)
-        n_made = len(parts.from_input)
         return Backward(
-            step(input_grad, joint, [*parts.after_forward, *(node.name for node in cotangents)], self.lower),
-            step(weight_grad, joint, [*parts.after_forward, *parts.from_input], self.lower),
+            input_grad,
+            weight_grad,
             tuple((leaf, value.stride()) for leaf, value in zip(joint.cotangents, values, strict=True)),
-            len(input_grad.results) - n_made,
-            tuple(after_forward[name] for name in parts.after_forward if name in needed),
+            len(input_grad.results) - len(parts.from_input),
+            tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
             tuple(i for i, name in enumerate(parts.from_input) if name in needed),
         )
+
+
+def unshared(
+    names: Sequence[str], tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]
+) -> frozenset[str]:
+    """Names of those of `tensors` that have memory of their own, which no other tensor has a part of."""
+    memory = Counter(tensor.untyped_storage()._cdata for tensor in (*tensors, *others) if tensor is not None)
+    return frozenset(
+        name
+        for name, tensor in zip(names, tensors, strict=True)
+        if tensor is not None and memory[tensor.untyped_storage()._cdata] == 1
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,8 +207,8 @@ class Backward:
         made: the residuals of I that W reads.
     """
 
-    input_grad: Step
-    weight_grad: Step
+    input_grad: Program
+    weight_grad: Program
     cotangents: tuple[tuple[int, tuple[int, ...]], ...]
     n_grads: int
     kept: tuple[int, ...]
@@ -171,47 +224,62 @@ class InputTape:
         state: parameters and buffers.
         residuals: what F handed on; given up when I runs, so that it is freed as I proceeds.
         flight: the claim on the slot that the residuals lie in, if CUDA graphs made them.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
     """
 
     programs: Programs
     state: Sequence[Tensor]
     residuals: tuple[Tensor, ...]
     flight: Flight | None
+    shared: bool = False
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
         """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
-        traced = self.programs.joint.cotangents
-        absent = tuple(i for i, leaf in enumerate(traced) if cotangents[leaf] is None)
-        backward = self.programs.backward(absent)
+        programs = self.programs
+        traced = programs.joint.cotangents
+        absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
+        backward = programs.backward(absent)
         given: list[Any] = [_with_strides(cotangents[i], strides) for i, strides in backward.cotangents]
         n, size = backward.n_grads, len(self.residuals)
         kept = {i: self.residuals[i] for i in backward.kept}
-        replay = self.flight is not None and not retain and not absent
+        shared = self.shared or retain
+        replay = self.flight is not None and not shared and not absent
+        step = programs.input_grad(backward, donate=not shared and self.flight is None)
+        first = not programs.is_noted(backward)
+        others = (*self.state, *kept.values(), *given) if first else ()
         if self.flight is not None and replay:
-            results = self.flight.slot.run("I", backward.input_grad, self.state, self.residuals, given)
+            results = self.flight.slot.run("I", step, self.state, self.residuals, given)
             grads = handed_out(results[:n])
         else:
-            inputs = backward.input_grad.inputs(self.state, (*self.residuals, *given))
+            inputs = step.inputs(self.state, (*self.residuals, *given))
             del given
             if not retain:
                 self.residuals = ()
-            results = list(plain_run(backward.input_grad.run, inputs))
+            results = list(plain_run(step.run, inputs))
             grads = list(results[:n])
+        if first:
+            programs.note(backward, results, others)
         residuals: list[Tensor | None] = [None] * (size + len(results) - n)
         for i, residual in kept.items():
             residuals[i] = residual
         for i in backward.made:
             residuals[size + i] = results[n + i]
-        weight_tape = WeightTape(backward.weight_grad, self.state, tuple(residuals), self.flight, replay)
+        weight_tape = WeightTape(
+            programs, backward, self.state, tuple(residuals), self.flight, replay, shared
+        )
         return grads, weight_tape, self if retain else None
 
     def leaves(self) -> list[Tensor]:
         return list(self.residuals)
 
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
     def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        return replace(self, residuals=tuple(leaves), flight=None)
+        return replace(self, residuals=tuple(leaves), flight=None, shared=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -219,36 +287,46 @@ class WeightTape:
     """What F and I retain for W.
 
     Attributes:
-        weight_grad: W.
+        programs: of the signature.
+        backward: I and W for the cotangents that there were.
         state: parameters and buffers.
         residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
         flight: the claim on the slot that residuals lie in, if any.
         replay: whether W may run as a CUDA graph, because I did.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
     """
 
-    weight_grad: Step
+    programs: Programs
+    backward: Backward
     state: Sequence[Tensor]
     residuals: tuple[Tensor | None, ...]
     flight: Flight | None
     replay: bool
+    shared: bool
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
-        if self.flight is not None and self.replay and not retain:
-            grads = self.flight.slot.run("W", self.weight_grad, self.state, self.residuals, ())
+        own = not (self.shared or retain)
+        step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
+        if self.flight is not None and self.replay and own:
+            grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
             return handed_out(grads), None
-        inputs = self.weight_grad.inputs(self.state, self.residuals)
+        inputs = step.inputs(self.state, self.residuals)
         if not retain:
             self.residuals = ()
-        return list(plain_run(self.weight_grad.run, inputs)), self if retain else None
+        return list(plain_run(step.run, inputs)), self if retain else None
 
     def leaves(self) -> list[Tensor]:
         return [residual for residual in self.residuals if residual is not None]
 
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
     def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
         new = iter(leaves)
         residuals = tuple(None if r is None else next(new) for r in self.residuals)
-        return replace(self, residuals=residuals, flight=None)
+        return replace(self, residuals=residuals, flight=None, shared=True)
 
 
 def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:

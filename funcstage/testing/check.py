@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from funcstage import trees
 from funcstage.errors import ConsumedError, StructureError
 from funcstage.functional import FunctionalStage, functionalize
-from funcstage.split import Pullback, WeightPullback, _differentiated_leaves, stage_vjp
+from funcstage.split import Pullback, WeightPullback, differentiated_leaves, stage_vjp
 from funcstage.testing.tolerances import Difference, Rounding, compare, dtypes_on_tape, tolerance_of
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -256,7 +256,7 @@ class _Subject:
             )
         name = getattr(stage.apply, "__qualname__", type(stage.apply).__name__)
         args, kwargs = trees.map_leaves(_detached, (args, kwargs))
-        return cls(name, stage, module, args, kwargs, _differentiated_leaves(args, argnums))
+        return cls(name, stage, module, args, kwargs, differentiated_leaves(args, argnums))
 
     def forward(self, rounding: Rounding | None = None, trained: bool = True) -> _Forward:
         """Run the stage under plain autograd, on copies; these may be rounded, or not trained."""
