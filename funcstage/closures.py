@@ -36,6 +36,7 @@ from funcstage.composites import decomposed, opened
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
 from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of, saving_outside
+from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
@@ -108,6 +109,10 @@ class WeightTape:
         for (i, _), grad in zip(origin.params, _unshared(found, cotangents), strict=True):
             grads[i] = grad
         return grads, replace(self, shared=True) if retain else None
+
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run W and add the gradients into `totals`, which are donated."""
+        return added(totals, self.pull(retain=False)[0])
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved, then the cotangents."""

@@ -33,6 +33,7 @@ class WeightTape(Tape, Protocol):
     """An engine's W."""
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]: ...
 
 
 class InputTape(Tape, Protocol):
@@ -140,6 +141,12 @@ class WeightPullback(_Linear[WeightTape]):
         if self._tape is None:
             self._params = ()
         return trees.unflatten(self._params_spec, grads)
+
+    def _add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Compute the gradients and add them into `totals`, which are donated."""
+        totals = self._live().add_into(totals)
+        self._tape, self._params = None, ()
+        return totals
 
     def _metas(self) -> list[Meta | None]:
         """What the gradients look like; read when asked for, as there are many in the path of every F."""
@@ -366,7 +373,8 @@ def stage_backward_weight(
         weight_pullbacks: one weight pullback, or several of the same stage; consumed.
         accumulate: gradients to add into, with the structure of the parameters, `None` leaves counting
             as zero. Its tensors are donated: the sum reuses their storage. A wider dtype than the
-            parameters' (float32 for bfloat16) is kept.
+            parameters' (float32 for bfloat16) is kept. A compiled stage's matrix products add into them
+            directly, without rounding in between.
 
     Returns:
         The summed gradients, with the structure of the parameters; `None` where nothing contributed.
@@ -383,18 +391,8 @@ def stage_backward_weight(
     first = pending[0]
     total = _checked_accumulators(first, accumulate)
     for weight_pullback in pending:
-        grads = trees.flatten(weight_pullback())[0]
-        total = [_sum(acc, grad) for acc, grad in zip(total, grads, strict=True)]
+        total = weight_pullback._add_into(total)
     return trees.unflatten(first._params_spec, total)
-
-
-def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """Add into `total`, which is ours or donated; differentiated sums must leave their terms intact."""
-    if total is None or grad is None:
-        return grad if total is None else total
-    if torch.is_grad_enabled() and (total.requires_grad or grad.requires_grad):
-        return total + grad
-    return total.add_(grad)
 
 
 def _check_pending(pending: Sequence[WeightPullback]) -> None:

@@ -18,9 +18,11 @@ from torch.fx import GraphModule
 from funcstage import trees
 from funcstage.graph import _torch as tt
 from funcstage.graph.absent import without
+from funcstage.graph.accumulate import Product, accumulating, add_into, can_add_into
 from funcstage.graph.cuda_graphs import Flight, SlotPool, handed_out
 from funcstage.graph.partition import Partition, Program, giving_away
 from funcstage.graph.trace import Joint
+from funcstage.sums import added
 from funcstage.trees import Buffers, PyTree
 
 Runner: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -134,6 +136,15 @@ class Programs:
                 program = giving_away(program, owned)
             rest = [*parts.after_forward, *parts.from_input]
             self._made[key] = self._step(program, rest, owned if own and donate else ())
+        return self._made[key]
+
+    def weight_grad_into(self, backward: Backward) -> tuple[Step, tuple[Product, ...]]:
+        """W with its last products apart, which add into accumulators."""
+        key = "W into", backward
+        if key not in self._made:
+            program, products = accumulating(backward.weight_grad)
+            rest = [*self.partition.after_forward, *self.partition.from_input]
+            self._made[key] = self._step(program, rest), products
         return self._made[key]
 
     def note(
@@ -315,6 +326,19 @@ class WeightTape:
         if not retain:
             self.residuals = ()
         return list(plain_run(step.run, inputs)), self if retain else None
+
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run W and add the gradients into `totals`, which are donated."""
+        if self.flight is not None or not can_add_into(totals, self.backward.weight_grad):
+            return added(totals, self.pull(retain=False)[0])
+        step, products = self.programs.weight_grad_into(self.backward)
+
+        def run(inputs: list[Any]) -> list[Tensor | None]:
+            return add_into(totals, list(step.run(inputs)), products)
+
+        inputs = step.inputs(self.state, self.residuals)
+        self.residuals = ()
+        return list(plain_run(run, inputs))
 
     def leaves(self) -> list[Tensor]:
         return [residual for residual in self.residuals if residual is not None]
