@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import funcstage as fs
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Tied(nn.Module):
     """One weight in two products and one of them transposed; a norm; a frozen and an unused parameter."""
@@ -53,10 +55,10 @@ def test_microbatches_add_up_to_what_eager_accumulates(
     name: str, engine: dict[str, Any] | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    module = MODULES[name]().to(dtype)
+    module = MODULES[name]().to(DEVICE, dtype)
     apply, params, buffers = fs.functionalize(module)
     stage = apply if engine is None else fs.compile(apply, **engine)
-    batches = torch.randn(3, 5, 6, dtype=dtype)
+    batches = torch.randn(3, 5, 6, dtype=dtype, device=DEVICE)
     reference = {name: p.double().detach().requires_grad_() for name, p in params.items()}
     pending, cotangents = [], []
     for x in batches:

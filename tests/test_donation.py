@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import funcstage as fs
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Gated(nn.Module):
     """A gated unit with a norm, whose backward recomputes much, joins two halves, and sums up early."""
@@ -30,8 +32,8 @@ class Gated(nn.Module):
 @pytest.fixture(scope="module")
 def stage() -> Any:
     torch.manual_seed(0)
-    apply, params, buffers = fs.functionalize(nn.Sequential(Gated(), Gated()))
-    return fs.compile(apply, backend="inductor"), params, buffers, torch.randn(6, 8)
+    apply, params, buffers = fs.functionalize(nn.Sequential(Gated(), Gated()).to(DEVICE))
+    return fs.compile(apply, backend="inductor"), params, buffers, torch.randn(6, 8, device=DEVICE)
 
 
 def eager(stage: Any, cotangent: Tensor) -> list[Tensor]:
@@ -75,7 +77,7 @@ def test_residuals_that_somebody_holds_are_not(stage: Any, half: str) -> None:
 
 def test_a_retained_pullback_is_not_disturbed_by_what_comes_of_it(stage: Any) -> None:
     output, _, pullback = fs.stage_vjp(*stage)
-    for cotangent in torch.randn(3, *output.shape):
+    for cotangent in torch.randn(3, *output.shape, device=DEVICE):
         (dx,), weight_pullback = pullback(cotangent, retain=True)
         assert_gradients(stage, dx, weight_pullback(), cotangent)
     cotangent = torch.randn_like(output)
