@@ -3,8 +3,24 @@
     python -m benchmarks.split --device cuda --sizes L,M,S
     python -m benchmarks.split --device cpu --sizes XS
 
-Llama-style blocks in bfloat16. Times are medians by device events; relative errors are against the same
-blocks in float64. All the ratios that are printed are within one run.
+Llama-style blocks in bfloat16, and the same in JAX where that is installed. What the columns say:
+
+- total, F, I, W: milliseconds by device events, medians; after ± half the distance of the quartiles. Where
+  there is no W, I is the whole backward. JAX's are by the host's clock around finished work, and its F, I and
+  W in runs of their own, each finished before the next.
+- host: until the last of them was enqueued.
+- peak: allocated above the resting state. Empty for CUDA graphs, whose private pools it does not show.
+- reserved: what the allocator has taken from the device since before the system was built, when it has run
+  for a while and what was unused after warming up was given back. Private pools are in it. The allocator
+  takes 2 MiB or 20 MiB and more at a time.
+- held after F: without the output; for W: what the pullback says. With CUDA graphs and on a CPU both are
+  what the pullback says, in JAX the closure's arrays less the parameters.
+- first result: from nothing, with an empty cache of compiled code for each system; libraries, the compilers'
+  imports and their worker processes are warm.
+- error: the largest `||gradient - float64|| / ||float64||` of all gradients.
+
+All the ratios that are printed are within one run. `--meta 80` traces a stage of a model of 70 billion
+parameters, in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,24 +28,37 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import itertools
 import json
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import fresh_cache
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 import funcstage as fs
 from funcstage.graph import CompiledStage
 from funcstage.graph import compile as fs_compile
+from funcstage.graph.partition import partition
+from funcstage.graph.plan import plan_of
+from funcstage.graph.separate import DECOMPOSED, separate
+from funcstage.graph.trace import trace
 
 
 class Size(NamedTuple):
@@ -85,8 +114,8 @@ class Stage:
     cotangent: Tensor
 
 
-Phases = tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any] | None]
-"""F, I (or the whole backward) and W; each takes what the one before returned.
+Phases = tuple[Callable[..., Any], ...]
+"""F, then I and W or the whole backward; each takes what the one before returned.
 
 F returns (output, rest), I (input gradient, rest), and the last of them (input gradient, parameter
 gradients).
@@ -95,14 +124,19 @@ gradients).
 
 @dataclass
 class Result:
+    """What was measured of one system; `None` where it has no such phase or memory cannot be seen."""
+
     system: str
     total_ms: float
-    forward_ms: float
-    input_ms: float
-    weight_ms: float
+    total_quartiles_ms: tuple[float, float]
+    total_range_ms: tuple[float, float]
+    forward_ms: float | None
+    input_ms: float | None
+    weight_ms: float | None
     host_ms: float
-    peak_mib: float
-    held_after_forward_mib: float
+    peak_mib: float | None
+    reserved_mib: float | None
+    held_after_forward_mib: float | None
     held_for_weight_mib: float | None
     first_result_s: float
     relative_error: float
@@ -139,7 +173,7 @@ def autograd_phases(stage: Stage, forward: Callable[[Tensor], Tensor]) -> Phases
         y.backward(stage.cotangent)
         return x.grad, [p.grad for p in params]
 
-    return run_forward, run_backward, None
+    return run_forward, run_backward
 
 
 def torch_split_phases(stage: Stage) -> Phases:
@@ -204,76 +238,128 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else 0
 
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else 0
+class Memory(NamedTuple):
+    """MiB of device memory, above the resting state."""
+
+    peak: float | None
+    reserved: float | None
+    held_after_forward: float | None
+    held_for_weight: float | None
+
+
+MIB = 2**20
 
 
 def measure(
-    name: str, stage: Stage, phases: Phases, clock: Clock, repeats: int, reference: list[Tensor], born: float
+    name: str, stage: Stage, build: Callable[[], Phases], graphs: bool, repeats: int, reference: list[Tensor]
 ) -> Result:
-    """Run F, I and W back to back `repeats` times; times are medians, memory is of the last run."""
-    forward, backward, weight = phases
-
-    def once(marks: list[Any]) -> tuple[Any, int, int | None]:
-        marks.append(clock.mark())
-        state = forward()
-        marks.append(clock.mark())
-        held = clock.allocated() - state[0].nbytes
-        state = backward(state)
-        marks.append(clock.mark())
-        held_weight = getattr(state[1], "nbytes", None)
-        if weight is not None:
-            state = weight(state)
-        marks.append(clock.mark())
-        return state, held, held_weight
-
-    result, _, _ = once([])
+    """Build a system and run F, I and W back to back; phases follow each other without waiting."""
+    clock = Clock(stage.x.device.type)
+    reserved = reserved_bytes(stage)
+    born = time.perf_counter()
+    phases = build()
+    result = run(phases)
     clock.sync()
     first = time.perf_counter() - born
     error = relative_error([result[0], *result[1]], reference)
     del result
     for _ in range(5):
-        once([])
-    clock.sync()
-    for p in stage.module.parameters():
-        p.grad = None
-    gc.collect()
-    resting = clock.allocated()
-    if clock.cuda:
-        torch.cuda.reset_peak_memory_stats()
+        run(phases)
+    forget_gradients(stage)
+    release()  # what only the compilation needed, so that `reserved` is what it takes to go on running
+    for _ in range(2):
+        run(phases)
     rows, hosts = [], []
-    held_forward, held_weight = 0, None
     for _ in range(repeats):
+        forget_gradients(stage)
         clock.sync()
         marks: list[Any] = []
         start = time.perf_counter()
-        result, held, held_weight = once(marks)
+        result = run(phases, lambda _, marks=marks: marks.append(clock.mark()))
         hosts.append((time.perf_counter() - start) * 1e3)
         clock.sync()
-        held_forward = held - resting
         del result
         steps = [clock.between(a, b) for a, b in itertools.pairwise(marks)]
-        rows.append([*steps, clock.between(marks[0], marks[-1])])
-        for p in stage.module.parameters():
-            p.grad = None
-    forward_ms, input_ms, weight_ms, total = (statistics.median(column) for column in zip(*rows, strict=True))
-    mib = 2**20
+        rows.append([clock.between(marks[0], marks[-1]), *steps])
+    totals, *steps = zip(*rows, strict=True)
+    forward_ms, input_ms, *weight_ms = map(statistics.median, steps)
+    memory = measure_memory(stage, phases, graphs, reserved)
     return Result(
         name,
-        total,
-        forward_ms,
-        input_ms,
-        weight_ms,
-        statistics.median(hosts),
-        (clock.peak() - resting) / mib,
-        held_forward / mib,
-        None if held_weight is None else held_weight / mib,
-        first,
-        error,
+        **spread(totals),
+        forward_ms=forward_ms,
+        input_ms=input_ms,
+        weight_ms=weight_ms[0] if weight_ms else None,
+        host_ms=statistics.median(hosts),
+        peak_mib=memory.peak,
+        reserved_mib=memory.reserved,
+        held_after_forward_mib=memory.held_after_forward,
+        held_for_weight_mib=memory.held_for_weight,
+        first_result_s=first,
+        relative_error=error,
     )
+
+
+def run(phases: Phases, between: Callable[[Any], None] = lambda state: None) -> Any:
+    """F, I and W; `between` is called with the state before, between and after them."""
+    state = None
+    between(state)
+    for phase in phases:
+        state = phase() if state is None else phase(state)
+        between(state)
+    return state
+
+
+def measure_memory(stage: Stage, phases: Phases, graphs: bool, reserved_before: int) -> Memory:
+    """What the allocator counts in one run, apart from the timed ones, as counting takes time.
+
+    The memory of CUDA graphs lies in private pools, whose blocks count as allocated all the time or never.
+    So no peak is given there, and what our pullbacks hold is what they say themselves.
+    """
+    held: list[tuple[float | None, float | None]] = []
+    visible = stage.x.is_cuda and not graphs
+    forget_gradients(stage)
+    gc.collect()
+    resting = torch.cuda.memory_allocated() if visible else 0
+    if visible:
+        torch.cuda.reset_peak_memory_stats()
+
+    def look(state: Any) -> None:
+        if state is None:
+            return
+        counted = (torch.cuda.memory_allocated() - resting - state[0].nbytes) / MIB if visible else None
+        said = state[1].nbytes / MIB if isinstance(state[1], fs.Pullback | fs.WeightPullback) else None
+        held.append((counted, said))
+
+    run(phases, look)
+    (after_forward, pullback), (_, weight_pullback) = held[:2]
+    return Memory(
+        (torch.cuda.max_memory_allocated() - resting) / MIB if visible else None,
+        (reserved_bytes(stage) - reserved_before) / MIB if stage.x.is_cuda else None,
+        pullback if after_forward is None else after_forward,
+        weight_pullback,
+    )
+
+
+def reserved_bytes(stage: Stage) -> int:
+    """What the allocator has taken from the device: the pools of CUDA graphs are in it."""
+    return torch.cuda.memory_reserved() if stage.x.is_cuda else 0
+
+
+def forget_gradients(stage: Stage) -> None:
+    for p in stage.module.parameters():
+        p.grad = None
+
+
+def spread(totals: Sequence[float]) -> dict[str, Any]:
+    """The median with its quartiles and its range, as `Result` names them."""
+    low, median, high = statistics.quantiles(totals, n=4, method="inclusive")
+    return {
+        "total_ms": median,
+        "total_quartiles_ms": (low, high),
+        "total_range_ms": (min(totals), max(totals)),
+    }
 
 
 def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
@@ -281,29 +367,97 @@ def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
     return max(((g - r).norm() / r.norm()).item() for g, r in zip(grads, reference, strict=True))
 
 
-@contextmanager
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def release() -> None:
+    """Give unused device memory back."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def systems(stage: Stage, device: str) -> Iterator[tuple[str, Callable[[], Phases]]]:
-    """Every system by name, with what builds it."""
-    yield "eager", lambda: autograd_phases(stage, stage.module)
-    yield "torch split", lambda: torch_split_phases(stage)
-    yield "funcstage aten", lambda: funcstage_phases(stage, backend="aten")
-    yield "torch.compile", lambda: autograd_phases(stage, torch.compile(stage.module))
-    yield "funcstage inductor", lambda: funcstage_phases(stage, backend="inductor")
-    if device == "cuda":
-        yield (
+@contextmanager
+def isolated() -> Iterator[None]:
+    """An empty cache of compiled code, on disk and in the process, and no device memory of those before."""
+    torch._dynamo.reset()
+    release()
+    if torch.cuda.is_available():  # Triton is compiled in a pool of processes, which sleeps between uses
+        AsyncCompile.wakeup()
+        AsyncCompile.wait_pool_ready()
+    with fresh_cache():
+        yield
+    torch._dynamo.reset()
+    release()
+
+
+def warm_up(stage: Stage) -> None:
+    """Pay what would fall to whichever system comes first, and to no other after it.
+
+    That is the kernels of torch's own libraries at these shapes, the import of the compilers and the start
+    of Inductor's pool of processes, for which both compilers run on something small of another shape.
+    """
+    run(autograd_phases(stage, stage.module))
+    module = nn.Sequential(nn.RMSNorm(24), nn.Linear(24, 24)).to(stage.x.device, stage.x.dtype)
+    x = stage.x.new_ones(8, 24)
+    small = Stage(module, x, torch.ones_like(x))
+    run(autograd_phases(small, torch.compile(module)))
+    run(funcstage_phases(small, backend="inductor"))
+
+
+class System(NamedTuple):
+    name: str
+    build: Callable[[], Phases]
+    graphs: bool = False
+
+
+def systems(stage: Stage) -> Iterator[System]:
+    """All that is measured in this process."""
+    yield System("eager", lambda: autograd_phases(stage, stage.module))
+    yield System("torch split", lambda: torch_split_phases(stage))
+    yield System("funcstage aten", lambda: funcstage_phases(stage, backend="aten"))
+    yield System("torch.compile", lambda: autograd_phases(stage, torch.compile(stage.module)))
+    yield System("funcstage inductor", lambda: funcstage_phases(stage, backend="inductor"))
+    if stage.x.is_cuda:
+        yield System(
             "torch.compile reduce-overhead",
             lambda: autograd_phases(stage, torch.compile(stage.module, mode="reduce-overhead")),
+            graphs=True,
         )
-        yield "funcstage graphs", lambda: funcstage_phases(stage, backend="inductor", cuda_graphs=True)
+        yield System(
+            "funcstage graphs",
+            lambda: funcstage_phases(stage, backend="inductor", cuda_graphs=True),
+            graphs=True,
+        )
+
+
+JAX_SYSTEMS = ("JAX monolithic", "JAX split")
+
+
+def measure_jax(
+    name: str, stage: Stage, heads: int, repeats: int, reference: list[Tensor]
+) -> tuple[Result, str]:
+    """Run `benchmarks.split_jax` on the stage's numbers: return what it measured, and JAX's version."""
+    state = {**dict(stage.module.named_parameters()), "x": stage.x, "cotangent": stage.cotangent}
+    on_cuda = stage.x.is_cuda
+    environment = {
+        **os.environ,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process keeps its memory
+        "JAX_PLATFORMS": "cuda" if on_cuda else "cpu",
+    }
+    with TemporaryDirectory() as folder:
+        bits = {key: value.detach().view(torch.int16).cpu().numpy() for key, value in state.items()}
+        numpy.savez(f"{folder}/numbers.npz", **bits)
+        command = [sys.executable, "-m", "benchmarks.split_jax", folder, name]
+        command += ["--heads", str(heads), "--repeats", str(repeats)]
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        figures = json.loads(Path(folder, "figures.json").read_text())
+        with numpy.load(f"{folder}/gradients.npz") as file:
+            names = ["x", *dict(stage.module.named_parameters())]
+            grads = [torch.from_numpy(file[key]).to(stage.x.device) for key in names]
+    version = figures.pop("jax")
+    totals = figures.pop("totals_ms")
+    error = relative_error(grads, reference)
+    return Result(
+        name, **spread(totals), **figures, peak_mib=None, reserved_mib=None, relative_error=error
+    ), version
 
 
 def ratios(size: Size, results: dict[str, Result]) -> dict[str, float]:
@@ -311,48 +465,91 @@ def ratios(size: Size, results: dict[str, Result]) -> dict[str, float]:
     found = {}
 
     def ratio(name: str, ours: str, theirs: str, value: str = "total_ms") -> None:
-        if ours in results and theirs in results and getattr(results[theirs], value):
-            found[name] = getattr(results[ours], value) / getattr(results[theirs], value)
+        if ours in results and theirs in results:
+            numerator, denominator = getattr(results[ours], value), getattr(results[theirs], value)
+            if numerator is not None and denominator:
+                found[name] = numerator / denominator
 
     ratio("inductor / torch.compile", "funcstage inductor", "torch.compile")
     ratio("graphs / reduce-overhead", "funcstage graphs", "torch.compile reduce-overhead")
     ratio("inductor / torch split", "funcstage inductor", "torch split")
     ratio("held after F / torch.compile", "funcstage inductor", "torch.compile", "held_after_forward_mib")
     ratio("peak / torch.compile", "funcstage inductor", "torch.compile", "peak_mib")
+    ratio("reserved / torch.compile", "funcstage inductor", "torch.compile", "reserved_mib")
+    ratio(
+        "reserved, graphs / reduce-overhead",
+        "funcstage graphs",
+        "torch.compile reduce-overhead",
+        "reserved_mib",
+    )
+    ratio("inductor / JAX split", "funcstage inductor", "JAX split")
+    ratio("graphs / JAX split", "funcstage graphs", "JAX split")
     ratio("time to first result / torch.compile", "funcstage inductor", "torch.compile", "first_result_s")
     held = results["funcstage inductor"].held_for_weight_mib if "funcstage inductor" in results else None
     if held is not None:
-        found["held for W / matrix products' operands"] = held * 2**20 / size.matmul_bytes
+        found["held for W / matrix products' operands"] = held * MIB / size.matmul_bytes
     return found
 
 
 def table(results: dict[str, Result]) -> str:
+    """Markdown; a cell is empty where there is nothing to tell."""
     lines = [
-        "| system | total | F | I | W | host | peak MiB | held after F | held for W | first result | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| system | total | F | I | W | host | peak MiB | reserved MiB | held after F | held for W "
+        "| first result | error |",
+        "| --- " * 12 + "|",
     ]
     for r in results.values():
-        weight = "" if r.held_for_weight_mib is None else f"{r.held_for_weight_mib:.1f}"
-        lines.append(
-            f"| {r.system} | {r.total_ms:.3f} | {r.forward_ms:.3f} | {r.input_ms:.3f} | {r.weight_ms:.3f} "
-            f"| {r.host_ms:.3f} | {r.peak_mib:.1f} | {r.held_after_forward_mib:.1f} | {weight} "
-            f"| {r.first_result_s:.1f} s | {r.relative_error:.1e} |"
-        )
+        low, high = r.total_quartiles_ms
+        times = [r.forward_ms, r.input_ms, r.weight_ms, r.host_ms]
+        memory = [r.peak_mib, r.reserved_mib, r.held_after_forward_mib, r.held_for_weight_mib]
+        cells = [
+            r.system,
+            f"{r.total_ms:.3f} ±{(high - low) / 2:.3f}",
+            *("" if value is None else f"{value:.3f}" for value in times),
+            *("" if value is None else f"{value:.{1 if value > 10 else 3}f}" for value in memory),
+            f"{r.first_result_s:.1f} s",
+            f"{r.relative_error:.1e}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def trace_of_meta(layers: int = 80) -> dict[str, float]:
-    """Trace and partition a stage of 70-billion-parameter-model size; nothing is allocated."""
+    """Trace and partition a stage of 70-billion-parameter-model size; nothing is allocated.
+
+    To be run in a process of its own, whose peak memory is then that of tracing.
+    """
     size = Size(8192, 28672, layers, 1, 4096, 64)
     with torch.device("meta"):
         module = nn.Sequential(*(Block(size) for _ in range(layers))).to(torch.bfloat16)
         x = torch.empty(size.batch, size.tokens, size.width, dtype=torch.bfloat16)
     apply, params, buffers = fs.functionalize(module)
-    start = time.perf_counter()
-    plan = fs_compile(apply, backend="aten").plan(params, buffers, x)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"layers": layers, "seconds": seconds, "peak_rss_gib": peak, "flops": plan.flops}
+    imported = peak_rss_gib()
+    marks = [time.perf_counter()]
+    joint = trace(apply, params, buffers, (x,), {}, [0], DECOMPOSED)
+    marks.append(time.perf_counter())
+    separated = separate(joint)
+    marks.append(time.perf_counter())
+    parts = partition(separated, "min_cut")
+    marks.append(time.perf_counter())
+    traced, separating, partitioned = (b - a for a, b in itertools.pairwise(marks))
+    return {
+        "layers": layers,
+        "nodes": len(separated.module.graph.nodes),
+        "trace_s": traced,
+        "separate_s": separating,
+        "partition_s": partitioned,
+        "peak_rss_gib": peak_rss_gib(),
+        "rss_before_gib": imported,
+        "weights_gib": sum(p.nbytes for p in params.values()) / 2**30,
+        "flops": plan_of("meta", joint, parts).flops,
+    }
+
+
+def peak_rss_gib() -> float:
+    """Of this process alone: `getrusage` would carry the peak of the process that started it over."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def main() -> None:
@@ -370,29 +567,42 @@ def main() -> None:
     date = time.strftime("%Y-%m-%d")
     report: dict[str, Any] = {"device": where, "torch": torch.__version__, "date": date, "sizes": {}}
     print(f"{where}, torch {torch.__version__}, {date}; times in ms, medians of {options.repeats}")
-    clock = Clock(options.device)
-    for key in options.sizes.split(","):
+    for key in filter(None, options.sizes.split(",")):
         size = SIZES[key]
-        stage = make_stage(size, options.device)
-        reference = float64_gradients(stage)
-        results: dict[str, Result] = {}
-        for name, build in systems(stage, options.device):
-            if options.systems not in name:
-                continue
-            with fresh_dynamo():
-                born = time.perf_counter()
-                results[name] = measure(name, stage, build(), clock, options.repeats, reference, born)
+        results = measure_size(size, options.device, options.systems, options.repeats, report)
         found = ratios(size, results)
         report["sizes"][key] = {"results": [asdict(r) for r in results.values()], "ratios": found}
         print(f"\n## {key}: {size}\n\n{table(results)}\n")
         for name, value in found.items():
             print(f"- {name}: {value:.3f}")
     if options.meta:
-        report["meta"] = trace_of_meta(options.meta)
+        with get_context("spawn").Pool(1) as pool:
+            report["meta"] = pool.apply(trace_of_meta, (options.meta,))
         print("\nTraced on the meta device:", report["meta"])
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)
+
+
+def measure_size(
+    size: Size, device: str, chosen: str, repeats: int, report: dict[str, Any]
+) -> dict[str, Result]:
+    """Run every system whose name has `chosen` as a part; JAX, if it is installed, comes last."""
+    stage = make_stage(size, device)
+    reference = float64_gradients(stage)
+    warm_up(stage)
+    results: dict[str, Result] = {}
+    for name, build, graphs in systems(stage):
+        if chosen in name:
+            with isolated():
+                results[name] = measure(name, stage, build, graphs, repeats, reference)
+    if importlib.util.find_spec("jax") is not None:
+        for name in filter(lambda name: chosen in name, JAX_SYSTEMS):
+            try:
+                results[name], report["jax"] = measure_jax(name, stage, size.heads, repeats, reference)
+            except subprocess.CalledProcessError as error:  # say so, and keep what was measured
+                print(f"{name} failed: {error.stderr[-2000:]}", file=sys.stderr)
+    return results
 
 
 if __name__ == "__main__":

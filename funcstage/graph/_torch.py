@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
-from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -49,7 +48,6 @@ __all__ = [
     "from_functional",
     "global_flags",
     "is_any_autocast_enabled",
-    "is_transformed",
     "lent",
     "make_fx",
     "own_autocast_cache",
@@ -101,11 +99,6 @@ def was_written(tensor: Tensor) -> bool:
     """Tell whether an in-place operation changed a functional tensor."""
     assert isinstance(tensor, FunctionalTensor)
     return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
-
-
-def is_transformed() -> bool:
-    """Tell whether a functorch transform is active."""
-    return peek_interpreter_stack() is not None
 
 
 def is_any_autocast_enabled() -> bool:

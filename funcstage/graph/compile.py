@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from funcstage import closures, trees
+from funcstage._functorch import current_level
 from funcstage.errors import StructureError
-from funcstage.graph import _torch as tt
 from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
@@ -137,8 +137,8 @@ class CompiledStage:
     ) -> tuple[Programs, list[Tensor]] | None:
         """The programs for a call and its tensors; `None` where the original function must run."""
         leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        if tt.is_transformed():
-            return None
+        if current_level():
+            return None  # a transform around the stage
         if self._recent is not None:  # computing a signature takes as long as launching F
             recent, programs = self._recent
             tensors = recent.match(leaves, structure, diff, self._module_state)

@@ -46,7 +46,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     graph.output(results)
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    visible = [i for i, result in enumerate(output.args[0]) if result is not None]
+    output.meta["user_visible_output_idxs"] = visible
     if not any(node.op == "call_function" for node in graph.nodes):
         return module.forward
     _write_parts_in_place(graph)
