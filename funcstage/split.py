@@ -427,12 +427,17 @@ def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -
             f"accumulate must have the structure of the parameters of {pullback.stage}, "
             f"{pullback._params_spec}; got {spec}. Use None at leaves that hold nothing yet."
         )
+
+    def name(i: int) -> str:
+        return trees.leaf_names(spec, "accumulate")[i]
+
     for i, (leaf, meta) in enumerate(zip(leaves, pullback._metas(), strict=True)):
         if leaf is None:
             continue
-        name = trees.leaf_names(spec, "accumulate")[i]
         if meta is None:
-            raise LeafError(f"{name} must be None, as that parameter has no gradient; got {describe(leaf)}.")
+            raise LeafError(
+                f"{name(i)} must be None, as that parameter has no gradient; got {describe(leaf)}."
+            )
         if (
             not isinstance(leaf, Tensor)
             or leaf.shape != meta.shape
@@ -440,14 +445,14 @@ def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -
             or not torch.can_cast(meta.dtype, leaf.dtype)
         ):
             raise LeafError(
-                f"{name} must be a tensor that takes a gradient of {meta}; got {describe(leaf)}. Pass zeros "
-                "like the parameter, or None."
+                f"{name(i)} must be a tensor that takes a gradient of {meta}; got {describe(leaf)}. Pass "
+                "zeros like the parameter, or None."
             )
         if leaf.layout is torch.strided and any(
             n > 1 and stride == 0 for n, stride in zip(leaf.shape, leaf.stride(), strict=True)
         ):
             raise LeafError(
-                f"{name} is an expanded tensor, several of whose elements share memory, so nothing can be "
+                f"{name(i)} is an expanded tensor, several of whose elements share memory, so nothing can be "
                 "added into it. Pass accumulate leaves with memory of their own: tensor.contiguous()."
             )
     return leaves

@@ -51,7 +51,7 @@ def accumulating(program: Program) -> tuple[Program, tuple[Product, ...]]:
     products, operands = [], []
     for i, result in enumerate(output.args[0]):
         node, transposed = result, False
-        while node is not None and node.target is aten.t.default and len(node.users) == 1:
+        while node is not None and _is_transpose(node) and len(node.users) == 1:
             node, transposed = node.args[0], not transposed
         if node is not None and node.target in _PRODUCTS and len(node.users) == 1:
             products.append(Product(i, transposed))
@@ -96,6 +96,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         into(total, left, right, total.dtype, out=total)
     else:
         total.add_(left @ right)
+
+
+def _is_transpose(node: Node) -> bool:
+    if node.target is aten.permute.default:  # what Inductor makes of it
+        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    return node.target is aten.t.default
 
 
 _PRODUCTS = (aten.mm.default, aten.bmm.default)
