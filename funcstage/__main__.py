@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from funcstage.demo.distributed import RANK, WORLD_SIZE
 from funcstage.errors import StageError
-from funcstage.pipelining import SCHEDULES
+from funcstage.pipelining import SCHEDULES, ScheduleError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except StageError as refusal:
-        print(f"funcstage: {refusal}", file=sys.stderr)
+        # Under torchrun, what all ranks refuse alike is said once.
+        if RANK == 0 or not isinstance(refusal, ScheduleError):
+            print(f"funcstage: {refusal}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -40,16 +43,24 @@ def _parser() -> argparse.ArgumentParser:
             "Train a byte-level transformer on the source code of Python's standard library, cut into "
             "stages that run under one of torch's pipeline schedules in this one process. Checks a step's "
             "gradients against plain eager backward first; ends with what F, I and W of each stage cost, "
-            "the bubble of the schedule against 1F1B, and a picture of a step. About 90 seconds on a CPU."
+            "the bubble of the schedule against 1F1B, and a picture of a step. About 90 seconds on a CPU. "
+            "Started by torchrun, each process is a rank of the schedule."
         ),
-        epilog="A quick look: python -m funcstage demo --steps 5",
+        epilog=(
+            "A quick look: python -m funcstage demo --steps 5. "
+            "In two processes: torchrun --nproc-per-node=2 -m funcstage demo"
+        ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--device", default="cpu", help="torch device to train on, such as cpu or cuda")
     demo.add_argument("--schedule", default="ZBVZeroBubble", choices=SCHEDULES, help="pipeline schedule")
     demo.add_argument("--steps", default=150, type=_positive, metavar="N", help="training steps")
     demo.add_argument(
-        "--stages", default=4, type=_positive, metavar="N", help="stages that the model is cut into"
+        "--stages",
+        default=2 * max(2, WORLD_SIZE),
+        type=_positive,
+        metavar="N",
+        help="stages that the model is cut into",
     )
     demo.add_argument("--microbatches", default=8, type=_positive, metavar="N", help="microbatches a step")
     demo.add_argument("--seed", default=0, type=int, metavar="N", help="seed of text order, batches, weights")

@@ -18,9 +18,10 @@ from funcstage.__main__ import main
 from funcstage.demo import adamw, model, run, text
 
 
-def command_line(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+def command_line(*arguments: Any, folder: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [sys.executable, "-m", "funcstage", *map(str, arguments)],
+        [sys.executable, *(torchrun if ranks > 1 else []), "-m", "funcstage", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(fs.__file__).parents[1]), "COLUMNS": "100"},
         capture_output=True,
@@ -49,6 +50,16 @@ def test_the_demo_runs_under_other_schedules_and_cuts(schedule: str, stages: int
     assert done.returncode == 0, done.stderr
     assert "unigram entropy" in done.stdout.splitlines()[-1]
     assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
+def test_under_torchrun_the_ranks_are_processes_and_the_first_one_reports(tmp_path: Path) -> None:
+    options = ["--steps", 2, "--microbatches", 4]
+    spread, alone = (command_line("demo", *options, folder=tmp_path, ranks=n) for n in (2, 1))
+    assert spread.returncode == 0, spread.stderr
+    assert "2 ranks, a process each" in spread.stdout
+    assert spread.stdout.count("all gradients equal those of plain eager backward") == 1
+    assert (tmp_path / "timeline.png").exists()
+    assert spread.stdout.splitlines()[-1] == alone.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 import funcstage as fs
-from funcstage.demo import adamw, measure, model, report, text, train
+from funcstage.demo import adamw, distributed, measure, model, report, text, train
 from funcstage.errors import StageError
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining import (
     Costs,
     Timeline,
     pipeline_order,
-    pipeline_value_and_grad,
     plot_timeline,
     simulate,
 )
@@ -43,38 +44,49 @@ class Settings(NamedTuple):
 def run(settings: Settings) -> None:
     """Train the model, and report what the pipeline did and would do on as many devices as ranks.
 
+    Under torchrun each process is one of these ranks, and the first one reports.
+
     Raises:
         StageError: if the settings do not fit together, or the gradients are wrong.
     """
     start = time.perf_counter()
-    console = Console(highlight=False)
-    order = pipeline_order(settings.schedule, settings.stages, settings.microbatches)
+    console = Console(highlight=False, quiet=distributed.RANK > 0)
+    spread = distributed.WORLD_SIZE > 1
+    order = pipeline_order(
+        settings.schedule,
+        settings.stages,
+        settings.microbatches,
+        num_ranks=distributed.WORLD_SIZE if spread else None,
+    )
     device = _device(settings.device)
     torch.manual_seed(settings.seed)
     modules = [module.to(device) for module in model.build_stages(settings.stages)]
     stages = [fs.functionalize(module) for module in modules]
-    step = pipeline_value_and_grad(
-        stages, model.loss_fn, schedule=settings.schedule, num_microbatches=settings.microbatches
-    )
+    pipeline = distributed.pipeline(order, modules, device)
     source = text.standard_library(settings.seed)
     batch = settings.microbatches * _SEQUENCES_PER_MICROBATCH
     batches = (
         (x.to(device), y.to(device))
         for x, y in text.random_batches(source.train, batch, model.CONTEXT, settings.seed)
     )
+    place = "a process each" if spread else "all in this one process"
     size = sum(p.numel() for module in modules for p in module.parameters())
     console.print(
         f"text: {len(source.train) + len(source.held_out):,} bytes of Python's standard library, "
         f"{source.files} files\n"
         f"model: byte-level transformer, {size:,} parameters, {settings.stages} stages, on {device}\n"
-        f"schedule: {order.schedule}, {order.num_ranks} ranks in this one process, "
+        f"schedule: {order.schedule}, {order.num_ranks} ranks, {place}, "
         f"{settings.microbatches} microbatches of {_SEQUENCES_PER_MICROBATCH} x {model.CONTEXT} bytes"
     )
 
-    params, buffers = [stage.params for stage in stages], [stage.buffers for stage in stages]
+    params, buffers = (
+        [stages[i].params for i in pipeline.stages],
+        [stages[i].buffers for i in pipeline.stages],
+    )
     inputs, targets = next(batches)
-    _, _, grads = step(params, buffers, inputs, targets)
-    error = measure.relative_error(modules, inputs, targets, grads)
+    _, _, grads = pipeline.step(params, buffers, inputs, targets)
+    grads = pipeline.gather(grads)
+    error = measure.relative_error(modules, inputs, targets, grads) if grads else 0.0
     if not error <= _TOLERANCE:
         raise StageError(
             f"The pipeline's gradients differ from plain eager backward by {error:.1e} relative, more than "
@@ -88,12 +100,14 @@ def run(settings: Settings) -> None:
     optimizer = adamw.adamw(adamw.warmed_up(3e-3, settings.steps))
     with report.progress(console, settings.steps, inputs.numel()) as advance:
         trained = train.train(
-            step, optimizer, params, buffers, itertools.islice(batches, settings.steps), advance
+            pipeline.step, optimizer, params, buffers, itertools.islice(batches, settings.steps), advance
         )
-    stages = [
-        FunctionalStage(stage.apply, p, b)
-        for stage, p, b in zip(stages, trained.params, trained.buffers, strict=True)
-    ]
+    values = pipeline.gather(list(zip(trained.params, trained.buffers, strict=True)))
+    if spread:
+        dist.destroy_process_group()
+    if not values:  # rank 0 has them, and does the rest
+        return
+    stages = [FunctionalStage(stage.apply, p, b) for stage, (p, b) in zip(stages, values, strict=True)]
 
     microbatch = slice(0, _SEQUENCES_PER_MICROBATCH)
     costs = measure.measure(stages, inputs[microbatch], targets[microbatch])
@@ -117,6 +131,9 @@ def run(settings: Settings) -> None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and distributed.WORLD_SIZE > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

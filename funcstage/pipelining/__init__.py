@@ -10,12 +10,14 @@ plot_timeline(timeline, "timeline.png")
 from funcstage.pipelining.local import pipeline_value_and_grad
 from funcstage.pipelining.orders import SCHEDULES, Action, Order, ScheduleError, pipeline_order
 from funcstage.pipelining.plot import plot_timeline
+from funcstage.pipelining.stage import FunctionalPipelineStage
 from funcstage.pipelining.timeline import Costs, Span, Timeline, simulate
 
 __all__ = [
     "SCHEDULES",
     "Action",
     "Costs",
+    "FunctionalPipelineStage",
     "Order",
     "ScheduleError",
     "Span",

@@ -1,0 +1,353 @@
+"""A training step in a pipeline of two GPUs: torch's stages and funcstage's, under torch's schedules.
+
+    python -m benchmarks.pipeline --sizes L,M --microbatches 4,8
+    python -m benchmarks.pipeline --device cpu --sizes XS --repeats 3
+
+Eight Llama-style blocks in bfloat16, one sequence a microbatch, mean-squared loss, one process a device.
+What torch refuses (a compiled stage under a schedule that splits the backward) is left out. Step times are
+medians by the host's clock around finished work; memory is that of the fuller rank; the bubble fraction is
+the part of the step that lies outside the stages' actions, by device events, of the mean rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from benchmarks.split import Block, Clock, Size
+from funcstage.pipelining import FunctionalPipelineStage
+
+SIZES = {
+    "L": Size(4096, 11008, 8, 1, 4096, 32),
+    "M": Size(1024, 2816, 8, 1, 1024, 16),
+    "XS": Size(32, 88, 8, 1, 8, 2),
+}
+
+
+class System(NamedTuple):
+    """A kind of stage under a schedule.
+
+    Attributes:
+        name: for the table.
+        schedule: torch's class.
+        chunks: stages a rank.
+        v: whether the second stage of a rank is placed backwards, so that the last rank has both middle ones.
+        stage: makes a stage of (module, index, number of stages, device).
+    """
+
+    name: str
+    schedule: type
+    chunks: int
+    v: bool
+    stage: Callable[[nn.Module, int, int, torch.device], Any]
+
+
+@dataclass
+class Result:
+    system: str
+    step_ms: float
+    step_iqr_ms: float
+    peak_mib: float
+    bubble: float
+    actions: dict[str, float]
+    relative_error: float
+
+
+def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target)
+
+
+def theirs(module: nn.Module, index: int, n: int, device: torch.device) -> PipelineStage:
+    return PipelineStage(module, index, n, device)
+
+
+def theirs_compiled(module: nn.Module, index: int, n: int, device: torch.device) -> PipelineStage:
+    module.compile()
+    return PipelineStage(module, index, n, device)
+
+
+def ours(**options: Any) -> Callable[[nn.Module, int, int, torch.device], FunctionalPipelineStage]:
+    def make(module: nn.Module, index: int, n: int, device: torch.device) -> FunctionalPipelineStage:
+        return FunctionalPipelineStage(module, index, n, device, compile=options, loss_fn=loss_fn)
+
+    return make
+
+
+def systems(device: str, size: Size) -> list[System]:
+    backend = "inductor" if device == "cuda" else "aten"
+    plain, graphs = ours(backend=backend), ours(backend=backend, cuda_graphs=True)
+    found = [
+        System("torch 1F1B, compiled", Schedule1F1B, 1, False, theirs_compiled),
+        System("torch Interleaved1F1B, compiled", ScheduleInterleaved1F1B, 2, False, theirs_compiled),
+        System("torch ZBVZeroBubble, eager", ScheduleZBVZeroBubble, 2, True, theirs),
+        System("funcstage ZBVZeroBubble", ScheduleZBVZeroBubble, 2, True, plain),
+        System("funcstage InterleavedZeroBubble", ScheduleInterleavedZeroBubble, 2, False, plain),
+        System("funcstage Interleaved1F1B", ScheduleInterleaved1F1B, 2, False, plain),
+    ]
+    if device == "cuda" and size.width < 2048:  # what a large stage has in flight would not fit in pools
+        found.append(System("funcstage ZBVZeroBubble, graphs", ScheduleZBVZeroBubble, 2, True, graphs))
+        found.append(System("funcstage Interleaved1F1B, graphs", ScheduleInterleaved1F1B, 2, False, graphs))
+    return found
+
+
+def indices(rank: int, world: int, chunks: int, v: bool) -> list[int]:
+    """The stages of a rank."""
+    if chunks == 1:
+        return [rank]
+    return [rank, 2 * world - 1 - rank] if v else [rank, rank + world]
+
+
+def blocks(size: Size, of: range, device: torch.device) -> nn.Sequential:
+    """Some of the model's blocks, with the same weights wherever they are made."""
+    parts = []
+    for i in of:
+        torch.manual_seed(i)
+        parts.append(Block(size))
+    return nn.Sequential(*parts).to(device, torch.bfloat16)
+
+
+def reference_gradients(size: Size, x: Tensor, target: Tensor, microbatches: int) -> Tensor:
+    """The first block's qkv gradient of the unpipelined model in float32, the mean over microbatches."""
+    model = blocks(size, range(size.layers), x.device).float()
+    for part, wanted in zip(x.float().chunk(microbatches), target.float().chunk(microbatches), strict=True):
+        (loss_fn(model(part), wanted) / microbatches).backward()
+    grad = model[0].qkv.weight.grad
+    assert grad is not None
+    return grad
+
+
+class Timed:
+    """Device events around every action of a stage."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    def watch(self, stage: Any) -> None:
+        for kind, name in (
+            ("F", "forward_one_chunk"),
+            ("B", "backward_one_chunk"),
+            ("W", "backward_weight_one_chunk"),
+        ):
+            setattr(stage, name, self._timed(kind, getattr(stage, name)))
+
+    def _timed(self, kind: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = self.clock.mark()
+            result = action(*args, **kwargs)
+            self.spans.append((kind, start, self.clock.mark()))
+            return result
+
+        return run
+
+    def totals(self) -> dict[str, float]:
+        """Milliseconds by kind of action."""
+        found: dict[str, float] = {}
+        for kind, start, end in self.spans:
+            found[kind] = found.get(kind, 0.0) + self.clock.between(start, end)
+        return found
+
+
+def measure(
+    system: System, size: Size, microbatches: int, repeats: int, device: torch.device, expected: Tensor | None
+) -> Result:
+    """Time a training step of one system; every rank calls this."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = world * system.chunks
+    per_stage = size.layers // n
+    clock = Clock(device.type)
+    modules = [
+        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device))
+        for i in indices(rank, world, system.chunks, system.v)
+    ]
+    stages = [system.stage(module, i, n, device) for i, module in modules]
+    timed = Timed(clock)
+    for stage in stages:
+        timed.watch(stage)
+    schedule = system.schedule(
+        stages if system.chunks > 1 else stages[0], n_microbatches=microbatches, loss_fn=loss_of(stages)
+    )
+    x, target = batch(size, microbatches, device)
+    has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
+
+    def step() -> None:
+        for _, module in modules:
+            module.zero_grad(set_to_none=True)
+        schedule.step(
+            *((x,) if has_first else ()), **({"target": target} if has_last else {}), return_outputs=False
+        )
+
+    for _ in range(4):
+        step()
+        clock.sync()
+    error = 0.0
+    if expected is not None:
+        grad = dict(modules)[0][0].qkv.weight.grad
+        error = ((grad.float() - expected).norm() / expected.norm()).item()
+    gc.collect()
+    if clock.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times, bubbles, actions = [], [], {}
+    for _ in range(repeats):
+        timed.spans.clear()
+        clock.sync()
+        dist.barrier()
+        clock.sync()
+        start = time.perf_counter()
+        step()
+        clock.sync()
+        times.append((time.perf_counter() - start) * 1e3)
+        actions = timed.totals()
+        bubbles.append(1 - sum(actions.values()) / times[-1])
+    quartiles = statistics.quantiles(times, n=4)
+    mine = Result(
+        system.name,
+        statistics.median(times),
+        quartiles[2] - quartiles[0],
+        torch.cuda.max_memory_allocated() / 2**20 if clock.cuda else 0.0,
+        statistics.median(bubbles),
+        actions,
+        error,
+    )
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    mine.step_ms = max(r.step_ms for r in everyone)
+    mine.peak_mib = max(r.peak_mib for r in everyone)
+    mine.bubble = statistics.mean(r.bubble for r in everyone)
+    return mine
+
+
+def loss_of(stages: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The schedule's loss function: of the last stage if it computes the loss itself."""
+    own = [stage.loss_fn for stage in stages if stage.is_last and hasattr(stage, "loss_fn")]
+    return own[0] if own else loss_fn
+
+
+def batch(size: Size, microbatches: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(100)
+    x = torch.randn(microbatches, size.tokens, size.width, device=device, dtype=torch.bfloat16)
+    return x, torch.randn_like(x)
+
+
+def table(results: list[Result]) -> str:
+    lines = [
+        "| system | step, ms | IQR | peak MiB | bubble | F, B or I, W of rank 0, ms | error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        spans = " / ".join(f"{r.actions[kind]:.1f}" for kind in "FBW" if kind in r.actions)
+        lines.append(
+            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.peak_mib:.0f} | {r.bubble:.3f} "
+            f"| {spans} | {r.relative_error:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def ratios(results: list[Result]) -> dict[str, float]:
+    """Ours under ZBVZeroBubble against torch's."""
+    by_name = {r.system: r for r in results}
+    best_of_torch = min(r.step_ms for r in results if r.system.startswith("torch"))
+    found = {}
+    for r in results:
+        if r.system.startswith("funcstage ZBV"):
+            found[f"{r.system} / best of torch's"] = r.step_ms / best_of_torch
+            for name in ("torch ZBVZeroBubble, eager", "torch Interleaved1F1B, compiled"):
+                if name in by_name:
+                    found[f"{r.system} / {name}"] = r.step_ms / by_name[name].step_ms
+                    if by_name[name].peak_mib:
+                        found[f"peak: {r.system} / {name}"] = r.peak_mib / by_name[name].peak_mib
+    return found
+
+
+def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
+    cuda = options.device == "cuda"
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        device_id=device if cuda else None,
+    )
+    where = torch.cuda.get_device_name() if cuda else "CPU"
+    report: dict[str, Any] = {"device": f"{world} x {where}", "torch": torch.__version__, "runs": []}
+    report["date"] = time.strftime("%Y-%m-%d")
+    for key in options.sizes.split(","):
+        size = SIZES[key]
+        for microbatches in map(int, options.microbatches.split(",")):
+            expected = None
+            if rank == 0:
+                expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
+            results = []
+            for system in systems(options.device, size):
+                if options.systems and not any(part in system.name for part in options.systems.split("|")):
+                    continue
+                torch._dynamo.reset()
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+                results.append(measure(system, size, microbatches, options.repeats, device, expected))
+                if rank == 0:
+                    print(f"{key} m={microbatches}: {results[-1]}", flush=True)
+            if rank == 0:
+                found = ratios(results)
+                report["runs"].append(
+                    {
+                        "size": key,
+                        "microbatches": microbatches,
+                        "results": [asdict(r) for r in results],
+                        "ratios": found,
+                    }
+                )
+                print(f"\n## {key}, {microbatches} microbatches\n\n{table(results)}\n")
+                for name, value in found.items():
+                    print(f"- {name}: {value:.3f}", flush=True)
+    if rank == 0 and options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sizes", default="L,M")
+    parser.add_argument("--microbatches", default="4,8")
+    parser.add_argument("--systems", default="", help="parts of the names of those to run, separated by |")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", default="")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, (options.ranks, os.path.join(folder, "store"), options), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()

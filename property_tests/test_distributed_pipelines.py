@@ -1,0 +1,65 @@
+"""Any schedule, cut and batch on torch.distributed is the whole model under plain eager autograd."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from funcstage.pipelining import SCHEDULES, ScheduleError, pipeline_order
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from pipeline_cases import (
+    ONE_STAGE_A_RANK,
+    V_SHAPED,
+    Case,
+    assert_same,
+    expected,
+    gathered,
+    train,
+    with_widths,
+)
+from pipeline_ranks import ranks, run
+
+pytestmark = pytest.mark.timeout(300)
+
+WORLD_SIZE = 2
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    schedule = draw(st.sampled_from(SCHEDULES), label="schedule")
+    stages_a_rank = st.just(1) if schedule in ONE_STAGE_A_RANK else st.just(2)
+    if schedule not in (*ONE_STAGE_A_RANK, *V_SHAPED):
+        stages_a_rank = st.integers(1, 3)
+    num_stages = WORLD_SIZE * draw(stages_a_rank, label="stages a rank")
+    widths = draw(
+        st.lists(st.integers(1, 9), min_size=num_stages + 1, max_size=num_stages + 1), label="widths"
+    )
+    return Case(
+        schedule,
+        num_stages,
+        draw(st.integers(1, 9), label="microbatches"),
+        functools.partial(with_widths, tuple(widths)),
+        size=draw(st.integers(1, 3), label="size of a microbatch"),
+        compile=draw(st.sampled_from([False, False, False, {"backend": "aten"}]), label="compile"),
+        folded=draw(st.booleans(), label="folded"),
+        steps=draw(st.integers(1, 2), label="steps"),
+    )
+
+
+@settings(max_examples=settings.default.max_examples // 10 + 20)
+@given(case=cases())
+def test_a_pipeline_trains_as_the_whole_model_or_is_refused_as_torch_refuses_it(case: Case) -> None:
+    try:
+        pipeline_order(str(case.schedule), case.num_stages, case.num_microbatches, num_ranks=WORLD_SIZE)
+    except ScheduleError:
+        for answer in ranks(WORLD_SIZE).run(train, case):
+            assert "ValueError" in answer.kinds
+        return
+    assert_same(gathered(run(WORLD_SIZE, train, case)), expected(case), rtol=1e-9, atol=1e-11)
