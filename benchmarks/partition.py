@@ -1,36 +1,53 @@
-"""Time of the partition of a large graph: `python -m benchmarks.partition [--blocks 260]`."""
+"""Time of the partition of large graphs: `python -m benchmarks.partition [--blocks 260] [--layers 80]`.
+
+A deep stage of small layers, and one of a 70-billion-parameter model's size. Of the processor's time too, as
+others may use the machine.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import funcstage as fs
+from benchmarks.split import Block, Size
 from funcstage.graph.partition import partition
 from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.trace import trace
 
 
-def main() -> None:
-    """Trace a deep stage on the meta device and partition it five times."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=260)
-    args = parser.parse_args()
-    with torch.device("meta"):
-        block = [nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8), nn.Tanh()]
-        module, x = nn.Sequential(*(block * args.blocks)), torch.empty(4, 8)
+def report(name: str, module: nn.Module, x: Tensor) -> None:
+    """Trace a stage and partition it five times."""
     apply, params, buffers = fs.functionalize(module)
     joint = separate(trace(apply, params, buffers, (x,), {}, [0], DECOMPOSED))
-    seconds = []
+    runs = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         partition(joint, "min_cut")
-        seconds.append(time.perf_counter() - start)
-    print(f"{len(joint.module.graph.nodes)} nodes partitioned in {statistics.median(seconds):.2f} s")
+        runs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    wall, processor = (sorted(column) for column in zip(*runs, strict=True))
+    print(
+        f"{name}: {len(joint.module.graph.nodes)} nodes partitioned in {wall[2]:.2f} s, "
+        f"at best {wall[0]:.2f} s, {processor[2]:.2f} s of the processor"
+    )
+
+
+def main() -> None:
+    """Partition both stages on the meta device, where nothing is allocated."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=260)
+    parser.add_argument("--layers", type=int, default=80)
+    args = parser.parse_args()
+    size = Size(8192, 28672, args.layers, 1, 4096, 64)
+    with torch.device("meta"):
+        small = [nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8), nn.Tanh()]
+        report(f"{args.blocks} small blocks", nn.Sequential(*(small * args.blocks)), torch.empty(4, 8))
+        large = nn.Sequential(*(Block(size) for _ in range(size.layers))).to(torch.bfloat16)
+        x = torch.empty(size.batch, size.tokens, size.width, dtype=torch.bfloat16)
+        report(f"{size.layers} layers of width {size.width}", large, x)
 
 
 if __name__ == "__main__":

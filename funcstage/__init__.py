@@ -6,9 +6,10 @@ output, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)   # F
 param_grads = weight_pullback()                                       # W: whenever there is a bubble
 """
 
+from typing import TYPE_CHECKING
+
 from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError, TraceError
 from funcstage.functional import FunctionalStage, functionalize
-from funcstage.graph import CompiledStage, compile
 from funcstage.split import (
     Pullback,
     WeightPullback,
@@ -17,6 +18,22 @@ from funcstage.split import (
     stage_backward_weight,
     stage_vjp,
 )
+
+if TYPE_CHECKING:
+    from funcstage.graph.compile import CompiledStage, compile
+else:
+
+    def __getattr__(name):
+        """Import the graph engine when it is first asked for: what it needs of torch takes a second."""
+        if name not in ("CompiledStage", "compile"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from funcstage import graph
+
+        return getattr(graph, name)
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,14 +1,19 @@
 """The passes on their own, and what a new release of torch could bring that they do not know."""
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
+import networkx as nx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Graph, Node
 
 import funcstage as fs
 from funcstage.graph import compile
-from funcstage.graph.partition import partition
+from funcstage.graph.partition import _cut, nbytes, partition
 from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.trace import trace
 
@@ -106,3 +111,91 @@ def test_inductors_programs_agree_with_eager(training: bool) -> None:
         results.append([output, dx, *weight_pullback().values()])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Cut(NamedTuple):
+    """A problem that the partition has to solve; for the fields see `_cut`."""
+
+    nodes: list[Node]
+    demand: list[Node]
+    again: set[Node]
+    free: set[Node]
+    unsaved: set[Node]
+
+    def computable(self, node: Node) -> bool:
+        entry = node.target is operator.getitem
+        return node in self.again and (not entry or node.args[0] in self.again)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    """Random graphs of values of random sizes, views of them, and operations with several results."""
+    graph = Graph()
+    nodes: list[Node] = []
+    tensors: list[Node] = []
+    random = draw(st.randoms(use_true_random=True))  # evenly spread: Hypothesis' own choices are mostly small
+
+    def some(nodes: list[Node], most: int) -> list[Node]:
+        return random.sample(nodes, min(len(nodes), random.randint(1, most)))
+
+    def add(target: Any, args: tuple[Any, ...], value: Any) -> Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = value
+        nodes.append(node)
+        if isinstance(value, Tensor):
+            tensors.append(node)
+        return node
+
+    def tensor() -> Tensor:
+        return torch.empty(random.randint(1, 6), dtype=torch.uint8, device="meta")
+
+    for _ in range(draw(st.integers(1, 40))):
+        kind = random.choice(["value", "value", "value", "view", "pair"])
+        reads = some(tensors[-8:], 3)
+        if kind == "view" and reads:
+            add(torch.ops.aten.view.default, (reads[0], [-1]), reads[0].meta["val"].view(-1))
+        elif kind == "pair":
+            pair = add(divmod, (reads,), (tensor(), tensor()))
+            for i in range(2):
+                add(operator.getitem, (pair, i), pair.meta["val"][i])
+        else:
+            add(operator.add, (reads,), tensor())
+    again = {node for node in nodes if random.random() < 0.8}
+    free = {node for node in tensors if not node.all_input_nodes and random.random() < 0.2}
+    return Cut(nodes, some(tensors, 10), again, free, again if random.random() < 0.2 else set())
+
+
+def least_bytes(cut: Cut) -> float:
+    """The minimum cut of the whole graph: every node split in two, infinite edges along the data flow."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(("source", "sink"))
+    for node in cut.nodes:
+        computable = cut.computable(node)
+        if isinstance(node.meta["val"], Tensor) and not (computable and node in cut.unsaved):
+            flow.add_edge((node, "in"), (node, "out"), capacity=nbytes(node))
+        else:
+            flow.add_edge((node, "in"), (node, "out"))
+        for read in node.all_input_nodes:
+            if computable and read not in cut.free:
+                flow.add_edge((read, "out"), (node, "in"))
+        if not computable and node not in cut.free:
+            flow.add_edge("source", (node, "in"))
+    for node in cut.demand:
+        if node not in cut.free:
+            flow.add_edge((node, "out"), "sink")
+    return nx.minimum_cut_value(flow, "source", "sink")
+
+
+@settings(deadline=None)
+@given(cuts())
+def test_residuals_take_as_few_bytes_as_any_from_which_the_far_side_can_be_computed(cut: Cut) -> None:
+    saved = _cut(cut.demand, cut.again, cut.free, cut.unsaved)
+    assert sum(map(nbytes, saved)) == least_bytes(cut)
+    at_hand = {*saved, *cut.free}
+    for node in cut.nodes:
+        if cut.computable(node) and at_hand.issuperset(node.all_input_nodes):
+            at_hand.add(node)
+    assert at_hand.issuperset(cut.demand)
+    assert all(isinstance(node.meta["val"], Tensor) for node in saved)
+    assert not any(node in cut.unsaved and cut.computable(node) for node in saved)
+    assert saved == [node for node in cut.nodes if node in set(saved)]

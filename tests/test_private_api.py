@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+
+import funcstage
 
 MOVED = "torch {version} has moved {name}, on which {file} stands: find its successor and update that file."
 
@@ -60,3 +65,39 @@ def test_recurrent_modules_cache_their_weights_under_the_names_that_are_lent() -
         assert hasattr(lstm, name), MOVED.format(
             version=torch.__version__, name=f"RNNBase.{name}", file="funcstage/functional.py"
         )
+
+
+def names_from(path: Path) -> list[tuple[str, str]]:
+    """What a file imports from torch: (module, name)."""
+    tree = ast.parse(path.read_text())
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [
+        (node.module, alias.name)
+        for node in found
+        if node.module and node.module.startswith("torch.")
+        for alias in node.names
+    ]
+
+
+GRAPH = Path(funcstage.__file__).parent / "graph"
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "name"),
+    [(file, *found) for file in ("_torch.py", "inductor.py") for found in names_from(GRAPH / file)],
+)
+def test_torch_has_what_the_graph_engine_uses(file: str, module: str, name: str) -> None:
+    message = MOVED.format(version=torch.__version__, name=f"{module}.{name}", file=f"funcstage/graph/{file}")
+    try:
+        assert hasattr(importlib.import_module(module), name), message
+    except ModuleNotFoundError:
+        pytest.fail(message)
+
+
+def test_inductor_overwrites_what_is_said_to_be_donated() -> None:
+    from torch._inductor.utils import get_donated_idxs
+
+    message = MOVED.format(
+        version=torch.__version__, name="fw_metadata.bw_donated_idxs", file="funcstage/graph/inductor.py"
+    )
+    assert "fw_metadata.bw_donated_idxs" in inspect.getsource(get_donated_idxs), message

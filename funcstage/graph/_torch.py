@@ -5,6 +5,7 @@ Tried with torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -20,9 +21,11 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -41,6 +44,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensorMode",
+    "LazyGraphModule",
     "autocast_off",
     "autocast_state",
     "comparison",
@@ -50,11 +54,16 @@ __all__ = [
     "is_any_autocast_enabled",
     "lent",
     "make_fx",
+    "one_at_a_time",
     "own_autocast_cache",
     "to_functional",
     "was_written",
     "without_modes",
 ]
+
+
+one_at_a_time = threading.RLock()
+"""Tracing and lowering patch what all threads of a process share."""
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -148,13 +157,19 @@ def global_flags() -> tuple[Hashable, ...]:
         torch.get_default_dtype(),
         torch.get_default_device() if _len_torch_function_stack() else None,
         torch.is_inference_mode_enabled(),
-        read._get_fp32_precision_getter("cuda", "matmul"),
-        read._get_fp32_precision_getter("cuda", "conv"),
-        read._get_fp32_precision_getter("mkldnn", "matmul"),
+        *_global_forward_hooks,
+        *_global_forward_pre_hooks,
+        *[read._get_fp32_precision_getter(*place) for place in _PRECISIONS],
+        read._get_cublas_allow_fp16_reduced_precision_reduction(),
+        read._get_cublas_allow_bf16_reduced_precision_reduction(),
+        read._get_cublas_allow_fp16_accumulation(),
+        read._get_math_sdp_allow_fp16_bf16_reduction(),
         read._get_deterministic_algorithms(),
         read._get_cudnn_enabled(),
+        read._get_cudnn_benchmark(),
         read._get_cudnn_deterministic(),
         read._get_mkldnn_enabled(),
+        read._get_mkldnn_deterministic(),
         read._get_flash_sdp_enabled(),
         read._get_mem_efficient_sdp_enabled(),
         read._get_math_sdp_enabled(),
@@ -162,3 +177,6 @@ def global_flags() -> tuple[Hashable, ...]:
         read._get_overrideable_sdp_enabled(),
         *read._get_sdp_priority_order(),
     )
+
+
+_PRECISIONS = [(of, part) for of in ("cuda", "mkldnn") for part in ("all", "matmul", "conv", "rnn")]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from funcstage import closures, trees
 from funcstage._functorch import current_level
 from funcstage.errors import StructureError
+from funcstage.graph import _torch as tt
 from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
@@ -171,7 +172,8 @@ class CompiledStage:
     ) -> Programs:
         params, buffers, args, kwargs = trees.unflatten(structure, leaves)
         decompositions, lower = _backend(self.backend)
-        joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
+        with tt.one_at_a_time:
+            joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
         slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None
         programs = Programs(joint, partition(separate(joint), self.remat), lower, slots)

@@ -19,6 +19,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
 
 from funcstage.graph.partition import is_cheap, is_view
@@ -51,11 +52,14 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     if not any(node.op == "call_function" for node in graph.nodes):
         return module.forward
     _write_parts_in_place(graph)
+    constants = _as_inputs(graph, module)
     nodes = graph.find_nodes(op="placeholder")
     for node in nodes:
         _rename(node, node.name in donated)
     examples = [node.meta["val"] for node in nodes]
-    fake_mode = detect_fake_mode(examples)
+    fake_mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
+    assert fake_mode is not None
+    fake_mode.shape_env = ShapeEnv()  # without one, Inductor looks nothing up in its cache
     context = TracingContext(fake_mode)
     places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]
@@ -63,7 +67,35 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
         compiled = compile_fx_inner(
             GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
         )
-    return compiled
+    if not constants:
+        return compiled
+
+    def run(inputs: list[Tensor]) -> Any:
+        inputs += constants
+        return compiled(inputs)
+
+    return run
+
+
+def _as_inputs(graph: Graph, module: GraphModule) -> list[Tensor]:
+    """Turn the tensors that the stage has captured into inputs, the last ones, and return them.
+
+    Inductor would copy them into the program, which would then not see what is written into them.
+    """
+    captured: dict[str, Node] = {}
+    anchor = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in captured:
+            with graph.inserting_before(anchor):
+                captured[node.target] = graph.placeholder(f"primals_{node.name}")
+            captured[node.target].meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(captured[node.target])
+        graph.erase_node(node)
+    for placeholder in captured.values():
+        last = graph.find_nodes(op="placeholder")[-1]
+        if last is not placeholder:
+            last.append(placeholder)
+    return [getattr(module, name) for name in captured]
 
 
 class _Donation(NamedTuple):

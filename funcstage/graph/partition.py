@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -26,7 +27,7 @@ from networkx.algorithms.flow import boykov_kolmogorov  # type: ignore[import-un
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from funcstage.graph._torch import BoxedCodeGen
+from funcstage.graph._torch import BoxedCodeGen, LazyGraphModule
 from funcstage.graph.separate import ancestors
 from funcstage.graph.trace import Joint, is_random
 
@@ -225,9 +226,6 @@ def _cut(
 ) -> list[Node]:
     """Choose what to save: the values of fewest bytes from which all of `demand` can be computed.
 
-    Every node is split in two, joined by an edge that costs the bytes of its value; what may not be
-    computed again is a source.
-
     Args:
         demand: nodes that the far side reads.
         again: nodes that the far side may compute.
@@ -237,11 +235,6 @@ def _cut(
     Returns:
         The nodes to save, in graph order.
     """
-    numbers: dict[Node, int] = {}
-    nodes: list[Node] = []
-    flow = nx.DiGraph()
-    source, sink = -1, -2
-    flow.add_nodes_from((source, sink))
     roots: dict[Node, Node] = {}
 
     def computable(node: Node) -> bool:
@@ -265,27 +258,72 @@ def _cut(
         roots.update(dict.fromkeys(chain, found))
         return found
 
-    def number(node: Node) -> int:
-        if node not in numbers:
-            numbers[node] = 2 * len(nodes)
-            nodes.append(node)
-        return numbers[node]
+    demanded = {root(node) for node in demand if node not in free}
+    reads: dict[Node, set[Node | None]] = {}
+    stack = list(demanded)
+    while stack:
+        node = stack.pop()
+        if node not in reads:
+            found = [root(read) for read in node.all_input_nodes if read not in free]
+            reads[node] = set(found) if computable(node) else {None}
+            stack.extend(found if computable(node) else ())
+    return _min_cut(reads, demanded, price)
 
-    for node in demand:
-        if node not in free:
-            flow.add_edge(number(root(node)) + 1, sink)
-    for node in nodes:  # grows as it is walked
-        i = number(node)
-        if not computable(node):
-            flow.add_edge(source, i + 1, capacity=nbytes(node))
+
+def _min_cut(
+    reads: dict[Node, set[Node | None]], demanded: set[Node], price: Callable[[Node], float]
+) -> list[Node]:
+    """Cut all that is demanded off the source, at the least price, and of such cuts as late as possible.
+
+    Every node is split in two, joined by an edge of its price; edges along the data flow have no limit.
+    The solver takes time squared, so what can be told without it is: more than half of any real graph.
+
+    Args:
+        reads: what every node reads; `None` is the source. Left as it is.
+        demanded: some of these nodes.
+        price: of a node.
+
+    Returns:
+        The nodes that are cut, in graph order.
+    """
+    nodes = sorted(reads)
+    reads = dict(reads)
+    readers: defaultdict[Node | None, set[Node]] = defaultdict(set)
+    for node in nodes:
+        for read in reads[node]:
+            readers[read].add(node)
+    # A value of one reader that has no higher price is never the better of the two: it becomes part of it.
+    for node in reversed(nodes):
+        if node in demanded or len(readers[node]) != 1:
             continue
-        flow.add_edge(i, i + 1, capacity=price(node))
-        for read in node.all_input_nodes:
-            if read not in free:
-                flow.add_edge(number(root(read)) + 1, i)
-    _, (_, far) = nx.minimum_cut(flow, source, sink, flow_func=boykov_kolmogorov)
-    saved = (node for node, i in numbers.items() if i + 1 in far and not (computable(node) and i in far))
-    return sorted(saved)
+        (reader,) = readers[node]
+        if price(reader) <= price(node):
+            reads[reader] = reads[reader] - {node} | reads[node]
+            for read in reads.pop(node):
+                readers[read].remove(node)
+                readers[read].add(reader)
+
+    cut: list[Node] = []
+    flow = nx.DiGraph()
+    source, sink = -1, -2
+    flow.add_nodes_from((source, sink))
+    numbers: dict[Node, int] = {}
+    for node in nodes:
+        found = reads.get(node, set())
+        if None in found and node in demanded:
+            cut.append(node)  # in any case; what is made from such values alone is left out as well
+            continue
+        open = [source] if None in found else [numbers[read] + 1 for read in found if read in numbers]
+        if open:
+            i = numbers[node] = 2 * len(numbers)
+            flow.add_edge(i, i + 1, capacity=price(node))
+            flow.add_edges_from((j, i) for j in open)
+            if node in demanded:
+                flow.add_edge(i + 1, sink)
+    # The solver's second tree is what can still reach the sink: all that lies behind the latest cut.
+    _, behind = boykov_kolmogorov(flow, source, sink).graph["trees"]
+    cut += (node for node, i in numbers.items() if i + 1 in behind and i not in behind)
+    return sorted(cut)
 
 
 def _extract(
@@ -374,9 +412,12 @@ def _schedule(
 
 
 def boxed(root: GraphModule, graph: Graph) -> GraphModule:
-    """A module that takes its arguments in one list and empties it, so that each is freed after its use."""
+    """A module that takes its arguments in one list and empties it, so that each is freed after its use.
+
+    Its Python is written when it is first run or read: a compiler wants the graph alone.
+    """
     graph.set_codegen(BoxedCodeGen())
-    return GraphModule(root, graph)
+    return LazyGraphModule(root, graph)
 
 
 def own_results(graph: Graph) -> None:

@@ -34,6 +34,7 @@ Lower: TypeAlias = Callable[[GraphModule, Collection[str]], Runner]
 
 def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
     """`backend="aten"`: the generated Python, operation by operation."""
+    tt.LazyGraphModule.force_recompile(module)
     return module.forward
 
 
@@ -166,8 +167,10 @@ class Programs:
         names = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
         state = {name: i for i, name in enumerate(names)}
         others = {name: i for i, name in enumerate(rest)}
+        with tt.one_at_a_time:
+            run = self.lower(program.module, donated)
         return Step(
-            self.lower(program.module, donated),
+            run,
             tuple(state[name] for name in program.inputs if name in state),
             tuple(others[name] for name in program.inputs if name not in state),
         )

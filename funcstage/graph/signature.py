@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 from operator import itemgetter
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import optree
@@ -24,9 +28,10 @@ class Surroundings(NamedTuple):
     flags: tuple[Hashable, ...]
 
     @classmethod
-    def now(cls, module: ModuleState) -> Surroundings:
+    def now(cls, module: ModuleState | None) -> Surroundings:
+        state = () if module is None else module.read()
         autocast = tt.autocast_state() if tt.is_any_autocast_enabled() else ()
-        return cls(module.read(), autocast, torch.is_grad_enabled(), tt.global_flags())
+        return cls(state, autocast, torch.is_grad_enabled(), tt.global_flags())
 
 
 class Signature(NamedTuple):
@@ -78,7 +83,8 @@ class Recent:
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._others = [(i, _leaf(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
         self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
-        self._surroundings = Surroundings.now(module)
+        self._glance = module.glance()
+        self._outside = Surroundings.now(None)
 
     def match(
         self,
@@ -93,7 +99,8 @@ class Recent:
         tensors = [leaves[i] for i in self._tensors]
         if not self._are_alike(*tensors) or any(_leaf(leaves[i]) != other for i, other in self._others):
             return None
-        return tensors if Surroundings.now(module) == self._surroundings else None
+        unchanged = self._outside == Surroundings.now(None) and self._glance.agrees(module.glance())
+        return tensors if unchanged else None
 
 
 def reasons(old: Signature, new: Signature) -> Iterator[str]:
@@ -125,36 +132,119 @@ def _leaf(leaf: Any) -> Hashable:
             f"An argument of type {type(leaf).__name__} is neither a tensor nor hashable, so a later change "
             "of it would go unnoticed. Pass its tensors instead, or use the uncompiled `apply`."
         ) from None
-    return type(leaf), leaf  # as 1 == 1.0 == True
+    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf  # 1 == True, 0.0 == -0.0
 
 
 class ModuleState:
-    """Reads what a module's code reads of it besides its tensors: modes, numbers, names, submodules.
+    """Reads what a module's code may read of it besides its parameters and buffers.
 
-    Attributes of other types (a list that the module appends to, a configuration object) are not read:
-    a module that changes behaviour through those needs a new `compile`.
+    Modes, submodules, hooks and attributes: plain values, containers and plain objects of these by their
+    content, anything else (tensors, functions) by identity. What a module reads elsewhere, in globals or
+    closures, is its own affair.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        self._readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
-        self._tensors: list[tuple[dict[str, Any], str]] = []
-        for part in () if module is None else module.modules():
-            attributes = vars(part)
-            names = [name for name, value in attributes.items() if _is_simple(name, value)]
-            self._readers.append((attributes, itemgetter(*names, "training")))
-            if part._modules:
-                self._readers.append((part._modules, itemgetter(*part._modules)))
-            self._tensors += [(attributes, name) for name, v in attributes.items() if isinstance(v, Tensor)]
+        self._module = module
+        self._collect()
 
     def read(self) -> tuple[Hashable, ...]:
-        values = [reader(values) for values, reader in self._readers]
-        return (*values, *[id(values.get(name)) for values, name in self._tensors])
+        """What is to be compared by equality, in every detail."""
+        self._collect()
+        plain, rest = self.glance()
+        seen = set(self._parts)
+        return (*[_content(value, seen) for value in plain], *rest)
+
+    def glance(self) -> Glance:
+        """The same in a form that is made and compared faster, but not made to be kept."""
+        sizes = [*map(len, self._namespaces)]
+        if sizes != self._sizes:
+            self._collect()
+        seen = set(self._parts)
+        others = [_content(namespace.get(name), seen) for namespace, name in self._others]
+        try:
+            plain = [value for namespace, reader in self._readers for value in reader(namespace)]
+        except KeyError:  # one attribute in place of another
+            self._collect()
+            return self.glance()
+        return Glance(plain, [*sizes, *chain.from_iterable(self._hooks), *others])
+
+    def _collect(self) -> None:
+        parts = [] if self._module is None else list(self._module.modules())
+        self._parts = [id(part) for part in parts]
+        self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
+        self._sizes = [*map(len, self._namespaces)]
+        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
+        self._others: list[tuple[dict[str, Any], str]] = []
+        for part in parts:
+            attributes = vars(part)
+            own = [name for name in attributes if name not in _OF_EVERY_MODULE]
+            plain = [name for name in own if isinstance(attributes[name], _PLAIN)]
+            # Twice at least, as a getter of one item returns no tuple.
+            self._readers.append((attributes, itemgetter("training", "training", *plain)))
+            for name in part._modules:
+                self._readers.append((part._modules, itemgetter(name, *part._modules)))
+                break
+            self._others += [(attributes, name) for name in own if name not in plain]
 
 
-def _is_simple(name: str, value: Any) -> bool:
-    return name not in _INTERNAL and isinstance(
-        value, (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
-    )
+class Glance(NamedTuple):
+    """The state of a module.
+
+    Attributes:
+        plain: immutable values and modules, which are unchanged if they are the same objects.
+        rest: what is compared by equality.
+    """
+
+    plain: list[Any]
+    rest: list[Hashable]
+
+    def agrees(self, other: Glance) -> bool:
+        alike = len(self.plain) == len(other.plain) and all(map(operator.is_, self.plain, other.plain))
+        return alike and self.rest == other.rest
 
 
-_INTERNAL = {"training", "_backward_hooks", "_parameters", "_buffers", "_modules"}
+class _Same:
+    """Compares an object by identity, without keeping it alive where that is possible."""
+
+    __slots__ = ("_hash", "_ref")
+
+    def __init__(self, value: object) -> None:
+        self._hash = id(value)
+        try:
+            self._ref: Callable[[], object] = weakref.ref(value)
+        except TypeError:
+            self._ref = lambda: value
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        mine = self._ref()
+        return isinstance(other, _Same) and mine is not None and mine is other._ref()
+
+
+def _content(value: Any, seen: set[int]) -> Hashable:
+    """What an attribute says; of what was `seen` in another place already, which one it is."""
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)  # which tells 0.0 from -0.0
+    if isinstance(value, _PLAIN):
+        return type(value), value  # as 1 == True
+    if id(value) in seen:
+        return _Same(value)
+    seen.add(id(value))
+    if isinstance(value, (list, tuple)):
+        return type(value), *[_content(item, seen) for item in value]
+    if isinstance(value, dict):
+        return type(value), *[(_content(k, seen), _content(item, seen)) for k, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_content(item, seen) for item in value)
+    if isinstance(value, (Tensor, type, FunctionType, ModuleType)):
+        return _Same(value)
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    inside = [getattr(value, "__dict__", None), *[getattr(value, name, None) for name in slots]]
+    return _Same(value), *[_content(part, seen) for part in inside]
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+_OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -71,7 +71,8 @@ class FunctionalPipelineStage(ExchangingStage):
             dimension (`mesh["data"]`). The replicas start as copies of the first one, and each step averages
             their gradients once, after the stage's last W and beside the work of the rank's other stages.
         grad_dtype: the dtype of the parameters' `.grad`, such as `torch.float32` to sum the gradients of
-            bfloat16 parameters in; `None` is that of the parameters.
+            bfloat16 parameters in; `None` is that of the parameters. Not all of torch's optimizers take
+            gradients that are wider than their parameters (Adam and its kin do not: cast them first).
 
     Raises:
         LeafError: if `stage_index` is out of range, or a tensor of the module is on another device.
