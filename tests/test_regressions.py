@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from funcstage.testing import check_stage
+from funcstage.testing.stages import Block, Stage, use
 
 
 def test_weights_have_gradients_where_an_activation_overwrites_a_sequence_behind_a_linear_layer() -> None:
@@ -27,3 +28,31 @@ def test_attention_runs_under_autocast() -> None:
                 return F.scaled_dot_product_attention(y, y, y).float()
 
     check_stage(Attention(), torch.randn(2, 3, 4))
+
+
+def test_a_gradient_that_cancels_out_to_nothing_may_leave_a_rounding_error() -> None:
+    # A norm over one feature passes nothing on: eager's terms cancel exactly, ours to 1e-16.
+    lstm = use("recurrent", kind="lstm", hidden=2, layers=2, both=True, states=False)
+    bodies = (
+        (lstm, use("custom function")),
+        (use("linear", out=1, bias=False), use("layer norm", affine="weight")),
+    )
+    Stage(
+        body=(
+            Block(kind="branch", bodies=bodies, option=None),
+            use("linear", out=2, bias=True),
+            use("layer norm", affine="weight"),
+            use("linear", out=0, bias=True),
+        ),
+        shape=(2, 3, 3),
+        dtype=torch.float64,
+        device="cpu",
+        tokens="",
+        layout="contiguous",
+        inputs=(),
+        keywords={},
+        output=("hidden", "hidden"),
+        argnums=None,
+        training=True,
+        seed=65535,
+    ).check()

@@ -179,13 +179,18 @@ class ModuleState:
         for part in parts:
             attributes = vars(part)
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]
-            plain = [name for name in own if isinstance(attributes[name], _PLAIN)]
+            plain = [name for name in own if _is_plain(attributes[name])]
             # Twice at least, as a getter of one item returns no tuple.
             self._readers.append((attributes, itemgetter("training", "training", *plain)))
             for name in part._modules:
                 self._readers.append((part._modules, itemgetter(name, *part._modules)))
                 break
             self._others += [(attributes, name) for name in own if name not in plain]
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value cannot change as long as it is the same object."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 class Glance(NamedTuple):
