@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,24 @@ def test_results_that_a_caller_holds_are_never_overwritten(made: Any) -> None:
     copies = [result.clone() for result in held]
     for other, c in batch(4):
         split(fast, params, other, c)
+    for mine, copy in zip(held, copies, strict=True):
+        assert torch.equal(mine, copy)
+
+
+def test_gradients_of_a_microbatch_that_ended_without_graphs_are_never_overwritten(made: Any) -> None:
+    apply, params = made
+    fast = compile(apply, cuda_graphs=True)
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    x, cotangent = batch()
+    _, _, pullback = fs.stage_vjp(fast, params, {}, x)
+    optree.tree_leaves(pullback, namespace="funcstage")
+    _, weight_pullback = pullback(cotangent)
+    held = list(weight_pullback().values())
+    copies = [grad.clone() for grad in held]
+    del pullback, weight_pullback
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
     for mine, copy in zip(held, copies, strict=True):
         assert torch.equal(mine, copy)
 

@@ -320,9 +320,10 @@ class WeightTape:
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
-        own = not (self.shared or retain)
+        # What lies in a slot may only be given away by a replay, after which the slot keeps count of it.
+        own = not (self.shared or retain) and (self.flight is None or self.replay)
         step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
-        if self.flight is not None and self.replay and own:
+        if self.flight is not None and own:
             grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
             return handed_out(grads), None
         inputs = step.inputs(self.state, self.residuals)
