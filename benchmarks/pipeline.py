@@ -28,15 +28,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed.pipelining.schedules import get_schedule_class
 
-from benchmarks.split import Block, Clock, Size
-from funcstage.pipelining import FunctionalPipelineStage
+from benchmarks.split import Block, Clock, Size, relative_error
+from funcstage.pipelining import FunctionalPipelineStage, pipeline_order
 
 SIZES = {
     "L": Size(4096, 11008, 8, 1, 4096, 32),
@@ -50,16 +45,14 @@ class System(NamedTuple):
 
     Attributes:
         name: for the table.
-        schedule: torch's class.
+        schedule: torch's name of it.
         chunks: stages a rank.
-        v: whether the second stage of a rank is placed backwards, so that the last rank has both middle ones.
         stage: makes a stage of (module, index, number of stages, device).
     """
 
     name: str
-    schedule: type
+    schedule: str
     chunks: int
-    v: bool
     stage: Callable[[nn.Module, int, int, torch.device], Any]
 
 
@@ -98,24 +91,17 @@ def systems(device: str, size: Size) -> list[System]:
     backend = "inductor" if device == "cuda" else "aten"
     plain, graphs = ours(backend=backend), ours(backend=backend, cuda_graphs=True)
     found = [
-        System("torch 1F1B, compiled", Schedule1F1B, 1, False, theirs_compiled),
-        System("torch Interleaved1F1B, compiled", ScheduleInterleaved1F1B, 2, False, theirs_compiled),
-        System("torch ZBVZeroBubble, eager", ScheduleZBVZeroBubble, 2, True, theirs),
-        System("funcstage ZBVZeroBubble", ScheduleZBVZeroBubble, 2, True, plain),
-        System("funcstage InterleavedZeroBubble", ScheduleInterleavedZeroBubble, 2, False, plain),
-        System("funcstage Interleaved1F1B", ScheduleInterleaved1F1B, 2, False, plain),
+        System("torch 1F1B, compiled", "1F1B", 1, theirs_compiled),
+        System("torch Interleaved1F1B, compiled", "Interleaved1F1B", 2, theirs_compiled),
+        System("torch ZBVZeroBubble, eager", "ZBVZeroBubble", 2, theirs),
+        System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, plain),
+        System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, plain),
+        System("funcstage Interleaved1F1B", "Interleaved1F1B", 2, plain),
     ]
     if device == "cuda" and size.width < 2048:  # what a large stage has in flight would not fit in pools
-        found.append(System("funcstage ZBVZeroBubble, graphs", ScheduleZBVZeroBubble, 2, True, graphs))
-        found.append(System("funcstage Interleaved1F1B, graphs", ScheduleInterleaved1F1B, 2, False, graphs))
+        found.append(System("funcstage ZBVZeroBubble, graphs", "ZBVZeroBubble", 2, graphs))
+        found.append(System("funcstage Interleaved1F1B, graphs", "Interleaved1F1B", 2, graphs))
     return found
-
-
-def indices(rank: int, world: int, chunks: int, v: bool) -> list[int]:
-    """The stages of a rank."""
-    if chunks == 1:
-        return [rank]
-    return [rank, 2 * world - 1 - rank] if v else [rank, rank + world]
 
 
 def blocks(size: Size, of: range, device: torch.device) -> nn.Sequential:
@@ -177,15 +163,16 @@ def measure(
     n = world * system.chunks
     per_stage = size.layers // n
     clock = Clock(device.type)
+    order = pipeline_order(system.schedule, n, microbatches, num_ranks=world)
     modules = [
-        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device))
-        for i in indices(rank, world, system.chunks, system.v)
+        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device)) for i in order.stages_of(rank)
     ]
     stages = [system.stage(module, i, n, device) for i, module in modules]
     timed = Timed(clock)
     for stage in stages:
         timed.watch(stage)
-    schedule = system.schedule(
+    schedule_class: Any = get_schedule_class(system.schedule)
+    schedule = schedule_class(
         stages if system.chunks > 1 else stages[0], n_microbatches=microbatches, loss_fn=loss_of(stages)
     )
     x, target = batch(size, microbatches, device)
@@ -204,7 +191,7 @@ def measure(
     error = 0.0
     if expected is not None:
         grad = dict(modules)[0][0].qkv.weight.grad
-        error = ((grad.float() - expected).norm() / expected.norm()).item()
+        error = relative_error([grad.float()], [expected])
     gc.collect()
     if clock.cuda:
         torch.cuda.empty_cache()

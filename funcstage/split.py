@@ -58,7 +58,7 @@ class Meta(NamedTuple):
         return cls(leaf.shape, leaf.dtype, leaf.device)
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)} on {self.device}"
+        return f"{trees.look(self)} on {self.device}"
 
 
 AnyTape = TypeVar("AnyTape", bound=Tape)
@@ -448,9 +448,7 @@ def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -
                 f"{name(i)} must be a tensor that takes a gradient of {meta}; got {describe(leaf)}. Pass "
                 "zeros like the parameter, or None."
             )
-        if leaf.layout is torch.strided and any(
-            n > 1 and stride == 0 for n, stride in zip(leaf.shape, leaf.stride(), strict=True)
-        ):
+        if leaf.layout is torch.strided and trees.is_expanded(leaf):
             raise LeafError(
                 f"{name(i)} is an expanded tensor, several of whose elements share memory, so nothing can be "
                 "added into it. Pass accumulate leaves with memory of their own: tensor.contiguous()."

@@ -44,8 +44,18 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Tell whether several elements of a strided tensor share memory, so that nobody can write into it."""
+    return any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def look(like: Any) -> str:
+    """Return what a tensor, or anything with its dtype and shape, looks like: ``float32[2, 3]``."""
+    return f"{str(like.dtype).removeprefix('torch.')}{list(like.shape)}"
+
+
 def describe(leaf: object) -> str:
     """Return a short description of a leaf for error messages, such as ``float32[2, 3] on cpu``."""
     if isinstance(leaf, torch.Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+        return f"{look(leaf)} on {leaf.device}"
     return "None" if leaf is None else type(leaf).__name__

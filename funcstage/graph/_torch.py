@@ -66,11 +66,11 @@ one_at_a_time = threading.RLock()
 """Tracing and lowering patch what all threads of a process share."""
 
 
-def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+def fake_like(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """A fake tensor with the geometry of a real one, which is neither read nor kept."""
     with mode:
         return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device, requires_grad=False
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
         )
 
 

@@ -206,8 +206,8 @@ def compile(
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
     A signature is all that a trace depends on: tree structure, shapes, dtypes, devices and strides of the
-    leaves, other arguments' values, what is differentiated, the module's train/eval mode and simple
-    attributes, autocast, grad mode, and torch's global numeric settings.
+    leaves, other arguments' values, what is differentiated, the module's modes, hooks and attributes,
+    autocast, grad mode, and torch's global settings.
 
     Args:
         apply: a stage function, from `functionalize` or hand-written.

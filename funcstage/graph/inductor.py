@@ -83,18 +83,14 @@ def _as_inputs(graph: Graph, module: GraphModule) -> list[Tensor]:
     Inductor would copy them into the program, which would then not see what is written into them.
     """
     captured: dict[str, Node] = {}
-    anchor = next(iter(graph.nodes))
+    last = (graph.find_nodes(op="placeholder") or [graph._root])[-1]
     for node in graph.find_nodes(op="get_attr"):
         if node.target not in captured:
-            with graph.inserting_before(anchor):
-                captured[node.target] = graph.placeholder(f"primals_{node.name}")
-            captured[node.target].meta["val"] = node.meta["val"]
+            with graph.inserting_after(last):
+                captured[node.target] = last = graph.placeholder(f"primals_{node.name}")
+            last.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(captured[node.target])
         graph.erase_node(node)
-    for placeholder in captured.values():
-        last = graph.find_nodes(op="placeholder")[-1]
-        if last is not placeholder:
-            last.append(placeholder)
     return [getattr(module, name) for name in captured]
 
 

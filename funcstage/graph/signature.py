@@ -132,7 +132,12 @@ def _leaf(leaf: Any) -> Hashable:
             f"An argument of type {type(leaf).__name__} is neither a tensor nor hashable, so a later change "
             "of it would go unnoticed. Pass its tensors instead, or use the uncompiled `apply`."
         ) from None
-    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf  # 1 == True, 0.0 == -0.0
+    return _exactly(leaf)
+
+
+def _exactly(value: Hashable) -> Hashable:
+    """Tell what compares equal but is not the same: 1 and True, 0.0 and -0.0."""
+    return type(value), repr(value) if isinstance(value, (float, complex)) else value
 
 
 class ModuleState:
@@ -180,11 +185,9 @@ class ModuleState:
             attributes = vars(part)
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]
             plain = [name for name in own if _is_plain(attributes[name])]
-            # Twice at least, as a getter of one item returns no tuple.
-            self._readers.append((attributes, itemgetter("training", "training", *plain)))
-            for name in part._modules:
-                self._readers.append((part._modules, itemgetter(name, *part._modules)))
-                break
+            for namespace, names in ((attributes, ["training", *plain]), (part._modules, [*part._modules])):
+                if names:  # the first one twice, as a getter of one item returns no tuple
+                    self._readers.append((namespace, itemgetter(names[0], *names)))
             self._others += [(attributes, name) for name in own if name not in plain]
 
 
@@ -231,10 +234,8 @@ class _Same:
 
 def _content(value: Any, seen: set[int]) -> Hashable:
     """What an attribute says; of what was `seen` in another place already, which one it is."""
-    if isinstance(value, (float, complex)):
-        return type(value), repr(value)  # which tells 0.0 from -0.0
     if isinstance(value, _PLAIN):
-        return type(value), value  # as 1 == True
+        return _exactly(value)
     if id(value) in seen:
         return _Same(value)
     seen.add(id(value))

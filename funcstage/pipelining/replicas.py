@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcstage.errors import StructureError
+
+
+@dataclass(slots=True)
+class Average:
+    """The gradients of a stage on their way around the replicas.
+
+    Attributes:
+        grads: the gradients, each becoming the sum over the replicas.
+        works: the sums in progress.
+        divisor: what to divide by when they are done.
+    """
+
+    grads: list[Tensor]
+    works: list[dist.Work]
+    divisor: int
 
 
 class Replicas:
@@ -29,8 +45,7 @@ class Replicas:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._sums: list[tuple[Any, list[dist.Work], list[Tensor]]] = []
-        self._divisors: dict[int, int] = {}
+        self._averages: dict[Any, Average] = {}
 
     def replicate(self, tensors: Sequence[Tensor]) -> None:
         """Give all replicas the values of the first one."""
@@ -46,35 +61,34 @@ class Replicas:
     def drop(self, stage: Any) -> None:
         """Forget what an interrupted step left behind."""
         self._running.discard(stage)
-        self._sums = [entry for entry in self._sums if entry[0] is not stage]
+        self._averages.pop(stage, None)
 
     def average(self, stage: Any, grads: Sequence[Tensor]) -> None:
         """Start to average the gradients of a stage, which has run its last W."""
         works = [dist.all_reduce(grad, group=self.group, async_op=True) for grad in grads]
-        self._sums.append((stage, works, list(grads)))
-        self._divisors[id(stage)] = dist.get_world_size(self.group)
+        self._averages[stage] = Average(list(grads), works, dist.get_world_size(self.group))
         self._running.discard(stage)
         if not self._running:
             self._finish()
 
     def scale(self, stage: Any, divisor: int) -> bool:
         """Divide a stage's gradients once they have arrived; `False` if they are not on the way."""
-        if id(stage) not in self._divisors:
+        if stage not in self._averages:
             return False
-        self._divisors[id(stage)] *= divisor
+        self._averages[stage].divisor *= divisor
         return True
 
     def _finish(self) -> None:
-        for stage, works, grads in self._sums:
-            for work in works:
+        for average in self._averages.values():
+            for work in average.works:
                 work.wait()
-            if grads:
-                torch._foreach_div_(grads, self._divisors[id(stage)])
-        self._sums.clear()
-        self._divisors.clear()
+            if average.grads:
+                torch._foreach_div_(average.grads, average.divisor)
+        self._averages.clear()
 
 
-_OF_GROUP: weakref.WeakKeyDictionary[dist.ProcessGroup, Replicas] = weakref.WeakKeyDictionary()
+_OF_GROUP: weakref.WeakValueDictionary[dist.ProcessGroup, Replicas] = weakref.WeakValueDictionary()
+"""Alive as long as stages are, which hold them."""
 
 
 def replicas_of(group: dist.ProcessGroup | DeviceMesh) -> Replicas:

@@ -287,7 +287,7 @@ class FunctionalPipelineStage(ExchangingStage):
         apply, params, buffers = functionalize(self.submod)
         places = {name: _Place.of(self.submod, name) for name in (*params, *buffers)}
         # Nobody can write into an expanded tensor.
-        updated = {name for name, buffer in self.submod.named_buffers() if not _is_expanded(buffer)}
+        updated = {name for name, buffer in self.submod.named_buffers() if not trees.is_expanded(buffer)}
         self._trainable = {name: places[name] for name in params}
         self._updated = {name: places[name] for name in buffers if name in updated}
         self._constant = {name: places[name] for name in buffers if name not in updated}
@@ -454,14 +454,7 @@ class FunctionalPipelineStage(ExchangingStage):
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            with mode:
-                return torch.empty_strided(
-                    leaf.shape,
-                    leaf.stride(),
-                    dtype=leaf.dtype,
-                    device=self.device,
-                    requires_grad=leaf.requires_grad,
-                )
+            return tt.fake_like(mode, leaf, self.device).requires_grad_(leaf.requires_grad)
 
         args, kwargs, params, buffers = trees.map_leaves(
             fake, (inputs, kwargs, self._parameters, self._buffers)
@@ -723,8 +716,7 @@ def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def _looks(tensors: Sequence[Tensor]) -> str:
     """Describe tensors without their device, which in examples is none."""
-    looks = (f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
-    return f"({', '.join(looks)})"
+    return f"({', '.join(map(trees.look, tensors))})"
 
 
 def _example(leaf: Any) -> Any:
@@ -739,10 +731,6 @@ def _trainable(leaf: Any) -> Any:
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _requires_grad(leaf: Any) -> bool:
