@@ -41,17 +41,22 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "current_level",
+    "down_to",
     "grad_level",
     "innermost",
+    "is_dead",
     "level_of",
     "make_leaf",
+    "one_level_down",
     "pop_layer",
     "push_layer",
+    "requires_grad",
     "saving_through",
     "storage_key",
     "under_one_dead_wrapper",
     "unwrap",
     "without_dead_wrappers",
+    "wrap",
     "wrap_leaf",
 ]
 
@@ -76,11 +81,49 @@ def wrap_leaf(tensor: Tensor, level: int) -> Tensor:
     return make_leaf(_wrap_for_grad(tensor, level))
 
 
+def wrap(tensor: Tensor, level: int) -> Tensor:
+    """Wrap a tensor at `level` as a constant."""
+    return _wrap_for_grad(tensor, level)
+
+
+@contextmanager
+def down_to(level: int) -> Iterator[None]:
+    """Leave the levels above `level` for a while."""
+    layers = []
+    while current_level() > level:
+        layers.append(pop_layer())
+    try:
+        yield
+    finally:
+        for layer in reversed(layers):
+            push_layer(layer)
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """Tell whether a tensor requires grad at any level."""
+    while not tensor.requires_grad:
+        below = one_level_down(tensor)
+        if below is tensor:
+            return False
+        tensor = below
+    return True
+
+
 def innermost(tensor: Tensor) -> Tensor:
     """Return the tensor under all functorch wrappers, dead or alive."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def one_level_down(tensor: Tensor) -> Tensor:
+    """Return the tensor under the outermost wrapper, or the tensor itself where there is none."""
+    return get_unwrapped(tensor) if is_functorch_wrapped_tensor(tensor) else tensor
+
+
+def is_dead(tensor: Tensor) -> bool:
+    """Tell whether a tensor's outermost wrapper is of a level that was closed."""
+    return is_functorch_wrapped_tensor(tensor) and _unwrap_if_dead(tensor) is not tensor
 
 
 def without_dead_wrappers(tensor: Tensor) -> Tensor:
@@ -98,7 +141,7 @@ def under_one_dead_wrapper(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def saving_through(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
+def saving_through(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]) -> Iterator[None]:
     """Let saved tensors go through hooks, also inside the transforms that torch.func refuses them in."""
     refusal = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     torch._C._autograd._saved_tensors_hooks_enable()

@@ -18,22 +18,29 @@ for I to do, and W is the whole backward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
-from funcstage import trees
+from funcstage import custom_functions, trees
+from funcstage._dynamo import uncompiled
+from funcstage._interception import current_interceptor, intercepting
 from funcstage.autocast import cast_first
+from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
 from funcstage.errors import PurityError, StageError
+from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import checked_result
 from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of, saving_outside
 from funcstage.sums import added
@@ -89,48 +96,69 @@ class WeightTape:
     Attributes:
         origin: the forward pass.
         seeds: (place on the inner tape, cotangent).
+        regions: what is left of the checkpointed regions that I has run again.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
     """
 
     origin: Origin
     seeds: list[tuple[GradientEdge, Tensor]]
+    regions: list[RegionTape]
     shared: bool
     home: Home
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
         origin = self.origin
-        cotangents = [cotangent for _, cotangent in self.seeds]
-        wanted = [leaf for _, leaf in origin.params]
         shared = self.shared or retain
-        found = _reverse(self.seeds, wanted, shared, origin, self.home)
+        seeds, regions = list(self.seeds), []
+        for places, tape in self.regions:
+            of_region, left = tape.pull(retain)
+            seeds += [(edge, grad) for edge, grad in zip(places, of_region, strict=True) if grad is not None]
+            if left is not None:
+                regions.append(RegionTape(places, left))
+        wanted = [leaf for _, leaf in origin.params]
+        with origin.switchboard.rerunning(retain):
+            found = _reverse(seeds, wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_params
+        cotangents = [cotangent for _, cotangent in seeds]
         for (i, _), grad in zip(origin.params, _unshared(found, cotangents), strict=True):
             grads[i] = grad
-        return grads, replace(self, shared=True) if retain else None
+        return grads, replace(self, regions=regions, shared=True) if retain else None
 
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
         return added(totals, self.pull(retain=False)[0])
 
     def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes have saved, then the cotangents."""
-        return [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
+        """The residuals: what the nodes have saved, the cotangents, then those of the regions."""
+        own = [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
+        return own + [leaf for _, tape in self.regions for leaf in tape.leaves()]
 
     def share(self) -> list[Tensor]:
         return self.leaves()  # nothing is ever written into them
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
         """The same tape over other residuals."""
-        saved = self._saved()
-        home = replaced(saved, leaves[: len(saved)], self.origin.switchboard, self.home)
-        seeds = [(edge, new) for (edge, _), new in zip(self.seeds, leaves[len(saved) :], strict=True)]
-        return replace(self, seeds=seeds, home=home)
+        saved, rest = self._saved(), iter(leaves)
+        home = replaced(saved, [*islice(rest, len(saved))], self.origin.switchboard, self.home)
+        seeds = [(edge, next(rest)) for edge, _ in self.seeds]
+        regions = [
+            RegionTape(places, tape.with_leaves([*islice(rest, len(tape.leaves()))]))
+            for places, tape in self.regions
+        ]
+        return replace(self, seeds=seeds, regions=regions, home=home)
 
     def _saved(self) -> list[Residual]:
         edges = (edge for edge, _ in self.seeds)
         return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
+
+
+class RegionTape(NamedTuple):
+    """What W needs of a checkpointed region, and where on the inner tape the gradients go on."""
+
+    places: list[GradientEdge]
+    tape: WeightTape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +195,10 @@ class InputTape:
         shared = self.shared or retain
         wanted: list[GradientEdge | Tensor] = [leaf for _, leaf in self.inputs]
         wanted += [site.outer for site in self.sites]
-        with self._behind_hooks() as hooked_cotangents:
+        with (
+            origin.switchboard.rerunning(retain) as regions,
+            self._behind_hooks() as hooked_cotangents,
+        ):
             found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_args
         for (i, _), grad in zip(self.inputs, found, strict=False):
@@ -179,7 +210,7 @@ class InputTape:
             if grad is not None:
                 seeds.append((site.inner, grad))
         seeds += _seeds(self.derived, cotangents)
-        weight_tape = WeightTape(origin, seeds, shared, self.home)
+        weight_tape = WeightTape(origin, seeds, regions, shared, self.home)
         return grads, weight_tape, replace(self, shared=True) if retain else None
 
     @contextmanager
@@ -252,7 +283,8 @@ def linearize(
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
-        if ft.current_level():
+        transformed = ft.current_level() > 0
+        if transformed:
             stack.enter_context(saving_outside(switchboard))
         else:
             _refuse_saved_tensor_hooks(stack)
@@ -272,8 +304,10 @@ def linearize(
                 param_leaves[i] = ft.wrap_leaf(leaf, inner)
                 weights.append((i, param_leaves[i]))
         mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
+        if not transformed and not higher:
+            mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)
         try:
-            with mode:
+            with mode, intercepting(mode), uncompiled():
                 result = apply(
                     trees.unflatten(params_spec, param_leaves),
                     buffers,
@@ -304,6 +338,20 @@ def linearize(
     return output, new_buffers, tape
 
 
+class Rerunnable(NamedTuple):
+    """What checkpointed regions of a forward pass need to be run again.
+
+    Attributes:
+        module: the stage's, if it has one.
+        state: tensors that are no residuals.
+        switchboard: where they leave what W needs.
+    """
+
+    module: nn.Module | None
+    state: list[Tensor]
+    switchboard: Switchboard
+
+
 class _Split(TorchFunctionMode):
     """Sends every operation through the levels that it concerns, and notes the sites.
 
@@ -323,6 +371,11 @@ class _Split(TorchFunctionMode):
         mixed: whether values that are on both levels may exist.
         hooked: whether the stage has put hooks on tensors.
         bases: the sites at what outputs are views of.
+        rerunnable: how checkpointed regions are run again; None where they are run as they come.
+        stand_in: what stands in for a tensor, where this is itself a region that is run again.
+        paused: whether another split is at work, in a region.
+        had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
+        before_write: told what is about to be overwritten.
     """
 
     def __init__(
@@ -339,20 +392,39 @@ class _Split(TorchFunctionMode):
         self.mixed = False
         self.hooked = False
         self.bases: set[Site] = set()
+        self.rerunnable: Rerunnable | None = None
+        self.stand_in: Callable[[Any], Any] = _itself
+        self.paused = False
+        self.had_regions = False
+        self.before_write: Callable[[Any, Any], None] | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         body = opened(func)
         if body is not None:
             self.hooked = self.hooked or func is Tensor.register_hook
             with self:
                 return body(*args, **kwargs)
-        if self.moved:
+        if self.moved or self.had_regions:
             args, kwargs = trees.map_leaves(self.current, (args, kwargs))
         if _is_in_place(func, kwargs):
             return self.in_place(func, args, kwargs)
+        if self.before_write is not None and func in _WRITERS:
+            for statistics in _WRITERS[func](args):
+                self.before_write(statistics, func)
+        if is_flex_attention(func):
+            with self:
+                return attend(func, args)
+        if custom_functions.may_have_formula(func):
+            try:
+                return self.call(func, args, kwargs)
+            except custom_functions.Formula as found:
+                with self:
+                    return custom_functions.applied(found.function, (kwargs, *args))
         return self.call(func, args, kwargs)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -452,6 +524,8 @@ class _Split(TorchFunctionMode):
         target = args[0] if out is None else out
         targets = target if isinstance(target, (tuple, list)) else (target,)
         for tensor in targets:
+            if self.before_write is not None:
+                self.before_write(tensor, func)
             owner = self.owner(tensor)
             if owner is not None:
                 if tensor is not target or out is not None or not any(tensor is a for a in self.arguments):
@@ -493,7 +567,15 @@ class _Split(TorchFunctionMode):
     def current(self, leaf: Any) -> Any:
         """The tensor that an overwritten argument stands for by now."""
         moved = self.moved.get(id(leaf))
-        return leaf if moved is None else moved[1]
+        if moved is not None:
+            return moved[1]
+        if self.had_regions and isinstance(leaf, Tensor) and ft.is_dead(leaf):
+            raise StageError(
+                f"The stage reads a tensor ({trees.describe(leaf)}) that was made inside of a checkpointed "
+                "region, and that the region did not return: it has no gradient outside. Let the "
+                "checkpointed function return it."
+            )
+        return leaf
 
     def owner(self, tensor: Tensor) -> str | None:
         """Name what the caller has given in this memory, if it is the caller's."""
@@ -526,6 +608,251 @@ class _Split(TorchFunctionMode):
             leaf = ft.unwrap(leaf, self.outer_level)
         return Exit(leaf, outer, inner)
 
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        """Apply a custom autograd function at the levels that it concerns."""
+        if custom_functions.is_formula(function):
+            raise custom_functions.Formula(function)
+        if custom_functions.takes_ctx(function):
+            return custom_functions.applied(function, args)
+        return apply(*args)
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        """Run a checkpointed region, keeping what it takes to run it again."""
+        asked = Call.of(call)
+        if asked.is_constant(self.is_differentiated):
+            with torch.no_grad():
+                return asked.run()
+        board = self.rerunnable
+        if board is None or not torch.is_grad_enabled():
+            return asked.run()
+        region = Region(asked, board.module)
+        self.had_regions = True
+        captured = _Captured(region, self)
+        exits, spec = self._first_run(region, captured)
+        with torch._C.DisableTorchFunction():
+            operands = captured.operands()
+        leaves = [exit.value for exit in exits]
+        diff = [
+            i
+            for i, exit in enumerate(exits)
+            if exit.outer or exit.inner or (asked.reentrant and trees.is_differentiable(exit.value))
+        ]
+        if diff:
+            rerun = _Rerun(region, board, operands, diff, tuple(leaves[i] for i in diff))
+            for i, value in zip(diff, Recomputed.apply(rerun, *operands.tensors), strict=True):
+                leaves[i] = value
+        return trees.unflatten(spec, leaves)
+
+    def _first_run(self, region: Region, captured: _Captured) -> tuple[list[Exit], Any]:
+        """Run a region under two levels of its own, from which nothing is kept.
+
+        They see the same operations, and the same `requires_grad`, as those of the second run.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(ft.saving_through(region.forget, region.forget))
+            captured.outer = stack.enter_context(ft.grad_level())
+            stack.enter_context(torch.enable_grad())
+            captured.inner = stack.enter_context(ft.grad_level())
+            stack.enter_context(torch.enable_grad())
+            nested = _Split(captured.outer, captured.inner, {}, [])
+            nested.before_write = captured.before_write
+            self.paused = True
+            try:
+                with nested, intercepting(nested), StandIns(captured.adopted):
+                    leaves, spec = trees.flatten(region.run())
+                    exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
+            finally:
+                self.paused = False
+            region.release(lambda buffer: self.bare(nested.leave(buffer).value))
+        return [exit._replace(value=self.bare(exit.value)) for exit in exits], spec
+
+    @property
+    def levels(self) -> list[int]:
+        """The levels that there are, from below."""
+        return [level for level in (self.outer_level, self.inner_level) if level is not None]
+
+    def bare(self, value: Any) -> Any:
+        """A value without the wrappers of the levels."""
+        for level in reversed(self.levels):
+            if isinstance(value, Tensor):
+                value = ft.unwrap(value, level)
+        return value
+
+    def is_weight(self, value: Tensor) -> bool:
+        """Tell whether a value depends on parameters and lives on the inner level alone."""
+        on_inner = ft.level_of(value) == self.inner_level and value.requires_grad
+        return on_inner and not self.is_activation(ft.unwrap(value, self.inner_level))
+
+    def is_differentiated(self, value: Tensor) -> bool:
+        """Tell whether a value depends on parameters or differentiated inputs."""
+        return self.is_weight(value) or self.is_activation(ft.unwrap(value, self.inner_level))
+
+
+class _Operands(NamedTuple):
+    """What a region has captured, in the order in which `Recomputed` takes it.
+
+    Attributes:
+        tensors: activations, or weights where there are none, as its operands; then all else, bare.
+        n_activations: how many activations come first.
+        weights: where the weights that follow lie on the inner tape.
+        order: the places of the tensors in the region.
+        written: the places of those constants that the region overwrites.
+    """
+
+    tensors: list[Tensor]
+    n_activations: int
+    weights: list[GradientEdge]
+    order: list[int]
+    written: set[int]
+
+
+class _Captured:
+    """What the first run of a region captures: tensors on the levels of the split around it, and parameters.
+
+    Attributes:
+        outer: the level of the inputs in the first run.
+        inner: the level of the parameters.
+    """
+
+    outer: int
+    inner: int
+
+    def __init__(self, region: Region, split: _Split) -> None:
+        self._region = region
+        self._split = split
+        self._values: list[Tensor] = []  # as the split around knows them
+        self._adopted: list[Tensor] = []  # as the first run does
+        self._before: dict[int, Tensor] = {}  # constants before they were overwritten
+
+    def adopted(self, leaf: Any) -> Any:
+        """What stands for something in the first run: a leaf of its own levels, if it is captured."""
+        place = self._region.place(leaf)
+        if place is not None:
+            return self._adopted[place]
+        if not isinstance(leaf, Tensor):
+            return leaf
+        with torch._C.DisableTorchFunction():
+            split = self._split
+            value = split.current(split.stand_in(leaf))
+            if ft.level_of(value) not in split.levels and not isinstance(leaf, nn.Parameter):
+                return leaf
+            self._region.capture(leaf)
+            self._values.append(value)
+            self._adopted.append(self._adopt(value))
+            return self._adopted[-1]
+
+    def _adopt(self, value: Tensor) -> Tensor:
+        bare = self._split.bare(value)
+        if not self._split.is_differentiated(value):
+            for level in (*self._split.levels, self.outer):  # it may be written into, which all must know
+                bare = ft.wrap(bare, level)
+            return bare
+        level = self.inner if self._split.is_weight(value) else self.outer
+        with ft.down_to(level):
+            return ft.wrap_leaf(bare, level)
+
+    def before_write(self, tensor: Any, func: Any) -> None:
+        """Keep what is overwritten as it was, which is how the second run must find it."""
+        if not isinstance(tensor, Tensor):
+            return
+        with torch._C.DisableTorchFunction():
+            key = ft.storage_key(tensor)
+            for place, value in enumerate(self._values):
+                if place not in self._before and ft.storage_key(value) == key:
+                    if self._split.is_differentiated(value):
+                        raise PurityError(
+                            f"A checkpointed region writes into its input ({trees.describe(value)}) in "
+                            f"place, by {getattr(func, '__name__', func)}, so that it cannot be run again. "
+                            "Work on a clone."
+                        )
+                    with ft.down_to(0):
+                        self._before[place] = self._split.bare(value).clone()
+
+    def operands(self) -> _Operands:
+        """What was captured, once the levels of the first run are closed."""
+        split = self._split
+        activations, weights, constants = [], [], []
+        for place, value in enumerate(self._values):
+            if not split.is_differentiated(value):
+                with ft.down_to(0):
+                    constants.append((place, self._before.get(place, split.bare(value)).detach()))
+            elif split.is_weight(value):
+                weights.append((place, value))
+            else:
+                activations.append((place, split.lower(value)))
+        edges = [get_gradient_edge(value) for _, value in weights]
+        if activations:
+            weights = [(place, split.bare(value)) for place, value in weights]
+        order, tensors = zip(*activations, *weights, *constants, strict=True)
+        return _Operands(list(tensors), len(activations), edges, list(order), set(self._before))
+
+
+class _Rerun:
+    """A region, run again when its gradients are wanted.
+
+    Attributes:
+        values: the differentiable results of the first run, until they are taken.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        board: Rerunnable,
+        operands: _Operands,
+        diff: list[int],
+        values: tuple[Tensor, ...],
+    ) -> None:
+        self.values = values
+        self._metas = [(value.shape, value.dtype, value.device) for value in values]
+        self._region = region
+        self._board = board
+        self._operands = operands._replace(tensors=[])  # which `Recomputed` keeps
+        self._n = operands.n_activations
+        self._diff = diff
+        self._tape: InputTape | None = None  # kept while it may be asked again
+
+    def pull(
+        self, captured: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Gradients of the activations, or in W of the weights."""
+        board = self._board.switchboard
+        tape = self._tape or self._linearize(captured)
+        grads, weight_tape, self._tape = tape.pull(cotangents, board.retain)
+        if self._n == 0:
+            return weight_tape.pull(retain=False)[0]
+        board.rerun.append(RegionTape(self._operands.weights, weight_tape))
+        return grads[: self._n]
+
+    def _linearize(self, captured: Sequence[Tensor]) -> InputTape:
+        end = self._n + len(self._operands.weights)
+        acts, weights, constants = captured[: self._n], captured[self._n : end], captured[end:]
+
+        def again(weights: Any, _: Any, *args: Any) -> Any:
+            split = current_interceptor()
+            assert isinstance(split, _Split)
+            activations, constants = args[: self._n], args[self._n :]
+            # No leaves: module trackers put hooks on leaves that fail in the reverse pass that follows.
+            with torch._C.DisableTorchFunction():
+                weights = [weight.view_as(weight) for weight in weights]
+                if split.outer_level is not None:
+                    activations = tuple(split.above(Tensor.view_as, (a, a), {}) for a in activations)
+            stand_ins: list[Any] = [None] * len(captured)
+            operands = self._operands
+            for place, tensor in zip(operands.order, (*activations, *weights, *constants), strict=True):
+                stand_ins[place] = tensor.clone() if place in operands.written else tensor
+            split.stand_in = partial(self._region.stand_in, stand_ins)
+            leaves = trees.flatten(self._region.run_again(stand_ins))[0]
+            return tuple(leaves[i] for i in self._diff), ()
+
+        output, _, tape = linearize(again, weights, (), (*acts, *constants), {}, range(self._n))
+        found = [(value.shape, value.dtype, value.device) for value in output]
+        if found != self._metas:
+            raise StageError(
+                f"A checkpointed region returned {self._metas} at first and {found} when it was run again. "
+                "Take out of the checkpoint what changes from run to run."
+            )
+        return replace(tape, origin=replace(tape.origin, state=self._board.state))
+
 
 def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
@@ -539,6 +866,10 @@ def _is_differentiated(leaves: Iterable[Any]) -> bool:
     if not torch.is_grad_enabled():
         return False
     return ft.current_level() > 0 or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
@@ -608,18 +939,24 @@ def _refusal(error: RuntimeError) -> StageError | None:
         )
     if "autograd.Function" in message and "setup_context" in message:
         return StageError(
-            "The stage uses a torch.autograd.Function whose forward takes `ctx`; torch.func can only "
-            "transform one with a separate setup_context staticmethod. Split it so, or use "
-            "funcstage.autograd on an eager tape."
+            "The stage applies a torch.autograd.Function whose forward takes `ctx`, by an `apply` that was "
+            "bound before the stage ran. From torch 2.14 on it cannot be found so: write "
+            "`MyFunction.apply(...)` in the stage, or give the function a separate setup_context "
+            "staticmethod."
         )
     return None
 
 
 _HOOKS_REFUSED = (
-    "The closures engine cannot differentiate under saved-tensor hooks (non-reentrant activation "
-    "checkpointing, save_on_cpu). Take them out of the stage, or use funcstage.autograd on an eager tape."
+    "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "
+    "of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
 )
 # These speak of the operand itself, so that another tensor of the same value will not do.
+_WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
+    torch.batch_norm: lambda args: args[3:5],
+    torch.instance_norm: lambda args: args[3:5],
+}
+"""What operations write into whose names do not say so."""
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _IN_PLACE_DUNDERS = {
     f"__{name}__"

@@ -7,7 +7,7 @@ nothing it is given; what a module would update in place comes back as a value.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -125,10 +125,12 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
     """Map every further name of a parameter or buffer to the first one."""
     first: dict[Tensor, str] = {}
     aliases: dict[str, str] = {}
-    for named in (module.named_parameters, module.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if first.setdefault(tensor, name) != name:
-                aliases[name] = first[tensor]
+    # A module that is reached twice is listed once: lent a place twice, it would keep what it was lent.
+    for prefix, part in module.named_modules():
+        for named in (part.named_parameters, part.named_buffers):
+            for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                if first.setdefault(tensor, name) != name:
+                    aliases[name] = first[tensor]
     return aliases
 
 
@@ -150,6 +152,47 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     finally:
         for rnn, flat_weights, refs in kept:
             rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
+
+
+class ModuleState(NamedTuple):
+    """What a module holds at some moment, its submodules aside."""
+
+    module: nn.Module
+    params: dict[str, Tensor | None]
+    buffers: dict[str, Tensor | None]
+    attributes: dict[str, Any]
+
+
+def state_of(modules: Iterable[nn.Module]) -> list[ModuleState]:
+    """Remember what modules hold now, lent parameters and buffers among it."""
+    return [
+        ModuleState(m, dict(m._parameters), dict(m._buffers), {k: vars(m)[k] for k in _STATE if k in vars(m)})
+        for m in modules
+    ]
+
+
+@contextmanager
+def lending(states: Iterable[ModuleState]) -> Iterator[None]:
+    """Let modules hold what they held then."""
+    before = state_of([state.module for state in states])
+    try:
+        for state in states:
+            _hold(state)
+        yield
+    finally:
+        for state in before:
+            _hold(state)
+
+
+def _hold(state: ModuleState) -> None:
+    for own, values in ((state.module._parameters, state.params), (state.module._buffers, state.buffers)):
+        own.clear()
+        own.update(values)  # type: ignore[arg-type]  # lent tensors are no parameters
+    vars(state.module).update(state.attributes)
+
+
+_STATE = ("training", "_flat_weights", "_flat_weight_refs")
+"""Attributes beside parameters and buffers; the flat ones are recurrent layers' copies of their weights."""
 
 
 def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:

@@ -43,14 +43,33 @@ Home = dict[Cell, Tensor]
 
 
 class Switchboard:
-    """Tells the nodes of one forward pass whose home to read; shared by all its pullbacks."""
+    """Tells the nodes of one forward pass whose home to read; shared by all its pullbacks.
 
-    __slots__ = ("_home", "_lock", "taken_out")
+    Attributes:
+        taken_out: whether any residuals were taken out of the nodes.
+        retain: whether the pullback that runs may be asked again.
+        rerun: what checkpointed regions that it runs again leave for W.
+    """
+
+    __slots__ = ("_home", "_lock", "rerun", "retain", "taken_out")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._home: Home = {}
         self.taken_out = False
+        self.retain = False
+        self.rerun: list[Any] = []
+
+    @contextmanager
+    def rerunning(self, retain: bool) -> Iterator[list[Any]]:
+        """Collect what checkpointed regions leave for W while a pullback runs."""
+        with self._lock:
+            before = self.rerun, self.retain
+            self.rerun, self.retain = [], retain
+            try:
+                yield self.rerun
+            finally:
+                self.rerun, self.retain = before
 
     @contextmanager
     def reading(self, home: Home) -> Iterator[None]:

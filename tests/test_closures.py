@@ -354,3 +354,9 @@ def test_buffers_that_the_module_replaces_come_back_too() -> None:
     assert int(buffers["count"]) == 3
     assert int(module.count) == 0
     assert torch.equal(buffers["mean"], torch.full((2,), 0.875))
+
+
+def test_an_embedding_that_marks_its_output_as_requiring_grad_is_a_pure_function() -> None:
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    module[0].register_forward_hook(lambda m, args, output: output.requires_grad_(True))
+    check_stage(module, torch.tensor([[1, 2], [3, 0]]))

@@ -101,3 +101,52 @@ def test_inductor_overwrites_what_is_said_to_be_donated() -> None:
         version=torch.__version__, name="fw_metadata.bw_donated_idxs", file="funcstage/graph/inductor.py"
     )
     assert "fw_metadata.bw_donated_idxs" in inspect.getsource(get_donated_idxs), message
+
+
+def test_checkpoint_looks_up_what_it_runs_where_regions_are_intercepted() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    message = MOVED.format(
+        version=torch.__version__, name="__dynamo_disable", file="funcstage/_interception.py"
+    )
+    assert "__dynamo_disable" in inspect.getsource(torch._disable_dynamo), message
+    assert hasattr(checkpoint, "__wrapped__"), message
+
+
+def test_function_has_its_apply_where_custom_functions_are_intercepted() -> None:
+    from torch.autograd import Function
+
+    from funcstage import _interception
+
+    message = MOVED.format(
+        version=torch.__version__, name="Function.apply", file="funcstage/_interception.py"
+    )
+    own = Function.__dict__.get("apply")
+    assert own is not None, message
+    if isinstance(own, classmethod):
+        asking = _interception._Asking.__dict__["apply"].__func__.__code__
+        assert own.__func__.__code__.co_freevars == asking.co_freevars, message
+
+
+def test_operators_keep_their_autograd_formulas_in_the_variables_that_are_read() -> None:
+    source = inspect.getsource(importlib.import_module("torch._library.autograd"))
+    message = MOVED.format(
+        version=torch.__version__,
+        name="torch._library.autograd.make_autograd_impl",
+        file="funcstage/custom_functions.py",
+    )
+    for name in ("info._setup_context_fn", "info._backward_fn", "Generated = type("):
+        assert name in source, message
+
+
+@pytest.mark.parametrize("file", ["custom_functions.py", "checkpointing.py", "flex.py", "_dynamo.py"])
+def test_torch_has_what_custom_parts_of_stages_need(file: str) -> None:
+    for module, name in names_from(GRAPH.parent / file):
+        message = MOVED.format(version=torch.__version__, name=f"{module}.{name}", file=f"funcstage/{file}")
+        assert hasattr(importlib.import_module(module), name), message
+    assert hasattr(torch.compiler, "set_stance")
+    if file == "_dynamo.py":
+        config = importlib.import_module("torch._dynamo.config")
+        assert hasattr(config, "error_on_nested_fx_trace"), MOVED.format(
+            version=torch.__version__, name="error_on_nested_fx_trace", file="funcstage/_dynamo.py"
+        )

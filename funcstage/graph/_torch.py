@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,14 +21,21 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import Node
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 UNTRACEABLE = (
     DataDependentOutputException,
@@ -45,6 +52,7 @@ __all__ = [
     "FakeTensorMode",
     "FunctionalTensorMode",
     "LazyGraphModule",
+    "Policy",
     "autocast_off",
     "autocast_state",
     "comparison",
@@ -52,10 +60,12 @@ __all__ = [
     "from_functional",
     "global_flags",
     "is_any_autocast_enabled",
+    "last_recorded",
     "lent",
     "make_fx",
     "one_at_a_time",
     "own_autocast_cache",
+    "policy_of",
     "to_functional",
     "was_written",
     "without_modes",
@@ -72,6 +82,30 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None 
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
         )
+
+
+def last_recorded() -> Node:
+    """The last node of the graph that is being recorded."""
+    mode: Any = get_proxy_mode()
+    node: Node = mode.tracer.graph._root.prev
+    return node
+
+
+Policy: TypeAlias = Callable[[Node], bool]
+
+
+def policy_of(context: object) -> Policy | None:
+    """Whether to save a node, by the policy of a selective checkpoint that made this context; else None."""
+    policy = getattr(context, "policy_fn", None)
+    if policy is None:
+        return None
+
+    def saves(node: Node) -> bool:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
+        choice = policy(SelectiveCheckpointContext(is_recompute=False), node.target, *args, **kwargs)
+        return choice in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+    return saves
 
 
 def to_functional(tensor: Tensor) -> Tensor:
@@ -147,7 +181,10 @@ def own_autocast_cache() -> Iterator[None]:
 
 def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextManager[None]:
     """Lend a module parameters and buffers, for a recompute that runs after its own call."""
-    return nullcontext() if module is None else _reparametrize_module(module, state, tie_weights=True)
+    if module is None:
+        return nullcontext()
+    # "Stacked", they are taken back in reverse, as is right for a module that is reached by two names.
+    return _reparametrize_module(module, state, tie_weights=True, stack_weights=True)
 
 
 def global_flags() -> tuple[Hashable, ...]:
@@ -159,6 +196,8 @@ def global_flags() -> tuple[Hashable, ...]:
         torch.is_inference_mode_enabled(),
         *_global_forward_hooks,
         *_global_forward_pre_hooks,
+        *_global_backward_hooks,
+        *_global_backward_pre_hooks,
         *[read._get_fp32_precision_getter(*place) for place in _PRECISIONS],
         read._get_cublas_allow_fp16_reduced_precision_reduction(),
         read._get_cublas_allow_bf16_reduced_precision_reduction(),

@@ -85,6 +85,8 @@ def _as_inputs(graph: Graph, module: GraphModule) -> list[Tensor]:
     captured: dict[str, Node] = {}
     last = (graph.find_nodes(op="placeholder") or [graph._root])[-1]
     for node in graph.find_nodes(op="get_attr"):
+        if not isinstance(getattr(module, node.target), Tensor):
+            continue  # a graph that an operator runs
         if node.target not in captured:
             with graph.inserting_after(last):
                 captured[node.target] = last = graph.placeholder(f"primals_{node.name}")

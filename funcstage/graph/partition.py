@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from funcstage.graph._torch import BoxedCodeGen, LazyGraphModule
 from funcstage.graph.separate import ancestors
-from funcstage.graph.trace import Joint, is_random
+from funcstage.graph.trace import CHECKPOINTED, Joint, is_random
 
 Remat: TypeAlias = Literal["none", "min_cut", "full"] | Callable[[Node], bool]
 
@@ -111,7 +111,7 @@ def partition(joint: Joint, remat: Remat) -> Partition:
     cheap = {node for node in early if is_cheap(node)}
 
     again_in_weight, again_in_input = cheap, cheap
-    unsaved: set[Node] = set()
+    unsaved = {node for node in early if node.meta.get(CHECKPOINTED) and not is_random(node)}
     if remat == "none":
         views = {node for node in cheap if is_view(node)}
         again_in_input = views | (cheap - needed)
@@ -119,13 +119,19 @@ def partition(joint: Joint, remat: Remat) -> Partition:
         cheap = views
     elif remat != "min_cut":
         save = remat if callable(remat) else lambda node: False
-        again_in_input = unsaved = {
+        unsaved |= {
             node for node in early if node.op == "call_function" and not is_random(node) and not save(node)
         }
+        again_in_input = set()
         again_in_weight = cheap & unsaved
     free = _free(early, state, cheap)
+    held = {node for node in early if node.meta.get(CHECKPOINTED) is False}
+    again_in_input = (again_in_input | unsaved) - held
+    # What I has to compute again is at hand for W; the rest is computed again in W alone.
+    for_weight_alone = unsaved - late - _behind(_reads(urgent, input_grads), again_in_input)
+    again_in_weight = (again_in_weight | movable | for_weight_alone) - held
 
-    for_weight = _cut(_reads(deferred - movable, param_grads), again_in_weight | movable, free)
+    for_weight = _cut(_reads(deferred - movable, param_grads), again_in_weight, free, for_weight_alone)
     moved = movable & ancestors(for_weight)
     demand = [*_reads(urgent | moved, input_grads), *for_weight]
     after_forward = _cut([node for node in demand if node not in late], again_in_input, free, unsaved)
@@ -218,6 +224,18 @@ def _reads(nodes: set[Node], results: Iterable[Node | None]) -> dict[Node, None]
     found = dict.fromkeys(node for node in results if isinstance(node, Node) and node not in nodes)
     for node in nodes:
         found.update(dict.fromkeys(source for source in node.all_input_nodes if source not in nodes))
+    return found
+
+
+def _behind(reads: Iterable[Node], within: set[Node]) -> set[Node]:
+    """What must be computed for these reads, out of `within` and from nothing but `within`."""
+    stack = [node for node in reads if node in within]
+    found = set(stack)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in within and source not in found:
+                found.add(source)
+                stack.append(source)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from funcstage import trees
+from funcstage.flex import is_flex_attention_backward, run_dense_backward
 from funcstage.graph import _torch as tt
 from funcstage.graph.absent import without
 from funcstage.graph.accumulate import Product, accumulating, add_into, can_add_into
@@ -34,6 +35,13 @@ Lower: TypeAlias = Callable[[GraphModule, Collection[str]], Runner]
 
 def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
     """`backend="aten"`: the generated Python, operation by operation."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # Kernels may return other strides than the trace was told (batch norm on the CPU, for one).
+            node.target = torch.ops.aten.reshape.default
+        if is_flex_attention_backward(node.target):
+            node.args = (node.target, *node.args)
+            node.target = run_dense_backward
     tt.LazyGraphModule.force_recompile(module)
     return module.forward
 

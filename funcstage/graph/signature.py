@@ -178,14 +178,16 @@ class ModuleState:
         self._parts = [id(part) for part in parts]
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
         self._sizes = [*map(len, self._namespaces)]
-        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
         self._readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
         self._others: list[tuple[dict[str, Any], str]] = []
         for part in parts:
             attributes = vars(part)
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]
             plain = [name for name in own if _is_plain(attributes[name])]
-            for namespace, names in ((attributes, ["training", *plain]), (part._modules, [*part._modules])):
+            if "training" in attributes:  # a compiled module has its original's
+                plain.insert(0, "training")
+            for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
                 if names:  # the first one twice, as a getter of one item returns no tuple
                     self._readers.append((namespace, itemgetter(names[0], *names)))
             self._others += [(attributes, name) for name in own if name not in plain]
@@ -245,7 +247,8 @@ def _content(value: Any, seen: set[int]) -> Hashable:
         return type(value), *[(_content(k, seen), _content(item, seen)) for k, item in value.items()]
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_content(item, seen) for item in value)
-    if isinstance(value, (Tensor, type, FunctionType, ModuleType)):
+    of_torch = type(value).__module__.startswith("torch.") and not isinstance(value, nn.Module)
+    if of_torch or isinstance(value, (Tensor, type, FunctionType, ModuleType)):
         return _Same(value)
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     inside = [getattr(value, "__dict__", None), *[getattr(value, name, None) for name in slots]]
@@ -253,4 +256,5 @@ def _content(value: Any, seen: set[int]) -> Hashable:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -8,21 +8,29 @@ own (of dropout, for one, whose masks differ from the eager ones).
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from funcstage import recurrent, trees
+from funcstage._dynamo import uncompiled_in_trace
+from funcstage._interception import intercepting
+from funcstage.checkpointing import Call
 from funcstage.composites import opened
 from funcstage.errors import PurityError, StageError, TraceError
+from funcstage.flex import is_flex_attention, run_compiled
 from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
 from funcstage.trees import Buffers, Params
@@ -108,6 +116,7 @@ def trace(
     with tt.without_modes():
         fakes = [tt.fake_like(fake_mode, leaves[i]) for i in places]
     note: dict[str, Any] = {}
+    regions = _Regions()
     module: nn.Module | None = getattr(apply, "module", None)
 
     def differentiable(i: int) -> bool:
@@ -128,7 +137,11 @@ def trace(
                 values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
-            with torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None):
+            with (
+                torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None),
+                intercepting(regions),
+                uncompiled_in_trace(),
+            ):
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
             outputs, note["output"] = trees.flatten(output)
@@ -174,9 +187,10 @@ def trace(
     if traced is None:
         return trace(apply, params, buffers, args, kwargs, diff, decompositions, overwritten=True)
     _name_placeholders(traced, n_state)
-    _open_cotangents(apply, traced)
+    forward = _open_cotangents(apply, traced)
     _check_recorded(apply, traced)
     _drop_aliases(traced.graph)
+    regions.mark(traced.graph, forward)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return Joint(
@@ -198,12 +212,18 @@ def _name(apply: Callable[..., Any]) -> str:
     return getattr(apply, "__qualname__", type(apply).__name__)
 
 
-def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> None:
-    """Turn the stand-ins for the cotangents, which the trace returns last, into placeholders."""
+def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> set[Node]:
+    """Turn the stand-ins for the cotangents, which the trace returns last, into placeholders.
+
+    Returns:
+        The nodes before them, which are the forward's.
+    """
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     stand_ins = output.args[0][-1]
+    forward = set(graph.nodes)
     if stand_ins:
+        forward = set(takewhile(lambda node: node is not stand_ins[0], graph.nodes))
         _refuse_random_backward(apply, stand_ins[0])
     placeholders = graph.find_nodes(op="placeholder")
     anchor = placeholders[-1] if placeholders else graph._root
@@ -216,19 +236,67 @@ def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> None:
     output.args = (tuple(tuple(part) for part in results),)
     for stand_in in stand_ins:
         graph.erase_node(stand_in)
+    return forward
 
 
 def _refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
-    """A recompute that draws again would need the generator's state of the first draw."""
+    """What is drawn after the forward would be drawn at other times than in eager."""
     node = first
     while node.op != "output":
         if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
             raise TraceError(
-                f"{_name(apply)} draws random numbers in its backward ({node.target}): a recomputed region "
-                f"(activation checkpointing) with dropout. Take the checkpoint out, and let "
-                f"funcstage.compile's `remat` choose what to recompute. {_UNCOMPILED}"
+                f"{_name(apply)} draws random numbers in its backward ({node.target}). {_UNCOMPILED}"
             )
         node = node.next
+
+
+class _Regions:
+    """Notes the checkpointed regions of a stage while it is traced.
+
+    They are recorded once, as everything else is; that they are to be computed again is for the partition.
+    """
+
+    def __init__(self) -> None:
+        self._policies: list[tt.Policy | None] = []
+        self._open = False
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        asked = Call.of(call)
+        if asked.is_constant(lambda tensor: tensor.requires_grad):
+            with torch.no_grad():
+                return asked.run()
+        if self._open or not torch.is_grad_enabled():
+            return asked.run()
+        context = asked.context_fn()[0]
+        policy = tt.policy_of(context)
+        before = tt.last_recorded()
+        self._open = True
+        try:
+            with nullcontext() if policy else context:
+                result = asked.run()
+        finally:
+            self._open = False
+        node = tt.last_recorded()
+        while node is not before:
+            node.meta[_REGION] = len(self._policies)
+            node = node.prev
+        self._policies.append(policy)
+        return result
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        return apply(*args)
+
+    def mark(self, graph: Graph, forward: set[Node]) -> None:
+        """Mark all nodes of regions, apart those that the forward reads from outside or policies save."""
+        (output,) = graph.find_nodes(op="output")
+        results = {node for part in output.args[0][:2] for node in part}
+        for node in graph.nodes:
+            region = node.meta.get(_REGION)
+            if region is not None and node.op == "call_function":
+                policy = self._policies[region]
+                saved = policy is not None and policy(node)
+                leaves = any(user in forward and user.meta.get(_REGION) != region for user in node.users)
+                node.meta[CHECKPOINTED] = not (saved or leaves or node in results)
 
 
 def is_random(node: Node) -> bool:
@@ -302,7 +370,8 @@ def _is_module(value: object) -> bool:
 class _Separable(TorchFunctionMode):
     """Replaces what would be recorded as one operation that cannot be separated or replayed.
 
-    Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Batch
+    Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Linear
+    algebra is traced without its checks, so that of a singular matrix the results are not finite. Batch
     norm is traced without cuDNN, whose operation writes the running statistics and does not say so.
     """
 
@@ -318,6 +387,10 @@ class _Separable(TorchFunctionMode):
         if func in (torch.batch_norm, torch.instance_norm):
             with torch.backends.cudnn.flags(enabled=False):
                 return func(*args[:-1], False, **kwargs)
+        if is_flex_attention(func):
+            return run_compiled(func, *args, backend="eager")
+        if func in _UNCHECKED:
+            return _UNCHECKED[func](*args, **kwargs)[0]
         if func in _RECURRENT:
             return _RECURRENT[func](*args, **kwargs)
         return func(*args, **kwargs)
@@ -340,9 +413,21 @@ def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | Non
     return torch.ops.funcstage.bernoulli.default(like, p)
 
 
+CHECKPOINTED = "checkpointed"
+"""Tells, in a node's `meta`, whether the stage wants it to be computed again for the backward, or held."""
+
+_REGION = "region"
 _OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
 _LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message
 _UNCOMPILED = "The uncompiled `apply` works: pass it to stage_vjp as it is."
+_UNCHECKED = {
+    torch.inverse: torch.linalg.inv_ex,
+    torch.linalg.inv: torch.linalg.inv_ex,
+    torch.linalg.cholesky: torch.linalg.cholesky_ex,
+    torch.linalg.solve: torch.linalg.solve_ex,
+}
+"""The others raise where a matrix is singular, which is an effect that a graph of functions does not have."""
+
 _RECURRENT = {
     torch.lstm: recurrent.stacked(recurrent.lstm_step),
     torch.gru: recurrent.stacked(recurrent.gru_step),
