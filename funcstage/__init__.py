@@ -8,6 +8,7 @@ param_grads = weight_pullback()                                       # W: whene
 
 from typing import TYPE_CHECKING
 
+from funcstage.derived import DerivedPullback, derive
 from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError, TraceError
 from funcstage.functional import FunctionalStage, functionalize
 from funcstage.split import (
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompiledStage",
     "ConsumedError",
+    "DerivedPullback",
     "FunctionalStage",
     "LeafError",
     "Pullback",
@@ -48,6 +50,7 @@ __all__ = [
     "TraceError",
     "WeightPullback",
     "compile",
+    "derive",
     "functionalize",
     "stage_backward",
     "stage_backward_input",

@@ -7,6 +7,7 @@ torch API behind it is in `_torch.py`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from funcstage import trees
 from funcstage.errors import LeafError, StructureError
@@ -38,6 +40,9 @@ from funcstage.trees import Buffers, Params, PyTree, describe
 
 StageFunction = Callable[..., tuple[PyTree, Buffers]]
 LossFunction = Callable[..., Tensor]
+
+_STAGES_OF: Any = WeakIdKeyDictionary()
+"""The stages of this process that a parameter belongs to."""
 
 
 class FunctionalPipelineStage(ExchangingStage):
@@ -73,9 +78,14 @@ class FunctionalPipelineStage(ExchangingStage):
         grad_dtype: the dtype of the parameters' `.grad`, such as `torch.float32` to sum the gradients of
             bfloat16 parameters in; `None` is that of the parameters. Not all of torch's optimizers take
             gradients that are wider than their parameters (Adam and its kin do not: cast them first).
+        param_dtype: the dtype to compute in, such as `torch.bfloat16` where the parameters are float32. The
+            floating parameters are cast once a step, the floating inputs where they arrive, buffers and
+            outputs not (as by FSDP's `MixedPrecisionPolicy` with its defaults). Gradients end in `.grad` in
+            the parameters' own dtype, summed over the microbatches in that.
 
     Raises:
-        LeafError: if `stage_index` is out of range, or a tensor of the module is on another device.
+        LeafError: if `stage_index` is out of range, a tensor of the module is on another device, or
+            `param_dtype` is no floating dtype.
         StructureError: if the module is wrapped, the loss has parameters, or `dw_builder` is given.
 
     Example (in a process for each rank; the runnable one is examples/train_distributed.py):
@@ -100,11 +110,13 @@ class FunctionalPipelineStage(ExchangingStage):
         loss_fn: LossFunction | None = None,
         grad_dtype: torch.dtype | None = None,
         data_parallel: dist.ProcessGroup | DeviceMesh | None = None,
+        param_dtype: torch.dtype | None = None,
     ) -> None:
         device = torch.device(device)
         _check_position(stage_index, num_stages)
         _check_module(submodule, device)
         _check_loss(loss_fn)
+        _check_param_dtype(param_dtype)
         if dw_builder is not None:
             raise StructureError(
                 "dw_builder must be None: this stage splits its backward itself, into I and W."
@@ -116,10 +128,13 @@ class FunctionalPipelineStage(ExchangingStage):
         self._compile_options: dict[str, Any] | None = {} if compile is True else compile or None
         self._loss = None if loss_fn is None else FoldedLoss(loss_fn)
         self._grad_dtype = grad_dtype
+        self._param_dtype = param_dtype
         self._output: PyTree = None
         self._forwards: dict[int, _Forward] = {}
         self._pending: dict[int, _Pending] = {}
         self._weight_pullbacks: dict[int, WeightPullback] = {}
+        self._shared: set[str] = set()
+        self._shared_grads: dict[str, Tensor] = {}
         self._replicas = None if data_parallel is None else replicas_of(data_parallel)
         self._read_structure()
         if self._replicas is not None:
@@ -152,6 +167,7 @@ class FunctionalPipelineStage(ExchangingStage):
         self._forwards.clear()
         self._pending.clear()
         self._weight_pullbacks.clear()
+        self._shared_grads.clear()
         if self._replicas is not None:
             self._replicas.drop(self)
         self._read_state()
@@ -179,6 +195,8 @@ class FunctionalPipelineStage(ExchangingStage):
         """
         self.raise_failure()
         self.fwd_cache[fwd_chunk_id] = (), []
+        if not self._forwards and not self._weight_pullbacks:
+            self._find_shared()  # all stages have read their states by now
         if self._replicas is not None and self.has_backward:
             self._replicas.begin(self)
         if not self.is_first:
@@ -278,8 +296,21 @@ class FunctionalPipelineStage(ExchangingStage):
         Args:
             grad_scale_factor: the number.
         """
-        if self._replicas is None or not self._replicas.scale(self, grad_scale_factor):
-            super().scale_grads(grad_scale_factor)
+        if self._replicas is not None and self._replicas.scale(self, grad_scale_factor):
+            return
+        shared, self._shared_grads = self._shared_grads, {}
+        for name, parameter in self._parameters.items():
+            if name in shared:
+                grad = shared[name].div_(grad_scale_factor)
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            elif parameter.grad is not None and name not in self._shared:
+                parameter.grad.div_(grad_scale_factor)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce and divide the gradients at the end of a step; torch does not divide by one."""
+        super().perform_reduce_grad(grad_scale_factor)
+        if grad_scale_factor == 1:
+            self.scale_grads(1)
 
     # The module: its structure, read when that changes, and its tensors, read in every step.
 
@@ -291,6 +322,8 @@ class FunctionalPipelineStage(ExchangingStage):
         self._trainable = {name: places[name] for name in params}
         self._updated = {name: places[name] for name in buffers if name in updated}
         self._constant = {name: places[name] for name in buffers if name not in updated}
+        if self._param_dtype is not None:
+            apply = _computing_in(self._param_dtype, apply)
         self._eager = apply
         self._apply = self._compiled(apply)
         self._apply_with_loss = self._compiled(_with_loss(apply, self._loss)) if self._loss else None
@@ -306,13 +339,19 @@ class FunctionalPipelineStage(ExchangingStage):
             self._read_structure()
             self._check_thawed()
             return
+        for parameter in self._parameters.values():
+            _STAGES_OF.setdefault(parameter, weakref.WeakSet()).add(self)
         for parameter in self._parameters.values() if self._grad_dtype is not None else ():
             if parameter.grad_dtype != self._grad_dtype:
                 parameter.grad_dtype = self._grad_dtype
-        self._params = {name: tensor.detach() for name, tensor in self._parameters.items()}
+        self._params = {name: self._cast(tensor) for name, tensor in self._parameters.items()}
         # Clones, as the module's own are overwritten while earlier microbatches await their backward.
         self._buffers = {name: tensor.detach().clone() for name, tensor in _read(self._updated).items()}
-        self._buffers |= {name: tensor.detach() for name, tensor in constant.items()}
+        self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """Detach a parameter, cast to the dtype to compute in, or a buffer, as it is."""
+        return _cast(tensor.detach(), self._param_dtype if isinstance(tensor, nn.Parameter) else None)
 
     def _check_thawed(self) -> None:
         """Refuse to train what was frozen where nobody was told to send gradients."""
@@ -336,13 +375,34 @@ class FunctionalPipelineStage(ExchangingStage):
             with torch.no_grad():
                 torch._foreach_copy_(list(_read(changed).values()), [new[name] for name in changed])
 
+    def _find_shared(self) -> None:
+        """Find the parameters that other stages of this process have as well.
+
+        Each stage scales its gradients when it is done, others may not be: so sums are kept apart till then.
+        """
+        self._shared = {name for name, p in self._parameters.items() if len(_STAGES_OF[p]) > 1}
+        if self._shared and self._replicas is not None:
+            raise StructureError(
+                f"{self._name}: {min(self._shared)!r} is a parameter of another stage of this process too, "
+                "and `data_parallel` would average the gradients of both apart. Leave it out, and average "
+                "the gradients after the step."
+            )
+
     def _accumulate(self, weight_pullback: WeightPullback, last: bool) -> None:
-        before = {name: parameter.grad for name, parameter in self._parameters.items()}
+        before = {
+            name: self._shared_grads.get(name) if name in self._shared else parameter.grad
+            for name, parameter in self._parameters.items()
+        }
         sums = stage_backward_weight(weight_pullback, accumulate=before)
         for name, parameter in self._parameters.items():
             grad = sums[name]
-            if grad is not None and grad is not before[name]:
-                parameter.grad = grad.to(parameter.grad_dtype or grad.dtype)
+            if grad is None or grad is before[name]:
+                continue
+            grad = grad.to(parameter.grad_dtype or grad.dtype)
+            if name in self._shared:
+                self._shared_grads[name] = grad
+            else:
+                parameter.grad = grad
         if last and self._replicas is not None:
             grads = (parameter.grad for parameter in self._parameters.values())
             self._replicas.average(self, [grad for grad in grads if grad is not None])
@@ -512,6 +572,18 @@ def _with_loss(apply: StageFunction, loss: FoldedLoss) -> StageFunction:
     apply_with_loss.__qualname__ = f"{apply.__qualname__} with its loss"
     apply_with_loss.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
     return apply_with_loss
+
+
+def _computing_in(dtype: torch.dtype, apply: StageFunction) -> StageFunction:
+    """Make a stage function that casts its arguments first, and its parameters where nobody has yet."""
+
+    def in_dtype(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        params, args, kwargs = trees.map_leaves(lambda leaf: _cast(leaf, dtype), (params, args, kwargs))
+        return apply(params, buffers, *args, **kwargs)
+
+    in_dtype.__qualname__ = apply.__qualname__
+    in_dtype.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
+    return in_dtype
 
 
 class _Call(NamedTuple):
@@ -729,6 +801,11 @@ def _trainable(leaf: Any) -> Any:
     return leaf.detach().requires_grad_() if trees.is_differentiable(leaf) else leaf
 
 
+def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.to(dtype) if floating and dtype is not None else leaf
+
+
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
@@ -770,6 +847,11 @@ def _check_module(module: nn.Module, device: torch.device) -> None:
                 f"{type(module).__name__}: {name!r} is {describe(tensor)}, but the stage's device is "
                 f"{device}. Move it: module.to({str(device)!r})."
             )
+
+
+def _check_param_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LeafError(f"param_dtype must be a floating dtype, such as torch.bfloat16; got {dtype!r}.")
 
 
 def _check_loss(loss_fn: LossFunction | None) -> None:
