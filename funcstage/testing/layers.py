@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 Shape: TypeAlias = tuple[int, ...]
 Options: TypeAlias = Mapping[str, Any]
@@ -277,6 +277,36 @@ class Scaled(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+class Adapted(nn.Linear):
+    """A frozen linear layer with a trained product of low rank beside it, or merged into its weight."""
+
+    def __init__(self, features: int, merged: bool, place: Place) -> None:
+        super().__init__(features, features, **place.made)
+        self.requires_grad_(False)
+        self.merged = merged
+        self.a = nn.Parameter(torch.ones(1, features, **place.made))
+        self.b = nn.Parameter(torch.ones(features, 1, **place.made))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, self.weight + self.b @ self.a, self.bias)
+        return super().forward(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+class Symmetric(nn.Module):
+    """A parametrization of a square weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).t()
+
+
+class Softplus(nn.Module):
+    """A parametrization of any weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.softplus(weight)
+
+
 def _weight(place: Place, *shape: int) -> dict[str, Tensor]:
     return {"weight": torch.ones(shape, **place.made)}
 
@@ -345,6 +375,82 @@ def _linear(place: Place, out: int, bias: bool) -> nn.Module:
 def _normalised(place: Place, how: str) -> nn.Module:
     linear = nn.Linear(place.shape[-1], place.shape[-1], **place.made)
     return parametrizations.weight_norm(linear) if how == "weight" else parametrizations.spectral_norm(linear)
+
+
+def _parametrized(place: Place, how: str, used: int) -> nn.Module:
+    linear = nn.Linear(place.shape[-1], place.shape[-1], **place.made)
+    parametrize.register_parametrization(linear, "weight", Symmetric() if how == "symmetric" else Softplus())
+    return nn.Sequential(*[linear] * used)
+
+
+def _experts(place: Place, capacity: int) -> nn.Module:
+    """Each token goes to its best expert by sorting; those beyond the capacity, if any, to none."""
+    n, experts = place.shape[-1], 2
+    room = capacity or max(1, place.size(*range(len(place.shape) - 1)))
+
+    def mixed(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        tokens = x.reshape(-1, n)
+        weights, chosen = (tokens @ gate).softmax(-1).max(-1)
+        expert, order = chosen.sort(stable=True)
+        counts = F.one_hot(expert, experts).sum(0)
+        rank = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]
+        slot = torch.where(rank < room, expert * room + rank, experts * room)
+        padded = tokens.new_zeros(experts * room + 1, n).index_copy(0, slot, tokens[order])
+        done = torch.bmm(padded[:-1].view(experts, room, n), up).flatten(0, 1)
+        rows = F.pad(done, (0, 0, 0, 1))[slot] * weights[order, None]
+        return torch.zeros_like(tokens).index_add(0, order, rows).view_as(x)
+
+    made = place.made
+    return Op(mixed, {"gate": torch.ones(n, experts, **made), "up": torch.ones(experts, n, n, **made)})
+
+
+def _rotary(place: Place, repeated: bool) -> nn.Module:
+    """Heads of two features, turned by their positions, that share one head of keys and values."""
+    _, length, n = place.shape
+    angles = torch.arange(length, **place.made)[:, None]
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def attended(x: Tensor, queries: Tensor, shared: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = turned((x @ queries).unflatten(-1, (n // 2, 2)).transpose(1, 2), cos, sin)
+        k, v = (x @ shared).unsqueeze(1).chunk(2, -1)
+        k = turned(k, cos, sin)
+        if repeated:
+            k, v = (t.repeat_interleave(n // 2, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeated)
+        return y.transpose(1, 2).flatten(-2)
+
+    params = {"queries": torch.ones(n, n, **place.made), "shared": torch.ones(n, 4, **place.made)}
+    return Op(attended, params, {"cos": angles.cos(), "sin": angles.sin()})
+
+
+def _scan(place: Place, how: str) -> nn.Module:
+    """A gated linear recurrence along the sequence, h[t] = a[t] h[t-1] + x[t]."""
+    length = place.shape[1]
+
+    def loop(log_a: Tensor, u: Tensor) -> Tensor:
+        h, hs = torch.zeros_like(u[:, 0]), []
+        for t in range(length):
+            h = log_a[:, t].exp() * h + u[:, t]
+            hs.append(h)
+        return torch.stack(hs, 1)
+
+    def cumsum(log_a: Tensor, u: Tensor) -> Tensor:
+        total = log_a.cumsum(1)
+        return total.exp() * (u * (-total).exp()).cumsum(1)
+
+    def doubling(log_a: Tensor, u: Tensor) -> Tensor:
+        a, step = log_a.exp(), 1
+        while step < length:
+            u = u + a * F.pad(u, (0, 0, step, 0))[:, :length]
+            a = a * F.pad(a, (0, 0, step, 0), value=1.0)[:, :length]
+            step *= 2
+        return u
+
+    scans = {"loop": loop, "cumsum": cumsum, "doubling": doubling}
+    return Op(lambda x, w: scans[how](F.logsigmoid(x * w), x), _weight(place, place.shape[-1]))
 
 
 def _layer_norm(place: Place, affine: str) -> nn.Module:
@@ -673,6 +779,28 @@ LAYERS: dict[str, Layer] = {
         fresh=True,
         tags="weights state",
     ),
+    "adapter": Layer(
+        lambda place, merged: Adapted(place.shape[-1], merged, place),
+        _features,
+        {"merged": _NO},
+        fresh=True,
+        tags="weights dense",
+    ),
+    "parametrized": Layer(
+        _parametrized,
+        _features,
+        {"how": ("symmetric", "softplus"), "used": (1, 2)},
+        fresh=True,
+        tags="weights",
+    ),
+    "experts": Layer(
+        _experts,
+        lambda p: _features(p) and not p.low and p.size(*range(len(p.shape))) > 0,
+        {"capacity": (0, 2)},
+        fresh=True,
+        autocast=False,
+        tags="sequence weights",
+    ),
     "unused": Layer(_unused, fresh=True, complex=True, tags="weights"),
     "layer norm": Layer(
         _layer_norm,
@@ -794,6 +922,18 @@ LAYERS: dict[str, Layer] = {
         _sequence,
         {"heads": (1, 2), "weights": _NO, "masked": _NO, "dropout": (0.0, 0.25)},
         tags="attention",
+    ),
+    "rotary attention": Layer(
+        _rotary,
+        lambda p: _sequence(p) and p.shape[-1] % 2 == 0,
+        {"repeated": _NO},
+        tags="attention",
+    ),
+    "scan": Layer(
+        _scan,
+        lambda p: _sequence(p) and not p.low,
+        {"how": ("loop", "cumsum", "doubling")},
+        tags="sequence recurrent",
     ),
     "transformer": Layer(
         _transformer,
