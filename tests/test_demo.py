@@ -161,10 +161,13 @@ def test_targets_are_the_inputs_one_byte_on() -> None:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 6])
-def test_the_model_is_causal_however_it_is_cut(num_stages: int) -> None:
+def test_the_model_is_causal_and_the_same_however_it_is_cut(num_stages: int) -> None:
     torch.manual_seed(0)
-    whole = torch.nn.Sequential(*model.build_stages(num_stages))
+    whole = model.build_model(num_stages)
+    stages = model.cut_evenly(whole, num_stages)
+    assert len(stages) == num_stages
     x = torch.randint(256, (1, 12))
     changed = x.clone()
     changed[:, 8:] = 0
     torch.testing.assert_close(whole(x)[:, :8], whole(changed)[:, :8])
+    assert torch.equal(torch.nn.Sequential(*stages)(x), whole(x))

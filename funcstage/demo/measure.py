@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from funcstage.demo import model
@@ -52,27 +52,26 @@ def measure(
 
 
 def relative_error(
-    modules: Sequence[torch.nn.Module], inputs: Tensor, targets: Tensor, grads: Sequence[dict[str, Tensor]]
+    whole: nn.Module, inputs: Tensor, targets: Tensor, grads: Sequence[dict[str, Tensor]]
 ) -> float:
     """Compare gradients with those of plain eager backward through the whole model at once.
 
     Args:
-        modules: the stages, which hold the parameters that `grads` were taken at.
+        whole: the model that the stages were cut from, which holds the parameters that `grads` were taken at.
         inputs: the whole batch, as `targets`.
         grads: one dict a stage, by qualified name.
 
     Returns:
         The largest difference in any parameter's gradient, relative to that gradient's largest entry.
     """
-    whole = torch.nn.Sequential(*modules)
     model.loss_fn(whole(inputs), targets).backward()
+    ours = {name: grad for of_stage in grads for name, grad in of_stage.items()}
     errors = []
-    for module, ours in zip(modules, grads, strict=True):
-        for name, parameter in module.named_parameters():
-            expected = parameter.grad
-            assert expected is not None
-            errors.append(((ours[name] - expected).abs().max() / expected.abs().max()).item())
-            parameter.grad = None
+    for name, parameter in whole.named_parameters():
+        expected = parameter.grad
+        assert expected is not None
+        errors.append(((ours[name] - expected).abs().max() / expected.abs().max()).item())
+        parameter.grad = None
     return max(errors)
 
 

@@ -1,15 +1,18 @@
-"""A byte-level transformer language model (pre-norm, learned positions), built in stages."""
+"""A byte-level transformer language model (pre-norm, learned positions), and where to cut it."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from funcstage.pipelining import cut
+
 WIDTH = 128
 HEADS = 4
 CONTEXT = 128
-MIN_BLOCKS = 4
 _VOCABULARY = 256
 
 
@@ -69,20 +72,26 @@ def _quiet(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def build_stages(num_stages: int) -> list[nn.Sequential]:
-    """Build the model as stages; composed they are the whole model.
+def build_model(num_stages: int) -> nn.Sequential:
+    """Build the model, with blocks for so many stages: four, or one a stage."""
+    parts = {
+        "embedding": Embedding(),
+        "blocks": nn.Sequential(*(Block() for _ in range(max(4, num_stages)))),
+        "norm": nn.LayerNorm(WIDTH),
+        "head": nn.Linear(WIDTH, _VOCABULARY),
+    }
+    return nn.Sequential(OrderedDict(parts))
 
-    The first embeds, the last has the head, and the blocks (four, or one a stage) are spread evenly.
-    """
-    blocks = max(MIN_BLOCKS, num_stages)
-    stages = [
-        nn.Sequential(*(Block() for _ in range(blocks * (i + 1) // num_stages - blocks * i // num_stages)))
-        for i in range(num_stages)
-    ]
-    stages[0].insert(0, Embedding())
-    stages[-1].append(nn.LayerNorm(WIDTH))
-    stages[-1].append(nn.Linear(WIDTH, _VOCABULARY))
-    return stages
+
+def cut_evenly(model: nn.Sequential, num_stages: int) -> list[nn.Module]:
+    """Cut the model so that its blocks are spread evenly over the stages."""
+    blocks = len(list(model.get_submodule("blocks").children()))
+    return cut(model, at=[f"blocks.{blocks * i // num_stages}" for i in range(1, num_stages)])
+
+
+def build_stages(num_stages: int) -> list[nn.Module]:
+    """Build the model as stages; composed they are the whole model."""
+    return cut_evenly(build_model(num_stages), num_stages)
 
 
 def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:

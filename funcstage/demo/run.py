@@ -60,7 +60,8 @@ def run(settings: Settings) -> None:
     )
     device = _device(settings.device)
     torch.manual_seed(settings.seed)
-    modules = [module.to(device) for module in model.build_stages(settings.stages)]
+    whole = model.build_model(settings.stages).to(device)
+    modules = model.cut_evenly(whole, settings.stages)
     stages = [fs.functionalize(module) for module in modules]
     pipeline = distributed.pipeline(order, modules, device)
     source = text.standard_library(settings.seed)
@@ -70,7 +71,7 @@ def run(settings: Settings) -> None:
         for x, y in text.random_batches(source.train, batch, model.CONTEXT, settings.seed)
     )
     place = "a process each" if spread else "all in this one process"
-    size = sum(p.numel() for module in modules for p in module.parameters())
+    size = sum(p.numel() for p in whole.parameters())
     console.print(
         f"text: {len(source.train) + len(source.held_out):,} bytes of Python's standard library, "
         f"{source.files} files\n"
@@ -86,7 +87,7 @@ def run(settings: Settings) -> None:
     inputs, targets = next(batches)
     _, _, grads = pipeline.step(params, buffers, inputs, targets)
     grads = pipeline.gather(grads)
-    error = measure.relative_error(modules, inputs, targets, grads) if grads else 0.0
+    error = measure.relative_error(whole, inputs, targets, grads) if grads else 0.0
     if not error <= _TOLERANCE:
         raise StageError(
             f"The pipeline's gradients differ from plain eager backward by {error:.1e} relative, more than "
