@@ -937,6 +937,12 @@ def _refusal(error: RuntimeError) -> StageError | None:
             "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
             "update a clone of it."
         )
+    if "C++ torch::autograd::Function" in message:
+        return StageError(
+            "The stage uses an operator whose gradient is a C++ torch::autograd::Function (torch 2.11's "
+            "differentiable collectives, for one), which torch.func cannot transform. Compile the stage by "
+            "funcstage.compile, or put a torch.autograd.Function around the operator without its gradient."
+        )
     if "autograd.Function" in message and "setup_context" in message:
         return StageError(
             "The stage applies a torch.autograd.Function whose forward takes `ctx`, by an `apply` that was "

@@ -15,7 +15,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funcstage import closures, residuals, trees
+from funcstage import closures, eager, residuals, trees
 from funcstage.errors import ConsumedError, LeafError, StructureError
 from funcstage.functional import FunctionalStage
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -312,10 +312,13 @@ def stage_vjp(
     _check_callable(apply)
     diff = differentiated_leaves(args, argnums)
     linearize = getattr(apply, "linearize", None)
-    if linearize is None:
-        output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
-    else:
+    tape: InputTape
+    if linearize is not None:
         output, new_buffers, tape = linearize(params, buffers, args, kwargs, diff)
+    elif eager.first_dtensor((params, args)) is not None:
+        output, new_buffers, tape = eager.linearize(apply, params, buffers, args, kwargs, diff)
+    else:
+        output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
     output_leaves, output_spec = trees.flatten(output)
     param_leaves, params_spec = trees.flatten(params)
     pullback = Pullback(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from funcstage import closures, trees
 from funcstage._functorch import current_level
-from funcstage.errors import StructureError
+from funcstage.eager import first_dtensor
+from funcstage.errors import StructureError, TraceError
 from funcstage.graph import _torch as tt
 from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
@@ -171,6 +172,7 @@ class CompiledStage:
         diff: Sequence[int] | None,
     ) -> Programs:
         params, buffers, args, kwargs = trees.unflatten(structure, leaves)
+        _refuse_dtensors(params, args)
         decompositions, lower = _backend(self.backend)
         with tt.one_at_a_time:
             joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
@@ -252,3 +254,16 @@ def _backend(name: str) -> tuple[Any, Lower]:
     from funcstage.graph import inductor  # here, as importing Inductor takes seconds
 
     return inductor.decompositions(), inductor.lower
+
+
+def _refuse_dtensors(params: Params, args: tuple[Any, ...]) -> None:
+    for tree, root in ((params, "params"), (args, "args")):
+        place = first_dtensor(tree)
+        if place is not None:
+            leaves, spec = trees.flatten(tree)
+            raise TraceError(
+                f"{trees.leaf_names(spec, root)[place]} ({trees.describe(leaves[place])}) is a DTensor, "
+                "which is not compiled. Write the stage's communication as functional collectives "
+                "(torch.distributed._functional_collectives) on plain shards, or use the uncompiled "
+                "`apply`."
+            )

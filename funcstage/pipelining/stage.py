@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from funcstage import trees
+from funcstage.eager import first_dtensor
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import functionalize
 from funcstage.graph import _torch as tt
@@ -514,6 +515,8 @@ class FunctionalPipelineStage(ExchangingStage):
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
+            if first_dtensor(leaf) is not None:
+                return mode.from_tensor(leaf.detach()).requires_grad_(leaf.requires_grad)
             return tt.fake_like(mode, leaf, self.device).requires_grad_(leaf.requires_grad)
 
         args, kwargs, params, buffers = trees.map_leaves(
