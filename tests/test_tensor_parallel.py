@@ -92,6 +92,22 @@ class SequenceSharded(Sharded):
         return x + collectives.reduce_scatter_tensor_autograd(hidden @ self.down.t(), "sum", 0, self.group)
 
 
+class GatheredWeights(Sharded):
+    """The same with weights gathered for the products, of which all ranks compute the whole."""
+
+    def __init__(self, whole: Whole, group: Any) -> None:
+        super().__init__(whole, group)
+        self.down = nn.Parameter(whole.down.weight.detach().chunk(2, 0)[dist.get_rank(group)].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = collectives.all_gather_tensor_autograd(self.up, 0, self.group)
+        down = collectives.all_gather_tensor_autograd(self.down, 0, self.group)
+        return x + functional.gelu(self.norm(x) @ up.t()) @ down.t()
+
+
+KINDS = {"columns": Sharded, "rows": SequenceSharded, "weights": GatheredWeights}
+
+
 def parallelized(whole: Whole, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(whole, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
@@ -133,7 +149,7 @@ def split_on(rank: int, group: Any, kind: str, engine: str) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (2,))
         stage = stage_of(parallelized(whole, mesh), engine)
     else:
-        stage = stage_of((SequenceSharded if kind == "rows" else Sharded)(whole, group), engine)
+        stage = stage_of(KINDS[kind](whole, group), engine)
     mine = [x.chunk(2)[rank] if kind == "rows" else x for x in xs]
     forwards = [fs.stage_vjp(*stage, x) for x in mine]
     backwards = [pullback(torch.cos(output)) for output, _, pullback in forwards]
@@ -144,6 +160,10 @@ def split_on(rank: int, group: Any, kind: str, engine: str) -> dict[str, Any]:
         grads = weight_pullback()
         whole_grads = dict(zip(names, y_grads, strict=True))
         if kind == "dtensor":
+            for name, grad in grads.items():
+                parameter = stage.params[name]
+                assert type(grad) is type(parameter)
+                assert getattr(grad, "placements", None) == getattr(parameter, "placements", None)
             found.append([output, dx, *[_full(grad) for grad in grads.values()]])
             wanted.append([y, y_dx, *y_grads])
         elif kind == "rows":
@@ -152,6 +172,11 @@ def split_on(rank: int, group: Any, kind: str, engine: str) -> dict[str, Any]:
                 dist.all_reduce(grads[name], group=group)
             found.append([output, dx, grads])
             wanted.append([y.chunk(2)[rank], y_dx.chunk(2)[rank], shards_of(whole_grads, group)])
+        elif kind == "weights":
+            # every rank has all of the loss, so that the sums that arrive are twice its gradient
+            shards = {name: whole_grads[f"{name}.weight"].chunk(2)[rank] * 2 for name in ("up", "down")}
+            found.append([output, dx, {name: grads[name] for name in shards}])
+            wanted.append([y, y_dx, shards])
         else:
             found.append([output, dx, grads])
             wanted.append([y, y_dx, shards_of(whole_grads, group)])
@@ -182,9 +207,9 @@ GRADIENTS_IN_CPP = torch.__version__.startswith("2.11")
 
 
 @pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
-@pytest.mark.parametrize("kind", ["columns", "rows"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_collectives_in_a_stage_are_split(kind: str, engine: str) -> None:
-    if GRADIENTS_IN_CPP and (kind, engine) == ("rows", "closures"):
+    if GRADIENTS_IN_CPP and kind != "columns" and engine == "closures":
         for answer in ranks(2).run(split_on, kind, engine):
             assert "Compile the stage" in answer.message
         return
@@ -196,6 +221,8 @@ def test_collectives_in_a_stage_are_split(kind: str, engine: str) -> None:
         of_f, of_i, of_w = answers[0]["counts"]
         if kind == "columns":
             assert (of_f, of_i, of_w) == (["all_reduce"], ["all_reduce"], [])
+        elif kind == "weights":
+            assert (len(of_f), of_i, of_w) == (2, [], ["reduce_scatter_tensor"] * 2)
         else:
             assert len(of_f) == len(of_i) == 2
             assert of_w == []
