@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -279,14 +280,38 @@ class Deep(nn.Module):
 
 
 @pytest.mark.parametrize("argnums", [None, ()], ids=["", "first stage"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("engine", ["closures", "aten"])
-def test_after_f_only_the_inputs_of_regions_are_held(engine: str, argnums: Any) -> None:
+def test_after_f_only_the_inputs_of_regions_are_held(engine: str, dropout: float, argnums: Any) -> None:
     depth, x = 6, torch.randn(8, WIDTH)
-    stage = stage_of(Deep(depth), engine)
+    stage = stage_of(Deep(depth, dropout), engine)
+    states = depth * torch.get_rng_state().nbytes if dropout else 0
     for _ in range(2):
         output, _, pullback = fs.stage_vjp(*stage, x, argnums=argnums)
-        assert pullback.nbytes <= (depth + 1) * x.nbytes
+        assert pullback.nbytes <= (depth + 1) * x.nbytes + states
         pullback(torch.ones_like(output))[1]()
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_attention_is_run_again(engine: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.run = checkpoint
+
+        def attend(self, x: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(self.attend, x, use_reentrant=False)
+
+    module = Attention()
+    x = torch.randn(2, 32, WIDTH)
+    stage = stage_of(module, engine)
+    assert_equal_to_eager(plain_copy(module), stage, x)
+    assert fs.stage_vjp(*stage, x)[2].nbytes <= x.nbytes
 
 
 def flops(function: Callable[[], Any]) -> tuple[Any, int]:

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.guards import TensorGuards
+from torch._prims.rng_prims import run_and_save_rng_state as draw_and_save
+from torch._prims.rng_prims import run_with_rng_state as draw_again
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -56,6 +58,8 @@ __all__ = [
     "autocast_off",
     "autocast_state",
     "comparison",
+    "draw_again",
+    "draw_and_save",
     "fake_like",
     "from_functional",
     "global_flags",

@@ -25,6 +25,7 @@ from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.graph.programs import Lower, Programs, run_as_python
+from funcstage.graph.replay import replay
 from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
 from funcstage.graph.trace import trace
@@ -178,7 +179,10 @@ class CompiledStage:
             joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
         slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None
-        programs = Programs(joint, partition(separate(joint), self.remat), lower, slots)
+        joint = separate(joint)
+        if not self.cuda_graphs:  # which cannot read generators
+            joint = replay(joint)
+        programs = Programs(joint, partition(joint, self.remat), lower, slots)
         self._traced[signature] = programs
         if len(self._traced) > WARN_SIGNATURES and not self._warned:
             self._warned = True

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from funcstage.graph._torch import BoxedCodeGen, LazyGraphModule
+from funcstage.graph.replay import drawn_once
 from funcstage.graph.separate import ancestors
 from funcstage.graph.trace import CHECKPOINTED, Joint, is_random
 
@@ -387,6 +388,7 @@ def _extract(
             else:
                 pending.extend(reversed(missing))
     graph.output(tuple(None if node is None else copies[node] for node in results))
+    drawn_once(graph)
     if own:
         own_results(graph)
     return Program(

@@ -300,11 +300,15 @@ class _Regions:
 
 
 def is_random(node: Node) -> bool:
-    """Tell whether a node draws random numbers."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    """Tell whether a node draws random numbers; attention is one that may and does not, without dropout."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return target is tt.draw_and_save
+    names = [argument.name for argument in target._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    i = names.index("dropout_p")
+    return bool(node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0))
 
 
 def _drop_aliases(graph: Graph) -> None:
