@@ -53,7 +53,6 @@ from torch._inductor.utils import fresh_cache
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 import funcstage as fs
-from funcstage.graph import CompiledStage
 from funcstage.graph import compile as fs_compile
 from funcstage.graph.partition import partition
 from funcstage.graph.plan import plan_of
@@ -200,8 +199,9 @@ def torch_split_phases(stage: Stage) -> Phases:
 
 
 def funcstage_phases(stage: Stage, **options: Any) -> Phases:
+    """Compiled with these options, or by the closures engine where there are none."""
     apply, params, buffers = fs.functionalize(stage.module)
-    fast: CompiledStage = fs_compile(apply, **options)
+    fast = fs_compile(apply, **options) if options else apply
 
     def run_forward() -> Any:
         y, _, pullback = fs.stage_vjp(fast, params, buffers, stage.x)

@@ -50,3 +50,12 @@ def test_a_stage_is_traced_and_partitioned_without_its_weights(tmp_path):
     meta = report_of(tmp_path, "--sizes", "", "--meta", "1")["meta"]
     assert min(meta["trace_s"], meta["separate_s"], meta["partition_s"]) > 0
     assert meta["rss_before_gib"] <= meta["peak_rss_gib"] < meta["weights_gib"]
+
+
+def test_checkpointed_stages_are_measured():
+    options = ["--device", "cpu", "--size", "XS", "--repeats", "1"]
+    command = [sys.executable, "-m", "benchmarks.checkpointing", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for system in ("eager", "funcstage closures", "funcstage aten"):
+        assert f"| {system} |" in run.stdout
