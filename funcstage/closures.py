@@ -314,7 +314,7 @@ def linearize(
                     *trees.unflatten(args_spec, arg_leaves),
                     **kwargs,
                 )
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError) as error:
             refusal = _refusal(error)
             if refusal is None:
                 raise
@@ -926,7 +926,7 @@ def _impure(owner: str, func: Any) -> PurityError:
     )
 
 
-def _refusal(error: RuntimeError) -> StageError | None:
+def _refusal(error: Exception) -> StageError | None:
     """Translate what torch says about functions that cannot be transformed; None for users' errors."""
     message = str(error)
     if _HOOKS_REFUSED in message:
@@ -936,6 +936,11 @@ def _refusal(error: RuntimeError) -> StageError | None:
             "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
             "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
             "update a clone of it."
+        )
+    if "NestedInt" in message or "NestedTensorImpl" in message:
+        return StageError(
+            "The stage makes a nested tensor, which the levels of torch.func cannot look into. Compute on "
+            "padded tensors with a mask, or on the packed values with their offsets."
         )
     if "C++ torch::autograd::Function" in message:
         return StageError(

@@ -310,6 +310,7 @@ def stage_vjp(
         {'weight': (2, 3), 'bias': (2,)}
     """
     _check_callable(apply)
+    _refuse_nested("(args, kwargs)", (args, kwargs))
     diff = differentiated_leaves(args, argnums)
     linearize = getattr(apply, "linearize", None)
     tape: InputTape
@@ -319,6 +320,7 @@ def stage_vjp(
         output, new_buffers, tape = eager.linearize(apply, params, buffers, args, kwargs, diff)
     else:
         output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
+    _refuse_nested("output", output)
     output_leaves, output_spec = trees.flatten(output)
     param_leaves, params_spec = trees.flatten(params)
     pullback = Pullback(
@@ -472,6 +474,17 @@ def _check_callable(apply: object) -> None:
         )
     if not callable(apply):
         raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
+
+
+def _refuse_nested(root: str, tree: PyTree) -> None:
+    leaves, spec = trees.flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            name = trees.leaf_names(spec, root)[i]
+            raise LeafError(
+                f"{name} is a nested tensor ({str(leaf.layout).removeprefix('torch.')} layout), which no "
+                "engine looks into. Pass padded tensors with a mask, or the packed values with their offsets."
+            )
 
 
 def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:

@@ -238,6 +238,9 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return ARCHITECTURES[name]().to(dtype)
 
 
+@pytest.mark.supports(
+    "mixtures of experts, grouped-query attention, rotary embeddings, scans, parametrizations, spectral norm"
+)
 @ENGINES
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -304,6 +307,7 @@ def flops(function: Callable[[], Any]) -> tuple[Any, int]:
     return result, counter.get_total_flops()
 
 
+@pytest.mark.supports("frozen weights (LoRA), at no cost in W")
 @ENGINES
 def test_frozen_weights_cost_nothing_in_w(engine: Any) -> None:
     torch.manual_seed(0)
@@ -483,6 +487,7 @@ def train_tied(rank: int, group: dist.ProcessGroup, schedule: str, compile: Any)
     return done
 
 
+@pytest.mark.supports("weights tied within a stage or over stages")
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])

@@ -53,7 +53,7 @@ def test_a_stage_is_traced_and_partitioned_without_its_weights(tmp_path):
 
 
 def test_checkpointed_stages_are_measured():
-    options = ["--device", "cpu", "--size", "XS", "--repeats", "1"]
+    options = ["--device", "cpu", "--size", "XS", "--repeats", "2"]
     command = [sys.executable, "-m", "benchmarks.checkpointing", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -194,6 +194,7 @@ def assert_equal_to_eager(
         torch.testing.assert_close(buffers[name], buffer, **tolerance)
 
 
+@pytest.mark.supports("`torch.utils.checkpoint`: reentrant or not, nested, selective")
 @pytest.mark.parametrize("argnums", [None, ()], ids=["", "first stage"])
 @pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.__name__)
 @pytest.mark.parametrize("engine", ["closures", "aten"])
@@ -233,6 +234,7 @@ class Stateful(nn.Module):
         return self.run(self.lstm, x, use_reentrant=False)[0]
 
 
+@pytest.mark.supports("checkpoints around dropout and around buffers that are updated")
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_the_second_run_finds_generators_and_buffers_as_the_first_one_did(engine: str) -> None:
     torch.manual_seed(0)

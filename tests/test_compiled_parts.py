@@ -26,6 +26,7 @@ class Parts(nn.Module):
         return self.last(self.middle(self.first(x), self.weight))
 
 
+@pytest.mark.supports("functions compiled by `torch.compile`", "as written", "as written")
 @pytest.mark.parametrize("argnums", [None, ()], ids=["", "first stage"])
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_gradients_are_eagers(engine: str, argnums: Any) -> None:

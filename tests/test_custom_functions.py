@@ -213,6 +213,7 @@ FUNCTIONS = {
 IN_MEMORY = {"numpy": row(lambda *args: ThroughMemory.apply(*args))}
 
 
+@pytest.mark.supports("`torch.autograd.Function`, with `ctx` or `setup_context`; `torch.library.custom_op`")
 @pytest.mark.parametrize("argnums", [None, ()], ids=["", "first stage"])
 @pytest.mark.parametrize(
     ("engine", "name"),
@@ -331,6 +332,10 @@ def test_vmap_over_a_function_with_ctx_is_refused_by_its_name() -> None:
         torch.func.vmap(outputs)(torch.ones(2, 4, 3))
 
 
+@pytest.mark.supports(
+    "functions that read memory themselves (NumPy, a raw kernel launch)",
+    compiled="refused: make it an operator",
+)
 def test_what_reads_memory_cannot_be_traced_and_the_refusal_says_so() -> None:
     apply, params, buffers = fs.functionalize(Layers(IN_MEMORY["numpy"]))
     with pytest.raises(fs.StageError, match=r"cannot be traced.*uncompiled `apply` works"):
@@ -342,10 +347,25 @@ def total(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
 
 
+@total.register_fake
+def _(tensors: list[Tensor]) -> Tensor:
+    return torch.empty_like(tensors[0])
+
+
 total.register_autograd(lambda ctx, grad: [grad] * 2, setup_context=lambda ctx, inputs, output: None)
 
 
-def test_an_operator_over_lists_of_tensors_is_refused_by_name() -> None:
+@pytest.mark.supports(
+    "operators over lists of tensors with a gradient of their own", uncompiled="refused: tensors one by one"
+)
+def test_an_operator_over_lists_of_tensors_is_refused_by_name_and_compiled() -> None:
+    def apply(params: Tensor, buffers: Any, x: Tensor) -> Any:
+        return total([x * params, params]), buffers
+
     bound_early = not isinstance(Function.__dict__["apply"], classmethod)  # by torch itself, see above
     with pytest.raises(fs.StageError, match="apply" if bound_early else r"funcstage_tests_total.*one by one"):
-        fs.stage_vjp(lambda p, b, x: (total([x, p]), b), torch.ones(3), (), torch.ones(3))
+        fs.stage_vjp(apply, torch.ones(3), (), torch.ones(3))
+    _, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), torch.ones(3), (), torch.full((3,), 2.0))
+    (dx,), weight_pullback = pullback(torch.ones(3))
+    assert torch.equal(dx, torch.ones(3))
+    assert torch.equal(weight_pullback(), torch.full((3,), 3.0))

@@ -458,6 +458,9 @@ class Nonzero(nn.Module):
         return x[x > 0]
 
 
+@pytest.mark.supports(
+    "control flow and shapes that depend on values", compiled="refused: the uncompiled `apply`"
+)
 @pytest.mark.parametrize("module", [Branching(), Nonzero()])
 def test_what_cannot_be_traced_is_refused_by_name(module: nn.Module) -> None:
     apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(4, 4), module))
@@ -481,6 +484,7 @@ class Inverse(nn.Module):
         return torch.linalg.solve(self.weight, x @ torch.linalg.inv(self.weight), left=False)
 
 
+@pytest.mark.supports("linear algebra (a singular matrix raises)", compiled="without the check")
 def test_inverses_and_kernels_with_other_strides_than_their_traces_are_compiled() -> None:
     torch.manual_seed(0)
     module = Inverse().double()

@@ -97,6 +97,7 @@ def test_forward_hooks_see_and_change_what_they_do_in_eager() -> None:
     assert_same(split_grads, grads)
 
 
+@pytest.mark.supports("forward hooks and pre-hooks of modules")
 @ENGINES
 def test_forward_hooks_with_keywords_change_both_gradients(engine: Any) -> None:
     class Scaled(nn.Linear):
@@ -168,6 +169,9 @@ HOOKS: dict[str, Callable[[nn.Sequential], Any]] = {
 }
 
 
+@pytest.mark.supports(
+    "backward hooks of modules, hooks of tensors", "once, in I", "what they do to gradients"
+)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_that_changes_a_gradient_changes_what_eager_would_change(hook: str) -> None:
     module = network()

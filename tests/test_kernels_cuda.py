@@ -118,6 +118,7 @@ def compare(module: nn.Module, engine: str, x: Tensor, tolerance: float, **kwarg
 ENGINES = ["closures", "aten", "inductor"]
 
 
+@pytest.mark.supports("Triton kernels by `torch.library.triton_op`", "on CUDA", "on CUDA")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["triton_op", "function"])
 def test_triton_kernels_are_split(engine: str, kind: str) -> None:
@@ -142,6 +143,7 @@ BACKENDS = [
 ]
 
 
+@pytest.mark.supports("`scaled_dot_product_attention` on each of its backends")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name.lower())
 def test_attention_runs_on_every_backend(engine: str, backend: SDPBackend) -> None:
@@ -159,6 +161,7 @@ def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q >= k
 
 
+@pytest.mark.supports("FlexAttention, its `BlockMask` an argument or the module's", "on CUDA", "on CUDA")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("place", ["keyword", "held", "score_mod", "compiled by the user"])
 def test_flex_attention_with_a_block_mask(engine: str, place: str) -> None:

@@ -76,6 +76,7 @@ REGIONS = {
 }
 
 
+@pytest.mark.supports("autocast, around the stage or inside")
 @ENGINES
 @pytest.mark.parametrize(
     ("low", "cache"),
@@ -245,6 +246,7 @@ def test_compiled_gradients_through_a_cast_are_as_near_to_the_exact_ones_as_eage
         assert ours <= 1.2 * eagers, f"{name}: {ours} against {eagers}"
 
 
+@pytest.mark.supports("parameters cast once a step: `fs.derive`, `param_dtype=`")
 @ENGINES
 def test_a_derived_cast_runs_once_a_step_and_not_once_a_microbatch(network: nn.Module, engine: Any) -> None:
     apply, params, buffers = fs.functionalize(network)

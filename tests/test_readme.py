@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +24,13 @@ def test_the_readme_names_the_two_commands() -> None:
     text = README.read_text()
     assert "pip install -e '.[demo]' && python -m funcstage demo" in text
     assert "pip install -e '.[test]' && pytest" in text
+
+
+def test_the_table_of_what_is_supported_is_that_of_the_tests() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "--collect-only", "--print-support", "tests"]
+    found = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
+    begin = found.stdout.index("<!-- support")
+    end = found.stdout.index("<!-- end of support -->")
+    assert found.stdout[begin:end] in README.read_text(), (
+        "write it anew: pytest tests -m supports --write-support"
+    )

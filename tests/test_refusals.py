@@ -213,6 +213,9 @@ def test_an_exception_of_the_module_comes_through_unchanged() -> None:
     assert torch.equal(dx, torch.ones(2))
 
 
+@pytest.mark.supports(
+    "saved-tensor hooks (`save_on_cpu`)", "refused: `funcstage.autograd`", "without their effect"
+)
 def test_saved_tensor_hooks_are_refused_with_the_way_round() -> None:
     def saving(params: Any, buffers: Any, x: Tensor) -> Any:
         with torch.autograd.graph.save_on_cpu():
@@ -220,11 +223,38 @@ def test_saved_tensor_hooks_are_refused_with_the_way_round() -> None:
 
     with pytest.raises(fs.StageError, match=r"funcstage\.autograd"):
         fs.stage_vjp(saving, torch.ones(2), (), torch.ones(2))
+    _, _, pullback = fs.stage_vjp(
+        fs.compile(saving, backend="aten"), torch.ones(2), (), torch.full((2,), 3.0)
+    )
+    assert torch.equal(pullback(torch.ones(2))[1](), torch.full((2,), 3.0))
     with (
         torch.autograd.graph.save_on_cpu(),
         pytest.raises(fs.StageError, match=r"funcstage\.autograd"),
     ):
         fs.stage_vjp(lambda p, b, x: (x * p, b), torch.ones(2), (), torch.ones(2))
+
+
+@pytest.mark.supports(
+    "nested and jagged tensors", "refused: padding and a mask", "refused: padding and a mask"
+)
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_with_the_way_round(layout: torch.layout, engine: str) -> None:
+    parts = [torch.randn(2, 3), torch.randn(3, 3)]
+
+    def apply(params: Any, buffers: Any, x: Any, **kwargs: Any) -> Any:
+        return (
+            x if x.is_nested else torch.nested.as_nested_tensor([x[:1], x[1:]], layout=layout)
+        ) * params, buffers
+
+    function = apply if engine == "closures" else fs.compile(apply, backend="aten")
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    with pytest.raises(fs.LeafError, match=r"\[0\]\[0\] is a nested tensor.*mask, or the packed values"):
+        fs.stage_vjp(function, torch.ones(3), (), nested)
+    with pytest.raises(fs.LeafError, match=r"\['lengths'\] is a nested tensor"):
+        fs.stage_vjp(function, torch.ones(3), (), parts[0], lengths=nested)
+    with pytest.raises(fs.StageError, match=r"(makes|output is) a nested tensor.*mask"):
+        fs.stage_vjp(function, torch.ones(3), (), parts[0])
 
 
 def weight_pullback(apply: Any, params: Any) -> fs.WeightPullback:

@@ -206,6 +206,7 @@ GRADIENTS_IN_CPP = torch.__version__.startswith("2.11")
 """Whether those of torch's differentiable collectives are, which torch.func refuses."""
 
 
+@pytest.mark.supports("functional collectives (tensor parallelism)")
 @pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_collectives_in_a_stage_are_split(kind: str, engine: str) -> None:
@@ -249,6 +250,7 @@ def refused(rank: int, group: Any) -> list[str]:
     return messages
 
 
+@pytest.mark.supports("DTensor parameters (`parallelize_module`)", compiled="refused: functional collectives")
 def test_what_dtensors_cannot_do_is_refused_with_the_way_round() -> None:
     for compiled, transformed in run(2, refused):
         assert "params['down.weight'] (float64[4, 8] on cpu) is a DTensor" in compiled

@@ -361,6 +361,8 @@ def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
         if package not in ("torch", "funcstage"):
             where = f"{frame.f_code.co_filename}:{line}"
     reason = str(error).partition("\n")[0] or type(error).__name__
+    if "shape_env must not be None" in reason or "nested" in reason.lower():
+        reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     if isinstance(error, tt.UNTRACEABLE):
         reason = f"it reads the value of a tensor ({reason})"
     at = "" if where is None else f", at {where}"
