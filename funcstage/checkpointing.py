@@ -5,7 +5,8 @@ split backward. Here a region is split as a stage within the stage. Its forward 
 own, from which nothing is kept but the values of the result. On the tape of the inputs it is one
 operation, `Recomputed`, whose backward runs it again, with the tape this time; I takes the input
 gradients from that, and W the weight gradients later, so that both come from one recomputation. A region
-that depends on parameters alone lies on the tape of the weights, and is run again in W.
+that depends on parameters alone lies on the tape of the weights, and is run again in W. A region within a
+region is computed again with that, and not once more: what it would save is memory during I.
 
 What a region reads need not be among its arguments: parameters and activations are also found in
 modules and closures. Whatever is read in the first run and was there before is *captured*, and fresh

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from funcstage import _functorch as ft
 from funcstage import custom_functions, trees
 from funcstage._dynamo import uncompiled
-from funcstage._interception import current_interceptor, intercepting
+from funcstage._interception import intercepting
 from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
@@ -256,6 +256,8 @@ def linearize(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     diff: Sequence[int],
+    *,
+    rerun: bool = False,
 ) -> tuple[PyTree, Buffers, InputTape]:
     """Run a stage function once and retain what its two reverse passes need.
 
@@ -266,6 +268,8 @@ def linearize(
         args: its positional arguments.
         kwargs: its keyword arguments.
         diff: indices of the differentiated leaves of `args`.
+        rerun: whether this is a checkpointed region that is run again. Regions inside of it are not run
+            again in turn, as nothing is computed a third time.
 
     Returns:
         The output and the new buffers, free of wrappers, and the tape.
@@ -304,7 +308,7 @@ def linearize(
                 param_leaves[i] = ft.wrap_leaf(leaf, inner)
                 weights.append((i, param_leaves[i]))
         mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
-        if not transformed and not higher:
+        if not (transformed or higher or rerun):
             mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)
         try:
             with mode, intercepting(mode), uncompiled():
@@ -372,7 +376,6 @@ class _Split(TorchFunctionMode):
         hooked: whether the stage has put hooks on tensors.
         bases: the sites at what outputs are views of.
         rerunnable: how checkpointed regions are run again; None where they are run as they come.
-        stand_in: what stands in for a tensor, where this is itself a region that is run again.
         paused: whether another split is at work, in a region.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
@@ -393,7 +396,6 @@ class _Split(TorchFunctionMode):
         self.hooked = False
         self.bases: set[Site] = set()
         self.rerunnable: Rerunnable | None = None
-        self.stand_in: Callable[[Any], Any] = _itself
         self.paused = False
         self.had_regions = False
         self.before_write: Callable[[Any, Any], None] | None = None
@@ -733,7 +735,7 @@ class _Captured:
             return leaf
         with torch._C.DisableTorchFunction():
             split = self._split
-            value = split.current(split.stand_in(leaf))
+            value = split.current(leaf)
             if ft.level_of(value) not in split.levels and not isinstance(leaf, nn.Parameter):
                 return leaf
             self._region.capture(leaf)
@@ -783,8 +785,9 @@ class _Captured:
         edges = [get_gradient_edge(value) for _, value in weights]
         if activations:
             weights = [(place, split.bare(value)) for place, value in weights]
-        order, tensors = zip(*activations, *weights, *constants, strict=True)
-        return _Operands(list(tensors), len(activations), edges, list(order), set(self._before))
+        placed = [*activations, *weights, *constants]
+        order, tensors = [place for place, _ in placed], [tensor for _, tensor in placed]
+        return _Operands(tensors, len(activations), edges, order, set(self._before))
 
 
 class _Rerun:
@@ -828,23 +831,18 @@ class _Rerun:
         acts, weights, constants = captured[: self._n], captured[self._n : end], captured[end:]
 
         def again(weights: Any, _: Any, *args: Any) -> Any:
-            split = current_interceptor()
-            assert isinstance(split, _Split)
-            activations, constants = args[: self._n], args[self._n :]
-            # No leaves: module trackers put hooks on leaves that fail in the reverse pass that follows.
-            with torch._C.DisableTorchFunction():
-                weights = [weight.view_as(weight) for weight in weights]
-                if split.outer_level is not None:
-                    activations = tuple(split.above(Tensor.view_as, (a, a), {}) for a in activations)
-            stand_ins: list[Any] = [None] * len(captured)
-            operands = self._operands
-            for place, tensor in zip(operands.order, (*activations, *weights, *constants), strict=True):
-                stand_ins[place] = tensor.clone() if place in operands.written else tensor
-            split.stand_in = partial(self._region.stand_in, stand_ins)
-            leaves = trees.flatten(self._region.run_again(stand_ins))[0]
-            return tuple(leaves[i] for i in self._diff), ()
+            leaves = (*args[: self._n], *weights, *args[self._n :])
+            stand_ins: list[Any] = [None] * len(leaves)
+            for i, (place, leaf) in enumerate(zip(self._operands.order, leaves, strict=True)):
+                if place in self._operands.written:
+                    stand_ins[place] = leaf.clone()
+                else:
+                    stand_ins[place] = _no_leaf(leaf) if i < end else leaf
+            results = trees.flatten(self._region.run_again(stand_ins))[0]
+            return tuple(results[i] for i in self._diff), ()
 
-        output, _, tape = linearize(again, weights, (), (*acts, *constants), {}, range(self._n))
+        diff = range(self._n)
+        output, _, tape = linearize(again, weights, (), (*acts, *constants), {}, diff, rerun=True)
         found = [(value.shape, value.dtype, value.device) for value in output]
         if found != self._metas:
             raise StageError(
@@ -868,8 +866,10 @@ def _is_differentiated(leaves: Iterable[Any]) -> bool:
     return ft.current_level() > 0 or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
-def _itself(value: Any) -> Any:
-    return value
+def _no_leaf(leaf: Tensor) -> Tensor:
+    """The same at its level as no leaf: module trackers put hooks on leaves, which fail in reverse passes."""
+    with torch._C.DisableTorchFunction(), ft.down_to(ft.level_of(leaf)):
+        return leaf.view_as(leaf)
 
 
 def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
