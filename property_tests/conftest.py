@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 from funcstage.testing.strategies import FAMILIES
 
+collect_ignore = ["conftest.py"]  # for doctests, as two modules of one name cannot be imported
+
 STAGES = {"dev": 200, "ci": 2_000, "thorough": 50_000}
 
 for _name, _stages in STAGES.items():

@@ -9,6 +9,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support: written by pytest --write-support -->\n", "<!-- end of support -->\n"
+collect_ignore = ["conftest.py"]  # for doctests, as two modules of one name cannot be imported
 COLUMNS = ("in a stage", "uncompiled", "compiled")
 
 
