@@ -42,11 +42,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not config.getoption("--write-support"):
         return
     rows: dict[tuple[str, ...], bool] = {}
-    for outcome in ("passed", "skipped", "failed"):
+    for outcome in ("passed", "skipped", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             for name, row in getattr(report, "user_properties", []):
                 if name == "supports":
-                    rows[tuple(row)] = rows.get(tuple(row), True) and outcome != "failed"
+                    rows[tuple(row)] = rows.get(tuple(row), True) and outcome not in ("failed", "error")
     found = [row if passed else (row[0], "**fails**", "**fails**") for row, passed in rows.items()]
     before, rest = README.read_text().split(BEGIN)
     README.write_text(before + BEGIN + table(found) + END + rest.split(END)[1])

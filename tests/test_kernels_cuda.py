@@ -143,7 +143,7 @@ BACKENDS = [
 ]
 
 
-@pytest.mark.supports("`scaled_dot_product_attention` on each of its backends")
+@pytest.mark.supports("`scaled_dot_product_attention` on each of its backends", "on CUDA", "on CUDA")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name.lower())
 def test_attention_runs_on_every_backend(engine: str, backend: SDPBackend) -> None:

@@ -361,7 +361,7 @@ def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
         if package not in ("torch", "funcstage"):
             where = f"{frame.f_code.co_filename}:{line}"
     reason = str(error).partition("\n")[0] or type(error).__name__
-    if "shape_env must not be None" in reason or "nested" in reason.lower():
+    if any(sign in reason for sign in ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     if isinstance(error, tt.UNTRACEABLE):
         reason = f"it reads the value of a tensor ({reason})"
