@@ -118,7 +118,6 @@ class Region:
 
     def run_again(self, stand_ins: Sequence[Any]) -> Any:
         """Run the function on what stands in for the captured tensors."""
-
         leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
         args, kwargs = trees.unflatten(self._spec, leaves)
         with ExitStack() as stack:

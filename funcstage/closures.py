@@ -962,12 +962,12 @@ _HOOKS_REFUSED = (
     "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "
     "of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
 )
-# These speak of the operand itself, so that another tensor of the same value will not do.
 _WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     torch.batch_norm: lambda args: args[3:5],
     torch.instance_norm: lambda args: args[3:5],
 }
 """What operations write into whose names do not say so."""
+# These speak of the operand itself, so that another tensor of the same value will not do.
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _IN_PLACE_DUNDERS = {
     f"__{name}__"

@@ -194,12 +194,12 @@ def linearize(
     origin = Origin(len(arg_leaves), len(param_leaves), trained, state, Switchboard())
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     tape = InputTape(origin, wanted, inputs, {})
-    return trees.unflatten(spec, map(_detached, leaves)), trees.map_leaves(_detached, new_buffers), tape
+    return (
+        trees.unflatten(spec, map(trees.detached, leaves)),
+        trees.map_leaves(trees.detached, new_buffers),
+        tape,
+    )
 
 
 def _fresh(leaf: Tensor) -> Tensor:
     return leaf.detach().requires_grad_()
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

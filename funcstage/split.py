@@ -310,7 +310,7 @@ def stage_vjp(
         {'weight': (2, 3), 'bias': (2,)}
     """
     _check_callable(apply)
-    _refuse_nested("(args, kwargs)", (args, kwargs))
+    _refuse_nested("(args, kwargs)", *trees.flatten((args, kwargs)))
     diff = differentiated_leaves(args, argnums)
     linearize = getattr(apply, "linearize", None)
     tape: InputTape
@@ -320,8 +320,8 @@ def stage_vjp(
         output, new_buffers, tape = eager.linearize(apply, params, buffers, args, kwargs, diff)
     else:
         output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
-    _refuse_nested("output", output)
     output_leaves, output_spec = trees.flatten(output)
+    _refuse_nested("output", output_leaves, output_spec)
     param_leaves, params_spec = trees.flatten(params)
     pullback = Pullback(
         tape,
@@ -476,8 +476,7 @@ def _check_callable(apply: object) -> None:
         raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
 
 
-def _refuse_nested(root: str, tree: PyTree) -> None:
-    leaves, spec = trees.flatten(tree)
+def _refuse_nested(root: str, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_nested:
             name = trees.leaf_names(spec, root)[i]

@@ -44,6 +44,11 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+def detached(leaf: Any) -> Any:
+    """Return a tensor without its history, and anything else as it is."""
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
 def is_expanded(tensor: torch.Tensor) -> bool:
     """Tell whether several elements of a strided tensor share memory, so that nobody can write into it."""
     return any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage, pipeline_value_and_grad
 from funcstage.testing import check_stage
+from funcstage.testing.layers import Symmetric
 
 aten = functools.partial(fs.compile, backend="aten")
 inductor = functools.partial(fs.compile, backend="inductor")
@@ -110,13 +111,6 @@ class LoRA(nn.Linear):
         if self.merged:
             return F.linear(x, self.weight + self.b @ self.a, self.bias)
         return super().forward(x) + F.linear(F.linear(x, self.a), self.b)
-
-
-class Symmetric(nn.Module):
-    """A parametrization."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight.triu() + weight.triu(1).t()
 
 
 class MovingAverage(nn.Module):

@@ -201,7 +201,7 @@ class FunctionalPipelineStage(ExchangingStage):
         if self._replicas is not None and self.has_backward:
             self._replicas.begin(self)
         if not self.is_first:
-            args = tuple(_detached(info.buffer) for info in self.args_recv_info[fwd_chunk_id])
+            args = tuple(trees.detached(info.buffer) for info in self.args_recv_info[fwd_chunk_id])
         call = _Call(fwd_chunk_id, args, kwargs or {})
         self._check_call(call)
         if not self.is_last:
@@ -412,7 +412,7 @@ class FunctionalPipelineStage(ExchangingStage):
 
     def _forward(self, apply: StageFunction, call: _Call) -> PyTree:
         """Run F: return the output, keep the pullback and update the module's buffers."""
-        args, kwargs = trees.map_leaves(_detached, (call.args, call.kwargs))
+        args, kwargs = trees.map_leaves(trees.detached, (call.args, call.kwargs))
         try:
             if not self.has_backward:
                 output, new_buffers = apply(self._params, self._buffers, *args, **kwargs)
@@ -428,7 +428,7 @@ class FunctionalPipelineStage(ExchangingStage):
             error.add_note(f"This was {self._name}, in F of microbatch {call.chunk}.")
             raise
         self._update_buffers(new_buffers)
-        return trees.map_leaves(_detached, output)
+        return trees.map_leaves(trees.detached, output)
 
     def _backward_of_loss(self, chunk: int, loss: Tensor | None) -> None:
         """Take the gradients of the output from what the schedule computed with it."""
@@ -807,10 +807,6 @@ def _trainable(leaf: Any) -> Any:
 def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
     floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
     return leaf.to(dtype) if floating and dtype is not None else leaf
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _requires_grad(leaf: Any) -> bool:

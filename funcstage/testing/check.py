@@ -256,7 +256,7 @@ class _Subject:
                 given, {} if params is None else params, {} if buffers is None else buffers
             )
         name = getattr(stage.apply, "__qualname__", type(stage.apply).__name__)
-        args, kwargs = trees.map_leaves(_detached, (args, kwargs))
+        args, kwargs = trees.map_leaves(trees.detached, (args, kwargs))
         return cls(name, stage, module, args, kwargs, differentiated_leaves(args, argnums))
 
     def forward(self, rounding: Rounding | None = None, trained: bool = True) -> _Forward:
@@ -349,7 +349,7 @@ class _Run:
     def cotangents(self, output: PyTree, offset: int = 0) -> PyTree:
         """The caller's cotangents, or normally distributed ones; `None` where there can be none."""
         if callable(self.output_grads):
-            return self.output_grads(trees.map_leaves(_detached, output))
+            return self.output_grads(trees.map_leaves(trees.detached, output))
         if self.output_grads is not None:
             return self.output_grads
         generator = torch.Generator().manual_seed(self.seed + offset)
@@ -368,8 +368,8 @@ class _Run:
         rest = iter(found[len(forward.inputs) :])
         param_grads = [next(rest) if _requires_grad(leaf) else None for leaf in forward.params]
         return _Eager(
-            trees.map_leaves(_detached, forward.output),
-            trees.map_leaves(_detached, forward.buffers),
+            trees.map_leaves(trees.detached, forward.output),
+            trees.map_leaves(trees.detached, forward.buffers),
             trees.unflatten(args_spec, input_grads),
             trees.unflatten(trees.flatten(self.subject.stage.params)[1], param_grads),
             dtypes_on_tape(outputs),
@@ -577,10 +577,6 @@ def _twin(leaf: Any) -> Any:
         return leaf.clone()
     storage = leaf.untyped_storage().clone()
     return leaf.new_empty(0).set_(storage, leaf.storage_offset(), leaf.shape, leaf.stride())
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _named(root: str, tree: PyTree) -> list[tuple[str, Tensor]]:
