@@ -327,7 +327,13 @@ def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _by_node(weights: Iterable[torch.Tensor]) -> dict[Node, torch.Tensor]:
+def _by_node(weights: Sequence[Any]) -> dict[Node, torch.Tensor]:
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, torch.Tensor):
+            raise StructureError(
+                f"weights[{i}]: expected a tensor, got {_kind(weight)}. Pass the parameters themselves, as "
+                "module.parameters() lists them."
+            )
     return {get_gradient_edge(weight).node: weight for weight in weights if weight.requires_grad}
 
 

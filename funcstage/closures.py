@@ -39,9 +39,9 @@ from funcstage._interception import intercepting
 from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
-from funcstage.errors import PurityError, StageError
+from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
-from funcstage.functional import checked_result
+from funcstage.functional import check_leaves, checked_result
 from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of, saving_outside
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree
@@ -278,6 +278,8 @@ def linearize(
         PurityError: if `apply` mutates a tensor that it was given or has captured.
         StageError: if saved-tensor hooks are in use.
     """
+    check_leaves("params", params)
+    check_leaves("buffers", buffers)
     param_leaves, params_spec = trees.flatten(params)
     arg_leaves, args_spec = trees.flatten(args)
     state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
@@ -287,6 +289,7 @@ def linearize(
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
+        stack.enter_context(_explaining(given))
         transformed = ft.current_level() > 0
         if transformed:
             stack.enter_context(saving_outside(switchboard))
@@ -310,19 +313,13 @@ def linearize(
         mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
         if not (transformed or higher or rerun):
             mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)
-        try:
-            with mode, intercepting(mode), uncompiled():
-                result = apply(
-                    trees.unflatten(params_spec, param_leaves),
-                    buffers,
-                    *trees.unflatten(args_spec, arg_leaves),
-                    **kwargs,
-                )
-        except (AttributeError, RuntimeError) as error:
-            refusal = _refusal(error)
-            if refusal is None:
-                raise
-            raise refusal from error
+        with mode, intercepting(mode), uncompiled():
+            result = apply(
+                trees.unflatten(params_spec, param_leaves),
+                buffers,
+                *trees.unflatten(args_spec, arg_leaves),
+                **kwargs,
+            )
         output, new_buffers = checked_result(apply, result)
         output_leaves, output_spec = trees.flatten(output)
         exits = [mode.leave(leaf) for leaf in output_leaves]
@@ -869,7 +866,7 @@ def _is_differentiated(leaves: Iterable[Any]) -> bool:
 def _no_leaf(leaf: Tensor) -> Tensor:
     """The same at its level as no leaf: module trackers put hooks on leaves, which fail in reverse passes."""
     with torch._C.DisableTorchFunction(), ft.down_to(ft.level_of(leaf)):
-        return leaf.view_as(leaf)
+        return leaf.view_as(leaf) if leaf.layout is torch.strided else leaf.clone()
 
 
 def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
@@ -924,6 +921,34 @@ def _impure(owner: str, func: Any) -> PurityError:
         f"The stage writes into {owner} in place, by {getattr(func, '__name__', func)}. A stage function "
         "mutates nothing that it is given: work on a clone, or return the new value as a buffer."
     )
+
+
+@contextmanager
+def _explaining(given: dict[str, PyTree]) -> Iterator[None]:
+    """Raise a refusal in place of what torch says about functions that cannot be transformed."""
+    try:
+        yield
+    except StageError:
+        raise
+    except (AttributeError, RuntimeError) as error:
+        refusal = _refusal(error) or _sparse(error, given)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:
+    """Blame a sparse leaf, if there is one: few of torch's kernels take them, and fewer under levels."""
+    for kind, tree in given.items():
+        leaves, spec = trees.flatten(tree)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+                reason = str(error).partition("\n")[0]
+                return LeafError(
+                    f"The stage fails on {kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaf)}): "
+                    f"{reason} Pass it dense, by tensor.to_dense(), or run funcstage.autograd eagerly."
+                )
+    return None
 
 
 def _refusal(error: Exception) -> StageError | None:

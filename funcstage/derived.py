@@ -193,9 +193,12 @@ class _Casts(TorchFunctionMode):
 def _fits(grad: object, like: Meta) -> bool:
     return (
         isinstance(grad, Tensor)
-        and trees.is_differentiable(grad)
+        and trees.is_gradient(grad)
         and (grad.shape, grad.device) == (like.shape, like.device)
-        and torch.promote_types(grad.dtype, like.dtype) == grad.dtype
+        and (
+            grad.dtype == like.dtype
+            or (grad.dtype.itemsize > 1 and torch.promote_types(grad.dtype, like.dtype) == grad.dtype)
+        )
     )
 
 

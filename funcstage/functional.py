@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funcstage.errors import LeafError, StageError, StructureError
-from funcstage.trees import Buffers, Params, PyTree, describe, flatten
+from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
 
 
 class FunctionalStage(NamedTuple):
@@ -119,6 +119,24 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
             "differentiate. Return the tensors that the next stage or the loss needs."
         )
     return result
+
+
+def check_leaves(root: str, tree: PyTree) -> None:
+    """Refuse tensors that no engine looks into."""
+    leaves, spec = flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if is_lazy(leaf):
+                raise LeafError(
+                    f"{leaf_names(spec, root)[i]} is lazy and not yet initialised, so it has no shape. "
+                    "Call the module that it belongs to once on an example input."
+                )
+            if leaf.is_nested:
+                layout = str(leaf.layout).removeprefix("torch.")
+                raise LeafError(
+                    f"{leaf_names(spec, root)[i]} is a nested tensor ({layout} layout), which no engine "
+                    "looks into. Pass padded tensors with a mask, or the packed values with their offsets."
+                )
 
 
 def _tied_names(module: nn.Module) -> dict[str, str]:

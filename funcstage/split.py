@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import optree
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees
 from funcstage.errors import ConsumedError, LeafError, StructureError
-from funcstage.functional import FunctionalStage
+from funcstage.functional import FunctionalStage, check_leaves
 from funcstage.trees import Buffers, Params, PyTree, describe
 
 
@@ -50,12 +52,13 @@ class Meta(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout
 
     @classmethod
     def of(cls, leaf: object) -> Meta | None:
         if not isinstance(leaf, Tensor) or not trees.is_differentiable(leaf):
             return None
-        return cls(leaf.shape, leaf.dtype, leaf.device)
+        return cls(leaf.shape, leaf.dtype, leaf.device, leaf.layout)
 
     def __str__(self) -> str:
         return f"{trees.look(self)} on {self.device}"
@@ -228,7 +231,8 @@ class Pullback(_Linear[InputTape]):
         return leaves
 
     def _check_leaf(self, i: int, leaf: object, meta: Meta | None) -> None:
-        if meta is not None and Meta.of(leaf) == meta:
+        shaped = isinstance(leaf, Tensor) and not (is_lazy(leaf) or leaf.is_nested)
+        if meta is not None and shaped and Meta.of(leaf) == meta:
             return
         name = trees.leaf_names(self._output_spec, "output_grads")[i]
         if meta is None:
@@ -310,7 +314,7 @@ def stage_vjp(
         {'weight': (2, 3), 'bias': (2,)}
     """
     _check_callable(apply)
-    _refuse_nested("(args, kwargs)", *trees.flatten((args, kwargs)))
+    check_leaves("(args, kwargs)", (args, kwargs))
     diff = differentiated_leaves(args, argnums)
     linearize = getattr(apply, "linearize", None)
     tape: InputTape
@@ -321,7 +325,7 @@ def stage_vjp(
     else:
         output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
     output_leaves, output_spec = trees.flatten(output)
-    _refuse_nested("output", output_leaves, output_spec)
+    check_leaves("output", output)
     param_leaves, params_spec = trees.flatten(params)
     pullback = Pullback(
         tape,
@@ -436,6 +440,7 @@ def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -
     def name(i: int) -> str:
         return trees.leaf_names(spec, "accumulate")[i]
 
+    starts: dict[Any, int] = {}
     for i, (leaf, meta) in enumerate(zip(leaves, pullback._metas(), strict=True)):
         if leaf is None:
             continue
@@ -444,20 +449,34 @@ def _checked_accumulators(pullback: WeightPullback, accumulate: Params | None) -
                 f"{name(i)} must be None, as that parameter has no gradient; got {describe(leaf)}."
             )
         if (
-            not isinstance(leaf, Tensor)
+            not trees.is_gradient(leaf)
             or leaf.shape != meta.shape
             or leaf.device != meta.device
             or not torch.can_cast(meta.dtype, leaf.dtype)
+            or (leaf.dtype.itemsize == 1 and leaf.dtype != meta.dtype)
         ):
             raise LeafError(
                 f"{name(i)} must be a tensor that takes a gradient of {meta}; got {describe(leaf)}. Pass "
                 "zeros like the parameter, or None."
             )
-        if leaf.layout is torch.strided and trees.is_expanded(leaf):
+        if leaf.is_inference() and not torch.is_inference_mode_enabled():
             raise LeafError(
-                f"{name(i)} is an expanded tensor, several of whose elements share memory, so nothing can be "
-                "added into it. Pass accumulate leaves with memory of their own: tensor.contiguous()."
+                f"{name(i)} ({describe(leaf)}) was made in inference mode, outside of which torch adds "
+                "nothing into it. Pass tensor.clone()."
             )
+        if leaf.layout is torch.strided and trees.overlaps_itself(leaf):
+            raise LeafError(
+                f"{name(i)} ({describe(leaf)}) is an expanded tensor or a sliding window, several of "
+                "whose elements share memory, so nothing can be added into it. Pass accumulate leaves "
+                "with memory of their own: tensor.contiguous()."
+            )
+        if leaf.layout is torch.strided and leaf.numel():
+            start = ft.storage_key(leaf), leaf.storage_offset()
+            if starts.setdefault(start, i) != i:
+                raise LeafError(
+                    f"{name(i)} lies in the memory of {name(starts[start])}, so that their sums would mix. "
+                    "Pass accumulate leaves with memory of their own: tensor.clone()."
+                )
     return leaves
 
 
@@ -474,16 +493,6 @@ def _check_callable(apply: object) -> None:
         )
     if not callable(apply):
         raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
-
-
-def _refuse_nested(root: str, leaves: Sequence[Any], spec: optree.PyTreeSpec) -> None:
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_nested:
-            name = trees.leaf_names(spec, root)[i]
-            raise LeafError(
-                f"{name} is a nested tensor ({str(leaf.layout).removeprefix('torch.')} layout), which no "
-                "engine looks into. Pass padded tensors with a mask, or the packed values with their offsets."
-            )
 
 
 def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
@@ -511,11 +520,15 @@ def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | 
 
 
 def _checked_argnums(argnums: int | Sequence[int], n_args: int) -> set[int]:
-    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    several = isinstance(argnums, Iterable) and not isinstance(argnums, Tensor)
+    numbers: Iterable[Any] = argnums if several else (argnums,)  # type: ignore[assignment]
     chosen: set[int] = set()
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise StructureError(f"argnums must be an int or several, got {number!r} ({describe(number)}).")
+            raise StructureError(
+                f"argnums must be an int or several, got {number!r} ({describe(number)}). Pass the positions "
+                "of the arguments to differentiate, such as (0, 2); () for none."
+            )
         if not -n_args <= number < n_args:
             raise StructureError(
                 f"argnums names positional argument {number}, but the stage was given {n_args} positional "

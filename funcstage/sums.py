@@ -18,6 +18,8 @@ def added(totals: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> Gr
 def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if total is None or grad is None:
         return grad if total is None else total
+    if total.layout is not torch.strided and grad.layout is torch.strided:
+        return grad + total  # a sparse tensor takes no dense one
     if torch.is_grad_enabled() and (total.requires_grad or grad.requires_grad):
         return total + grad  # the sum may be differentiated, which needs its terms intact
     return total.add_(grad)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import optree
 import torch
+from torch.nn.parameter import is_lazy
 
 NAMESPACE = "funcstage"
 
@@ -44,6 +45,17 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+def is_gradient(leaf: object) -> bool:
+    """Tell whether a leaf is a tensor that can be summed with other gradients."""
+    return (
+        isinstance(leaf, torch.Tensor)
+        and not is_lazy(leaf)
+        and not leaf.is_nested
+        and leaf.layout in (torch.strided, torch.sparse_coo)
+        and is_differentiable(leaf)
+    )
+
+
 def detached(leaf: Any) -> Any:
     """Return a tensor without its history, and anything else as it is."""
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
@@ -54,6 +66,16 @@ def is_expanded(tensor: torch.Tensor) -> bool:
     return any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Tell whether elements of a strided tensor may share memory, as those of a sliding window do."""
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
 def look(like: Any) -> str:
     """Return what a tensor, or anything with its dtype and shape, looks like: ``float32[2, 3]``."""
     return f"{str(like.dtype).removeprefix('torch.')}{list(like.shape)}"
@@ -62,5 +84,8 @@ def look(like: Any) -> str:
 def describe(leaf: object) -> str:
     """Return a short description of a leaf for error messages, such as ``float32[2, 3] on cpu``."""
     if isinstance(leaf, torch.Tensor):
-        return f"{look(leaf)} on {leaf.device}"
+        if is_lazy(leaf) or leaf.is_nested:  # which have no shape
+            return f"a {'lazy' if is_lazy(leaf) else 'nested'} {type(leaf).__name__}"
+        layout = "" if leaf.layout is torch.strided else f", {str(leaf.layout).removeprefix('torch.')}"
+        return f"{look(leaf)} on {leaf.device}{layout}"
     return "None" if leaf is None else type(leaf).__name__

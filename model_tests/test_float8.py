@@ -38,7 +38,7 @@ def network(recipe: str) -> nn.Module:
 @RECIPES
 def test_float8_layers_are_split_as_eager_runs_them(recipe: str, engine: Any) -> None:
     x = torch.randn(2, ROWS // 2, 32, device=DEVICE, dtype=torch.bfloat16)
-    check_stage(network(recipe), x, wrap=engine, tolerance=0.0, flops=False)
+    check_stage(network(recipe), x, engines=engine, tolerance=0.0, flops=False)
 
 
 def flops(function: Callable[[], Any]) -> tuple[Any, int]:

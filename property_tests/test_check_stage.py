@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import funcstage as fs
 from funcstage import closures
 from funcstage.testing import StageMismatch, check_stage
+from funcstage.testing.stages import Block, use
+from funcstage.testing.stages import Stage as Generated
 
 Grads = list[Tensor | None]
 
@@ -144,16 +146,17 @@ def test_a_wrong_split_is_reported(defect: str) -> None:
     wrap, message = DEFECTS[defect]
     torch.manual_seed(0)
     with pytest.raises(StageMismatch, match=message) as caught:
-        check_stage(Stage(), torch.randn(4, 3), wrap=wrap)
+        check_stage(Stage(), torch.randn(4, 3), engines=wrap)
     assert caught.value.report.complaints()
 
 
 def test_a_right_split_passes_through_an_engine() -> None:
-    report = check_stage(Stage(), torch.randn(4, 3), wrap=engine())
+    report = check_stage(Stage(), torch.randn(4, 3), engines=engine())
     assert not report.complaints()
     assert report.exact == len(report.leaves) == 10
-    assert report.input_nbytes > 0
-    assert report.weight_nbytes > 0
+    (found,) = report.engines.values()
+    assert found.input_nbytes > 0
+    assert found.weight_nbytes > 0
 
 
 def test_nothing_that_is_passed_in_changes() -> None:
@@ -161,7 +164,7 @@ def test_nothing_that_is_passed_in_changes() -> None:
     module[0].weight.grad = torch.ones(3, 3)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     random = torch.get_rng_state()
-    check_stage(module, x)
+    assert set(check_stage(module, x).engines) == {"closures", "aten", "inductor"}
     assert torch.equal(torch.get_rng_state(), random)
     assert x.grad is None
     assert module[0].bias.grad is None
@@ -176,7 +179,12 @@ def test_a_hand_written_stage_takes_its_parameters_by_keyword() -> None:
 
     params = {"w": torch.randn(3, 2), "b": torch.randn(2), "unused": torch.randn(2), "index": torch.tensor(1)}
     report = check_stage(
-        affine, torch.randn(4, 3), params=params, buffers={"calls": torch.tensor(0)}, scale=2.0
+        affine,
+        torch.randn(4, 3),
+        engines=("closures", "aten"),
+        params=params,
+        buffers={"calls": torch.tensor(0)},
+        scale=2.0,
     )
     assert report.stage.endswith("affine")
     assert {leaf.leaf for leaf in report.leaves} >= {"output['y']", "new buffers['calls']"}
@@ -184,7 +192,7 @@ def test_a_hand_written_stage_takes_its_parameters_by_keyword() -> None:
 
 def test_what_functionalize_returned_is_a_stage_too() -> None:
     stage = fs.functionalize(nn.Linear(3, 2))
-    check_stage(stage, torch.randn(4, 3))
+    check_stage(stage, torch.randn(4, 3), engines=("closures", "aten"))
     with pytest.raises(fs.StageError, match=re.escape("only with a stage function")):
         check_stage(stage, torch.randn(4, 3), params=stage.params)
 
@@ -194,8 +202,8 @@ def test_a_scalar_output_needs_no_cotangent() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).square().sum()
 
-    check_stage(Loss(3, 2), torch.randn(4, 3))
-    check_stage(Loss(3, 2), torch.randn(4, 3), output_grads=torch.tensor(2.0))
+    check_stage(Loss(3, 2), torch.randn(4, 3), engines="closures")
+    check_stage(Loss(3, 2), torch.randn(4, 3), engines="aten", output_grads=torch.tensor(2.0))
 
 
 def test_tolerances_follow_the_coarsest_dtype_that_took_part() -> None:
@@ -203,5 +211,75 @@ def test_tolerances_follow_the_coarsest_dtype_that_took_part() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.bfloat16().float())
 
-    report = check_stage(Casts(3, 2), torch.randn(4, 3))
+    report = check_stage(Casts(3, 2), torch.randn(4, 3), engines="closures")
     assert {leaf.tolerance for leaf in report.leaves} == {6e-2}
+
+
+class DependsOnValues(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_an_engine_that_refuses_the_stage_is_listed_with_its_reason() -> None:
+    report = check_stage(DependsOnValues(3, 3), torch.ones(4, 3), engines=("closures", "aten"))
+    assert set(report.refusals) == {"aten"}
+    assert isinstance(report.refusals["aten"], fs.TraceError)
+    assert "aten refused it: " in str(report)
+
+
+def test_a_stage_that_every_engine_refuses_is_refused() -> None:
+    with pytest.raises(fs.TraceError):
+        check_stage(DependsOnValues(3, 3), torch.ones(4, 3), engines=("aten",))
+
+
+def test_only_known_engines_are_asked() -> None:
+    with pytest.raises(fs.StructureError, match=re.escape("no engine 'eager'; expected one of closures")):
+        check_stage(Stage(), torch.randn(4, 3), engines="eager")
+    with pytest.raises(fs.StructureError, match="engines is empty"):
+        check_stage(Stage(), torch.randn(4, 3), engines=())
+
+
+def test_a_wrong_gradient_comes_with_the_operations_that_read_the_leaf() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)) + x @ self.first.weight.t()
+
+    with pytest.raises(StageMismatch) as caught:
+        check_stage(Tied(), torch.randn(4, 3), engines=engine(only("W", put(1, lambda g: g * 2))))
+    (leaf,) = [leaf for leaf in caught.value.report.leaves if not leaf.accepted]
+    assert leaf.leaf == "gradient of params['first.weight']"
+    assert leaf.readers == ("linear in first", "linear in second", "t")
+    assert str(leaf).endswith("; read by linear in first, linear in second, t")
+
+
+def test_a_result_that_eager_itself_computes_to_no_digit_is_not_a_mismatch() -> None:
+    """A norm over one feature cancels its gradient; what is left is the rounding of far larger terms."""
+    lstm = use("recurrent", kind="lstm", hidden=1, layers=1, both=True, states=False)
+    bodies = (
+        (lstm, use("custom function")),
+        (use("linear", out=1, bias=False), use("layer norm", affine="weight")),
+    )
+    attention = use("attention", heads=2, weights=False, masked=True, dropout=0.0)
+    body = (
+        Block("branch", bodies),
+        use("linear", out=2, bias=True),
+        attention,
+        use("rms norm", affine=True),
+    )
+    for seed in (36, 84, 88, 113):
+        Generated(body, shape=(2, 3, 3), seed=seed).check(engines="closures")
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-3, 1 + 1e-4])
+def test_further_rounding_excuses_no_wrong_factor(factor: float) -> None:
+    spoilt = engine(only("W", put(1, lambda g: g * factor)))
+    body = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.LayerNorm(8))
+    torch.manual_seed(0)
+    with pytest.raises(StageMismatch):
+        check_stage(body, torch.randn(4, 8), engines=spoilt)

@@ -23,7 +23,9 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcstage as fs
-from funcstage.testing import check_stage
+from funcstage import testing
+
+check_stage = functools.partial(testing.check_stage, engines=("closures", "aten"))
 
 WIDTH = 16
 ENGINES = ("closures", "aten", "inductor")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcstage as fs
 from funcstage.errors import TraceError
 from funcstage.graph import CompiledStage, compile
+from funcstage.testing import check_stage
 
 
 @pytest.fixture(autouse=True)
@@ -581,3 +582,15 @@ def test_threads_may_share_a_compiled_stage() -> None:
     for output in outputs:
         assert torch.equal(output, apply(params, buffers, *args)[0])
     assert len(fast._traced) == 1
+
+
+def test_a_program_that_inductor_cannot_compile_runs_operation_by_operation() -> None:
+    """It does not sum complex numbers of which there are none."""
+
+    def weighted(params: Any, buffers: Any, x: Tensor) -> Any:
+        return (x * params["w"]).sum(0), buffers
+
+    params = {"w": torch.randn(3, dtype=torch.complex64)}
+    x = torch.randn(0, 3, dtype=torch.complex64)
+    with pytest.warns(UserWarning, match="TorchInductor cannot compile a program of this stage"):
+        check_stage(weighted, x, params=params, engines="inductor")

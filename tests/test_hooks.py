@@ -110,7 +110,7 @@ def test_forward_hooks_with_keywords_change_both_gradients(engine: Any) -> None:
     )
     module[1].register_forward_hook(lambda owner, args, output: output * owner.weight.sum())
     module[0].register_forward_hook(lambda owner, args, kwargs, output: output * 2, with_kwargs=True)
-    check_stage(module, X, wrap=engine)
+    check_stage(module, X, engines=engine or "closures")
 
 
 @ENGINES

@@ -93,7 +93,7 @@ def test_autocast_is_that_of_eager_wherever_it_is_set(
     module = Mixed(inside(on), inner)
     x = torch.randn(3, 5, 8)
     with around(on)():
-        check_stage(module, x, wrap=engine)
+        check_stage(module, x, engines=engine or "closures")
 
 
 @ENGINES

@@ -39,6 +39,8 @@ from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
+from funcstage.eager import first_dtensor
+
 UNTRACEABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -63,6 +65,7 @@ __all__ = [
     "fake_like",
     "from_functional",
     "global_flags",
+    "has_no_memory_of_its_own",
     "is_any_autocast_enabled",
     "last_recorded",
     "lent",
@@ -140,6 +143,23 @@ def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
     ).check
     return check
+
+
+def has_no_memory_of_its_own(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for others: a wrapper subclass, or one that a transform has wrapped.
+
+    Not so DTensors, which are refused elsewhere.
+    """
+    keys = torch._C._dispatch_keys(tensor)
+    return any(map(keys.has, _OF_WRAPPERS)) and first_dtensor(tensor) is None
+
+
+_OF_WRAPPERS = [
+    torch._C.DispatchKey.Python,
+    torch._C.DispatchKey.Functionalize,
+    torch._C.DispatchKey.FuncTorchGradWrapper,
+    torch._C.DispatchKey.FuncTorchBatched,
+]
 
 
 def was_written(tensor: Tensor) -> bool:

@@ -85,7 +85,9 @@ def add_into(totals: Sequence[Tensor | None], results: list[Any], products: Sequ
 def can_add_into(totals: Sequence[Tensor | None], program: Program) -> bool:
     """Tell whether there is something to add every result of W to, in place."""
     there = [total for total, name in zip(totals, program.results, strict=True) if name is not None]
-    return all(total is not None and not total.requires_grad for total in there)
+    return all(
+        total is not None and total.layout is torch.strided and not total.requires_grad for total in there
+    )
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

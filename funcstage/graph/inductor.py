@@ -5,6 +5,7 @@ All of torch's private Inductor API is imported here. Tried with torch 2.11 and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch._inductor.ir import ConcatKernel, TensorBox
 from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import BoxedBool
@@ -23,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
 
 from funcstage.graph.partition import is_cheap, is_view
-from funcstage.graph.programs import Runner
+from funcstage.graph.programs import Runner, run_as_python
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -40,7 +42,7 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
         donated: names of the inputs that it may overwrite after their last use.
 
     Returns:
-        The compiled program, boxed as well.
+        The compiled program, boxed as well. Where Inductor fails, the program as it is, with a warning.
     """
     graph = Graph()
     results = graph.graph_copy(module.graph, {})
@@ -63,10 +65,19 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     context = TracingContext(fake_mode)
     places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]
-    with config.patch(_OPTIONS), V.set_fake_mode(fake_mode), tracing(context):
-        compiled = compile_fx_inner(
-            GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
+    try:
+        with config.patch(_OPTIONS), V.set_fake_mode(fake_mode), tracing(context):
+            compiled = compile_fx_inner(
+                GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
+            )
+    except InductorError as error:
+        # F may have run already, and what it holds fits either way of running I and W.
+        warnings.warn(
+            f"TorchInductor cannot compile a program of this stage, which therefore runs operation by "
+            f"operation, as with backend='aten': {error}",
+            stacklevel=2,
         )
+        return run_as_python(module, donated)
     if not constants:
         return compiled
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from funcstage import trees
 from funcstage.errors import TraceError
@@ -58,7 +59,13 @@ def signature_of(
         TraceError: if a leaf can be no part of a signature.
     """
     argnums = None if diff is None else tuple(diff)
-    return Signature(structure, tuple([_leaf(leaf) for leaf in leaves]), argnums, Surroundings.now(module))
+    found: list[Hashable] = []
+    try:
+        found += map(_leaf, leaves)
+    except _UnfitError as error:
+        name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
+        raise TraceError(f"{name} is {error}, or use the uncompiled `apply`.") from None
+    return Signature(structure, tuple(found), argnums, Surroundings.now(module))
 
 
 class Recent:
@@ -97,7 +104,11 @@ class Recent:
         if diff != self._diff or structure != self._structure:
             return None
         tensors = [leaves[i] for i in self._tensors]
-        if not self._are_alike(*tensors) or any(_leaf(leaves[i]) != other for i, other in self._others):
+        if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
+            return None
+        if not self._are_alike(*tensors) or any(
+            _is_unfit(leaves[i]) or _leaf(leaves[i]) != other for i, other in self._others
+        ):
             return None
         unchanged = self._outside == Surroundings.now(None) and self._glance.agrees(module.glance())
         return tensors if unchanged else None
@@ -120,19 +131,48 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
                 break
 
 
+class _UnfitError(Exception):
+    """Why a leaf can be no part of a signature, and what to pass in its place."""
+
+
 def _leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        if leaf.layout is not torch.strided:
-            raise TraceError(f"A {leaf.layout} tensor cannot be traced. The uncompiled `apply` works.")
+        if is_lazy(leaf):
+            raise _UnfitError("lazy and not yet initialised. Call the module that it belongs to once")
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            raise _UnfitError(f"a {kind} tensor, which cannot be traced. Pass dense ones, padded with a mask")
+        if leaf.is_quantized or tt.has_no_memory_of_its_own(leaf):
+            raise _UnfitError(
+                f"a {type(leaf).__name__} ({trees.describe(leaf)}) that programs cannot read, as it is "
+                "quantized or wraps another tensor. Pass a plain tensor"
+            )
         return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.is_conj(), leaf.is_neg()
     try:
         hash(leaf)
     except TypeError:
-        raise TraceError(
-            f"An argument of type {type(leaf).__name__} is neither a tensor nor hashable, so a later change "
-            "of it would go unnoticed. Pass its tensors instead, or use the uncompiled `apply`."
+        raise _UnfitError(
+            f"of type {type(leaf).__name__}, neither a tensor nor hashable, so that a later change of it "
+            "would go unnoticed. Pass its tensors instead"
         ) from None
     return _exactly(leaf)
+
+
+def _is_unfit(leaf: Any) -> bool:
+    try:
+        _leaf(leaf)
+    except _UnfitError:
+        return True
+    return False
+
+
+def _is_nested(leaf: Any) -> bool:
+    return getattr(leaf, "is_nested", False)
+
+
+def _name(structure: optree.PyTreeSpec, i: int) -> str:
+    accessor = structure.accessors()[i]
+    return accessor[1:].codify(("params", "buffers", "args", "kwargs")[accessor.path[0]])
 
 
 def _exactly(value: Hashable) -> Hashable:

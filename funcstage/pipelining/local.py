@@ -213,7 +213,8 @@ def _check_per_stage(name: str, values: object, num_stages: int) -> None:
     if not isinstance(values, (list, tuple)) or len(values) != num_stages:
         found = f"{len(values)} entries" if isinstance(values, (list, tuple)) else describe(values)
         raise StructureError(
-            f"{name} must be a list with one entry for each of the {num_stages} stages, got {found}."
+            f"{name} must be a list with one entry for each of the {num_stages} stages, got {found}. "
+            "Pass those of functionalize in the order of the stages."
         )
 
 

@@ -6,12 +6,13 @@
 
     @given(strategies.stages())
     def test_my_engine(stage):
-        strategies.check(stage, wrap=my_engine)
+        stage.check(engines=my_engine)
 
 `strategies` imports Hypothesis and is therefore not imported here.
 """
 
-from funcstage.testing.check import Flops, StageMismatch, StageReport, check_stage
+from funcstage.testing.check import check_stage
+from funcstage.testing.report import EngineReport, Flops, StageMismatch, StageReport
 from funcstage.testing.tolerances import TOLERANCES, Difference
 
-__all__ = ["TOLERANCES", "Difference", "Flops", "StageMismatch", "StageReport", "check_stage"]
+__all__ = ["TOLERANCES", "Difference", "EngineReport", "Flops", "StageMismatch", "StageReport", "check_stage"]

@@ -147,6 +147,12 @@ class Stage:
             argument=not made,
         )
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether its operations depend on values of tensors, which a trace cannot express."""
+        described = str(self)
+        return "branching" in described or "momentum=None" in described
+
     def build(self) -> Arguments:
         """Make the module, its positional and its keyword arguments."""
         with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,7 @@
 
     @given(strategies.stages())
     def test_my_engine_equals_eager(stage):
-        stage.check(wrap=my_engine)
+        stage.check(engines=my_engine)
 
 A strategy draws a description (`funcstage.testing.stages.Stage`), from which a module is built; a failing
 example is printed as that description and shrinks to few and simple layers. Every drawn stage runs in

@@ -11,13 +11,16 @@ through, not the dtype that it ends in: under autocast a float32 weight receives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from funcstage.trees import describe, is_differentiable
 
@@ -42,6 +45,7 @@ class Difference:
         relative: the same relative to the largest magnitude of the expected leaf.
         tolerance: the largest relative error accepted; 0 for what must be equal.
         complaint: what is wrong other than values (structure, shape, `None`), if anything.
+        readers: the operations of the stage that read the leaf, noted where it is not accepted.
     """
 
     leaf: str
@@ -49,6 +53,7 @@ class Difference:
     relative: float = 0.0
     tolerance: float = 0.0
     complaint: str = ""
+    readers: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -56,12 +61,22 @@ class Difference:
         return not self.complaint and self.relative <= self.tolerance
 
     def __str__(self) -> str:
+        readers = f"; read by {', '.join(self.readers)}" if self.readers else ""
         if self.complaint:
-            return f"{self.leaf}: {self.complaint}"
+            return f"{self.leaf}: {self.complaint}{readers}"
         return (
             f"{self.leaf}: max abs error {self.absolute:.3g}, max rel error {self.relative:.3g} "
-            f"(tolerance {self.tolerance:.3g})"
+            f"(tolerance {self.tolerance:.3g}){readers}"
         )
+
+    def widened(self, by: float) -> Difference:
+        """Return it with a tolerance that is larger by an absolute error."""
+        if self.complaint or self.absolute == 0 or by == 0:
+            return self
+        # Relative to the same magnitude as the error is, which is nothing where eager's leaf is zero.
+        magnitude = self.absolute / self.relative
+        more = by / magnitude if magnitude else math.inf if self.absolute <= by else 0.0
+        return replace(self, tolerance=self.tolerance + more)
 
 
 def compare(name: str, got: object, expected: object, tolerance: float) -> Difference:
@@ -121,20 +136,36 @@ def dtypes_on_tape(outputs: Iterable[Tensor]) -> set[torch.dtype]:
     return dtypes
 
 
-class Rounding:
-    """Rounds tensors in the coarsest of some dtypes: every element moves by up to half a unit of it."""
+class Rounding(TorchDispatchMode):
+    """While it is entered, moves every result of an operation by up to a unit in its last place, at random.
 
-    def __init__(self, dtypes: Iterable[torch.dtype], seed: int) -> None:
-        floating = [dtype for dtype in dtypes if dtype in TOLERANCES]
-        self.eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    How far results move is how far rounding may take them: Monte Carlo arithmetic (Parker 1997, "Monte Carlo
+    arithmetic: exploiting randomness in floating-point arithmetic").
+
+    Args:
+        seed: of the moves.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, leaf: Any) -> Any:
         """Return a rounded copy of a floating or complex tensor, and everything else as it is."""
-        if not is_differentiable(leaf):
-            return leaf
-        moves = torch.rand(leaf.shape, dtype=torch.float64, generator=self.generator) - 0.5
-        factors = (1 + 2 * self.eps * moves).to(leaf.device)
+        return self._moved(leaf) if is_differentiable(leaf) and leaf.dtype in TOLERANCES else leaf
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = function(*args, **(kwargs or {}))
+        # What is a view, or was written in place, has neighbours that must see the same values.
+        if any(value.alias_info is not None for value in function._schema.returns):
+            return results
+        return tree_map(self, results)
+
+    def _moved(self, leaf: Tensor) -> Tensor:
+        moves = 2 * torch.rand(leaf.shape, dtype=torch.float64, generator=self.generator) - 1
+        factors = (1 + torch.finfo(leaf.dtype).eps * moves).to(leaf.device)
         wide = torch.complex128 if leaf.is_complex() else torch.float64
         return (leaf.to(wide) * factors).to(leaf.dtype)
 
