@@ -34,7 +34,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from funcstage import _functorch as ft
 from funcstage import trees
 from funcstage.errors import StageError
-from funcstage.functional import lending, state_of
+from funcstage.functional import lending, lent, state_of
 
 
 class Place(NamedTuple):
@@ -103,6 +103,7 @@ class Region:
         modules = set(modules_in([call.function, *self._leaves]))
         if not modules and owner is not None:
             modules.update(owner.modules())
+        self._owner = owner
         self._modules = state_of(modules)
         self._operations = Operations() if call.early_stop and not call.reentrant else None
         inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
@@ -122,6 +123,7 @@ class Region:
         args, kwargs = trees.unflatten(self._spec, leaves)
         with ExitStack() as stack:
             stack.enter_context(self._surroundings.restored())
+            stack.enter_context(lent(self._owner))
             stack.enter_context(lending(self._modules))
             stack.enter_context(self._second)
             if self._operations is not None:

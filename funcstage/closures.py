@@ -439,7 +439,7 @@ class _Split(TorchFunctionMode):
             return func(*args, **kwargs)
         if not is_site:
             return self.above(func, args, kwargs)
-        if self.mixed and getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND:
+        if self.mixed and (func in _VIEWS or getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND):
             args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -894,7 +894,8 @@ def _reverse(
             create_graph=origin.higher,
             allow_unused=True,
         )
-    return grads
+    # Torch's zeros without memory can be read by few kernels and written by none.
+    return [grad if grad is None or not grad._is_zerotensor() else torch.zeros_like(grad) for grad in grads]
 
 
 def _unshared(grads: Iterable[Tensor | None], cotangents: Iterable[Tensor]) -> Iterator[Tensor | None]:
@@ -994,6 +995,8 @@ _WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
 """What operations write into whose names do not say so."""
 # These speak of the operand itself, so that another tensor of the same value will not do.
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", "H", "mH")}
+"""Attributes that are operations."""
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
     for name in [

@@ -105,6 +105,14 @@ def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = Fa
     return dropout
 
 
+def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
+    """The eager function, whose override check lies in another one that it calls."""
+    if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+        tensors = tuple(tensors[0])
+    options = {} if indexing is None else {"indexing": indexing}
+    return torch._VF.meshgrid(tensors, **options)  # type: ignore[attr-defined]
+
+
 def _requires_grad_(tensor: Tensor, requires_grad: bool = True) -> Tensor:
     """Mark nothing: a stage's gradients are those of its arguments and parameters alone."""
     if requires_grad:
@@ -165,6 +173,7 @@ def _pad_packed_sequence(
 
 _OPENED: dict[Any, Callable[..., Any] | None] = {
     Tensor.requires_grad_: _requires_grad_,
+    torch.meshgrid: _meshgrid,
     torch._pack_padded_sequence: _pack_padded_sequence,
     torch._pad_packed_sequence: _pad_packed_sequence,
     torch.dropout: _dropout(),

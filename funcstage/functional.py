@@ -6,10 +6,12 @@ nothing it is given; what a module would update in place comes back as a value.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +39,9 @@ def functionalize(module: nn.Module) -> FunctionalStage:
     """Turn a module into a pure stage function and its parameters and buffers.
 
     Built on `torch.func.functional_call`. The module lends its code and its train/eval mode, both read
-    at call time; its tensors are read here once and never written. A parameter that the module reaches
-    under several names (tied weights) appears once, under the first. Parameters that do not require
-    grad are held constant: they are found among the buffers.
+    at call time, to one thread at a time; its tensors are read here once and never written. A parameter
+    that the module reaches under several names (tied weights) appears once, under the first. Parameters
+    that do not require grad are held constant: they are found among the buffers.
 
     Args:
         module: any initialised `nn.Module`.
@@ -89,7 +91,7 @@ def functionalize(module: nn.Module) -> FunctionalStage:
         state.update(params)
         for alias, name in aliases.items():
             state[alias] = state[name]
-        with _flat_weights(recurrent, state):
+        with lent(module), _flat_weights(recurrent, state):
             # The ties are resolved above, once, rather than in every call.
             output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
         # functional_call writes buffers that the module re-assigned back into `state`.
@@ -170,6 +172,22 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     finally:
         for rnn, flat_weights, refs in kept:
             rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
+
+
+_LENDING: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LENDING_LOCK = threading.Lock()
+
+
+@contextmanager
+def lent(module: nn.Module | None) -> Iterator[None]:
+    """Let one thread at a time put tensors into a stage's module: the others would compute with them."""
+    if module is None:
+        yield
+        return
+    with _LENDING_LOCK:
+        lock = _LENDING.setdefault(module, threading.RLock())
+    with lock:
+        yield
 
 
 class ModuleState(NamedTuple):

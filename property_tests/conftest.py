@@ -8,9 +8,14 @@ properties take a share of it each.
 
 from __future__ import annotations
 
+import datetime
 import os
 import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -39,3 +44,55 @@ torch.backends.cudnn.enabled = False
 # Stages are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="Complex modules are a new feature")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-operators", action="store_true", help="try every operator of torch, and write OPERATORS.md"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--all-operators"):
+        return
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ())]
+    found = [value for r in reports for name, value in r.user_properties if name == "operator"]
+    if found:
+        path = Path(__file__).parent / "OPERATORS.md"
+        path.write_text(_operators_page(sorted(found, key=lambda operator: operator["name"])))
+        terminalreporter.write_line(f"wrote {path}")
+
+
+def _operators_page(found: list[dict[str, Any]]) -> str:
+    """What came of a run over all operators, as a page."""
+    total: Counter[str] = Counter()
+    for operator in found:
+        total.update(operator["counts"])
+    tried = [o for o in found if any(key.endswith(("equal", "excepted")) for key in o["counts"])]
+    whole = [o for o in tried if not o["reasons"]]
+    lines = [
+        "# Torch's own operators as stages",
+        "",
+        f"Written by `pytest property_tests/test_operators.py --all-operators` on "
+        f"{datetime.date.today()}, torch {torch.__version__}, CPU, float64 and complex128.",
+        "",
+        f"Of {len(found)} differentiable operators in torch's database {len(tried)} have cases that eager "
+        f"autograd computes twice alike; {len(whole)} of these are split as eager does in every case tried, "
+        f"on both engines, in both roles, and in place where there is such a variant.",
+        "",
+        "| cases | |",
+        "| --- | --- |",
+        *(f"| {key} | {total[key]} |" for key in sorted(total)),
+        "",
+        "| operator | engine | why it is excepted, in some of its cases or all |",
+        "| --- | --- | --- |",
+        *(
+            f"| {operator['name']} | {engine} | {reason} |"
+            for operator in found
+            for engine, reason in sorted(operator["reasons"].items())
+        ),
+        "",
+    ]
+    untried = [o["name"] for o in found if o not in tried]
+    lines += [f"Without a case to compare: {', '.join(untried)}.", ""] if untried else []
+    return "\n".join(lines)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcstage as fs
 from funcstage import testing
 
-check_stage = functools.partial(testing.check_stage, engines=("closures", "aten"))
+check_stage = functools.partial(testing.check_stage, engines="closures")
 
 WIDTH = 16
 ENGINES = ("closures", "aten", "inductor")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from funcstage import recurrent, trees
 from funcstage._dynamo import uncompiled_in_trace
@@ -123,7 +124,7 @@ def trace(
         return trees.is_differentiable(leaves[i])
 
     def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
-        with tt.FunctionalTensorMode(), _Separable():
+        with _Functionalization(), _Separable():
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(leaves)
             for i, tensor in zip(places, given, strict=True):
@@ -250,6 +251,17 @@ def _refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
         node = node.next
 
 
+class _Functionalization(tt.FunctionalTensorMode):
+    """Without the checks that raise where a matrix is singular, an effect that a graph of functions lacks."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._linalg_check_errors.default:
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class _Regions:
     """Notes the checkpointed regions of a stage while it is traced.
 
@@ -335,6 +347,15 @@ def _check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
             )
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise TraceError(f"{_name(apply)} calls {node.target}, which writes in place. {_UNCOMPILED}")
+        for value in tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                layout = str(value.layout).removeprefix("torch.")
+                raise TraceError(
+                    f"{_name(apply)} makes a tensor of {layout} layout ({node.target}), whose gradients a "
+                    f"trace loses. {_UNCOMPILED}"
+                )
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
 
 
 def _impure(apply: Callable[..., Any]) -> PurityError:
@@ -395,8 +416,6 @@ class _Separable(TorchFunctionMode):
                 return func(*args[:-1], False, **kwargs)
         if is_flex_attention(func):
             return run_compiled(func, *args, backend="eager")
-        if func in _UNCHECKED:
-            return _UNCHECKED[func](*args, **kwargs)[0]
         if func in _RECURRENT:
             return _RECURRENT[func](*args, **kwargs)
         return func(*args, **kwargs)
@@ -426,14 +445,6 @@ _REGION = "region"
 _OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
 _LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message
 _UNCOMPILED = "The uncompiled `apply` works: pass it to stage_vjp as it is."
-_UNCHECKED = {
-    torch.inverse: torch.linalg.inv_ex,
-    torch.linalg.inv: torch.linalg.inv_ex,
-    torch.linalg.cholesky: torch.linalg.cholesky_ex,
-    torch.linalg.solve: torch.linalg.solve_ex,
-}
-"""The others raise where a matrix is singular, which is an effect that a graph of functions does not have."""
-
 _RECURRENT = {
     torch.lstm: recurrent.stacked(recurrent.lstm_step),
     torch.gru: recurrent.stacked(recurrent.gru_step),

@@ -149,13 +149,18 @@ def built(**options: Any) -> st.SearchStrategy[Arguments]:
     return stages(**options).map(Stage.build)
 
 
-def modules(**options: Any) -> st.SearchStrategy[nn.Module]:
-    """Draw a module whose only argument is a float tensor of shape [2, 3]."""
+def modules(blocks: Sequence[str] = BLOCKS, **options: Any) -> st.SearchStrategy[nn.Module]:
+    """Draw a module whose only argument is a tensor of shape [2, 3].
+
+    Args:
+        blocks: which structure there may be (`BLOCKS`).
+        **options: fields of `funcstage.testing.stages.Stage`: another `shape`, `dtype`, `device`.
+    """
 
     @st.composite
     def draw_module(draw: st.DrawFn) -> nn.Module:
         stage = Stage((), **options)
-        grammar = _Grammar(draw(_choice(tuple(FAMILIES))), BLOCKS)
+        grammar = _Grammar(draw(_choice(tuple(FAMILIES))), tuple(blocks))
         body = _body(draw, stage.start, grammar, draw(st.integers(1, 4)), 2)
         return _with(stage, body=body, seed=draw(st.integers(0, 2**16))).build().module
 
