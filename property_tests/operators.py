@@ -70,6 +70,7 @@ KNOWN: tuple[Known, ...] = (
             "corrcoef",
             "cov",
             "index_fill",
+            "index_put",
             "istft",
             "linalg_lstsq",
             "linalg_lstsq_grad_oriented",
@@ -105,16 +106,6 @@ KNOWN: tuple[Known, ...] = (
             "torch does not functionalize it in place",
         )
         for n in range(5)
-    ),
-    *(
-        Known(
-            operator,
-            engine,
-            "on cpu, got None",
-            "on matrices without elements, torch's formula gives a gradient only beside the other one",
-        )
-        for operator in ("linalg_householder_product", "ormqr")
-        for engine in ENGINES
     ),
 )
 """All that either engine does not do as eager does it."""

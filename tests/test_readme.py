@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python in the documents runs as it stands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
+TESTING = README.with_name("TESTING.md")
 
 
 def test_the_examples_of_the_readme_run_one_after_the_other() -> None:
@@ -18,6 +19,13 @@ def test_the_examples_of_the_readme_run_one_after_the_other() -> None:
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["param_grads"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_the_examples_of_how_to_test_run_one_after_the_other() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", TESTING.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, str(TESTING), "exec"), {})
 
 
 def test_the_readme_names_the_two_commands() -> None:

@@ -15,11 +15,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import hypothesis
 import torch
 from hypothesis import strategies as st
 from torch import nn
 
 from funcstage import trees
+from funcstage.pipelining.orders import SCHEDULES, Order, ScheduleError, pipeline_order
 from funcstage.testing.layers import LAYERS, Place
 from funcstage.testing.stages import (
     _INPUTS,
@@ -36,7 +38,7 @@ from funcstage.testing.stages import (
 )
 from funcstage.trees import PyTree
 
-__all__ = ["BLOCKS", "FAMILIES", "built", "devices", "dtypes", "modules", "pytrees", "stages"]
+__all__ = ["BLOCKS", "FAMILIES", "built", "devices", "dtypes", "modules", "pytrees", "schedules", "stages"]
 
 FAMILIES: dict[str, tuple[int, ...]] = {
     "dense": (1, 2, 3),
@@ -165,6 +167,25 @@ def modules(blocks: Sequence[str] = BLOCKS, **options: Any) -> st.SearchStrategy
         return _with(stage, body=body, seed=draw(st.integers(0, 2**16))).build().module
 
     return draw_module()
+
+
+@st.composite
+def schedules(draw: st.DrawFn, max_ranks: int = 4, max_microbatches: int = 8) -> Order:
+    """Draw a schedule of torch's that can be run, as the order of every rank.
+
+    Args:
+        draw: passed by Hypothesis.
+        max_ranks: over how many ranks it is spread at most.
+        max_microbatches: how many microbatches a step has at most.
+    """
+    name = draw(st.sampled_from(SCHEDULES))
+    ranks = draw(st.integers(1, max_ranks))
+    stages = ranks * draw(st.sampled_from((1, 2, 3)))
+    microbatches = draw(st.integers(1, max_microbatches))
+    try:
+        return pipeline_order(name, stages, microbatches, num_ranks=ranks)
+    except ScheduleError:
+        hypothesis.reject()
 
 
 def _with(stage: Stage, **changes: Any) -> Stage:
