@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,13 +22,9 @@ from funcstage.errors import StageError
 from funcstage.testing import StageMismatch, check_stage
 from funcstage.testing.check import normal_like
 
-_environment = dict(os.environ)
-from torch.testing._internal import common_methods_invocations as database  # noqa: E402
-
-# The import points Inductor's cache elsewhere and freezes torch.backends, for all tests of the process.
-for _name in set(os.environ) - set(_environment):
-    del os.environ[_name]
-torch.backends.__allow_nonbracketed_mutation_flag = True
+# The import freezes torch.backends and points Inductor's cache elsewhere, for all tests of the process.
+with patch.dict(os.environ), patch.object(torch.backends, "disable_global_flags"):
+    from torch.testing._internal import common_methods_invocations as database
 # The database seeds random operators within the call, which no pure function does; `check_stage` seeds.
 database.wrapper_set_seed = lambda function, *args, **kwargs: function(*args, **kwargs)
 

@@ -31,6 +31,8 @@ from funcstage.testing import strategies
 pytestmark = pytest.mark.filterwarnings("ignore:.*was traced for:UserWarning")
 
 SHAPE = (2, 3)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MADE: dict[str, Any] = {"dtype": torch.float64, "device": DEVICE}
 PRECISE = ("residual", "branch", "repeat", "tied", "frozen", "eval")
 
 
@@ -47,7 +49,7 @@ class Link(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((SHAPE[-1],), 0.9, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.full((SHAPE[-1],), 0.9, **MADE))
         self.body = body
         self.faulty = False
 
@@ -74,13 +76,9 @@ class Running:
     def of(cls, body: nn.Module, compiled: bool) -> Running:
         module = Link(body)
         apply, params, buffers = fs.functionalize(module)
-        return cls(
-            module,
-            copy.deepcopy(module),
-            fs.compile(apply, backend="aten") if compiled else apply,
-            params,
-            buffers,
-        )
+        if compiled and is_traceable(module):
+            apply = fs.compile(apply, backend="aten")
+        return cls(module, copy.deepcopy(module), apply, params, buffers)
 
     def trained(self) -> list[nn.Parameter]:
         """The eager copy's parameters, in the order of `params`."""
@@ -133,16 +131,18 @@ class Training(RuleBasedStateMachine):
         self.microbatches: list[Microbatch] = []
         self.pending: list[Pending] = []
         self.seen: list[weakref.ref[Tensor]] = []
-        self.seed = 0
+        self.allocated = 0
 
     @initialize(
         bodies=st.lists(
-            st.tuples(strategies.modules(dtype=torch.float64, blocks=PRECISE), st.booleans()),
+            st.tuples(strategies.modules(blocks=PRECISE, **MADE), st.booleans()),
             min_size=1,
             max_size=3,
         )
     )
     def build(self, bodies: list[tuple[nn.Module, bool]]) -> None:
+        gc.collect()
+        self.allocated = allocated()  # with the bodies, which Hypothesis keeps alive
         self.stages = [Running.of(copy.deepcopy(body), compiled) for body, compiled in bodies]
         for stage in self.stages:
             self.note((stage.params, stage.buffers))
@@ -151,7 +151,7 @@ class Training(RuleBasedStateMachine):
     def forward(self, seed: int) -> None:
         """F of every stage, one after the other."""
         microbatch = Microbatch()
-        x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = drawn(seed)
         for stage in self.stages:
             passed, stage.buffers = self.run_forward(stage, x, seed)
             microbatch.passed.append(passed)
@@ -168,7 +168,7 @@ class Training(RuleBasedStateMachine):
             self.microbatches.remove(microbatch)
         cotangent = microbatch.cotangent
         if cotangent is None:
-            cotangent = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            cotangent = drawn(0)
         microbatch.cotangent, pending = self.run_input_backward(passed, cotangent, retain)
         self.pending.append(pending)
 
@@ -219,8 +219,8 @@ class Training(RuleBasedStateMachine):
         stage = self.stages[index % len(self.stages)]
         before = {name: value.clone() for name, value in {**stage.params, **stage.buffers}.items()}
         stage.module.faulty = True
-        with pytest.raises((Fault, fs.TraceError)):
-            fs.stage_vjp(stage.apply, stage.params, stage.buffers, torch.ones(SHAPE, dtype=torch.float64))
+        with pytest.raises((Fault, fs.TraceError)):  # as a trace meets it
+            fs.stage_vjp(stage.apply, stage.params, stage.buffers, torch.ones(SHAPE, **MADE))
         stage.module.faulty = False
         for name, value in {**stage.params, **stage.buffers}.items():
             assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
@@ -243,8 +243,8 @@ class Training(RuleBasedStateMachine):
         training = stage.module.training
         stage.module.eval()
         stage.eager.eval()
-        xs = [torch.full(SHAPE, 0.1 * (i + 1), dtype=torch.float64) for i in range(threads)]
-        cotangent = torch.ones(SHAPE, dtype=torch.float64)
+        xs = [torch.full(SHAPE, 0.1 * (i + 1), **MADE) for i in range(threads)]
+        cotangent = torch.ones(SHAPE, **MADE)
 
         def whole(x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
             output, _, pullback = fs.stage_vjp(stage.apply, stage.params, stage.buffers, x)
@@ -255,7 +255,7 @@ class Training(RuleBasedStateMachine):
             results = list(pool.map(whole, xs))
         for x, (output, dx, grads) in zip(xs, results, strict=True):
             leaf = x.clone().requires_grad_()
-            expected = stage.eager(leaf)
+            expected = stage.eager(leaf.clone())
             found = torch.autograd.grad(expected, [leaf, *stage.trained()], cotangent, allow_unused=True)
             assert_close([output, dx, *grads.values()], [expected.detach(), *found])
         stage.module.train(training)
@@ -270,17 +270,14 @@ class Training(RuleBasedStateMachine):
         gc.collect()
         alive = [tensor for tensor in (ref() for ref in self.seen) if tensor is not None]
         assert not alive, f"{len(alive)} of {len(self.seen)} tensors are left"
+        assert allocated() <= self.allocated
 
     def run_forward(self, stage: Running, x: Tensor, seed: int) -> tuple[Passed, dict[str, Tensor]]:
         torch.manual_seed(seed)
-        try:
-            output, buffers, pullback = fs.stage_vjp(stage.apply, stage.params, stage.buffers, x)
-        except fs.TraceError:
-            stage.apply = stage.apply.apply  # what depends on values is not compiled
-            return self.run_forward(stage, x, seed)
+        output, buffers, pullback = fs.stage_vjp(stage.apply, stage.params, stage.buffers, x)
         leaf = x.clone().requires_grad_()
         torch.manual_seed(seed)
-        eager_output = stage.eager(leaf)
+        eager_output = stage.eager(leaf.clone())  # which may be written in place
         of_eager = dict(stage.eager.named_buffers())
         assert_close([output], [eager_output.detach()])
         assert_close([buffers[name] for name in of_eager], list(of_eager.values()))
@@ -304,6 +301,30 @@ class Training(RuleBasedStateMachine):
     def note(self, tree: Any) -> None:
         """Remember tensors without holding them."""
         self.seen += [weakref.ref(leaf) for leaf in trees.flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def is_traceable(module: nn.Module) -> bool:
+    """Whether no operation's shape or choice depends on the values of tensors, as a trace asks."""
+    apply, params, buffers = fs.functionalize(copy.deepcopy(module))
+    try:
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(SHAPE, **MADE))
+    except fs.TraceError:
+        return False
+    return True
+
+
+def drawn(seed: int) -> Tensor:
+    """A normally distributed input or cotangent."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SHAPE, dtype=torch.float64, generator=generator).to(DEVICE)
+
+
+def allocated() -> int:
+    """Bytes of tensors on the GPU, apart from what cuBLAS keeps for each thread."""
+    if DEVICE == "cpu":
+        return 0
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 def draw_place(data: st.DataObject, among: list[Any]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.guards import TensorGuards
+from torch._ops import HigherOrderOperator
 from torch._prims.rng_prims import run_and_save_rng_state as draw_and_save
 from torch._prims.rng_prims import run_with_rng_state as draw_again
 from torch._subclasses.fake_tensor import (
@@ -55,6 +56,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensorMode",
+    "HigherOrderOperator",
     "LazyGraphModule",
     "Policy",
     "autocast_off",

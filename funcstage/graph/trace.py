@@ -254,11 +254,16 @@ def _refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
 class _Functionalization(tt.FunctionalTensorMode):
     """Without the checks that raise where a matrix is singular, an effect that a graph of functions lacks."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._linalg_check_errors.default:
             return None
+        if isinstance(func, tt.HigherOrderOperator):
+            # Their rules are looked up by the very type of the mode.
+            return func.python_key_table[tt.FunctionalTensorMode](self, *args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
