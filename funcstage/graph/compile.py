@@ -93,7 +93,11 @@ class CompiledStage:
         """Say what F, I and W cost for these arguments, which may be on the meta device.
 
         Args:
-            params, buffers, *args, argnums, **kwargs: as for `stage_vjp`.
+            params: as for `stage_vjp`, a pytree of tensors.
+            buffers: likewise.
+            *args: positional arguments.
+            argnums: which of them are differentiated.
+            **kwargs: keyword arguments.
 
         Returns:
             The plan; print it.
@@ -113,7 +117,11 @@ class CompiledStage:
         """Return the graphs of F, I and W for these arguments, for reading.
 
         Args:
-            params, buffers, *args, argnums, **kwargs: as for `stage_vjp`.
+            params: as for `stage_vjp`, a pytree of tensors.
+            buffers: likewise.
+            *args: positional arguments.
+            argnums: which of them are differentiated.
+            **kwargs: keyword arguments.
 
         Returns:
             The three graphs; print them.
@@ -213,7 +221,8 @@ def compile(
 
     A signature is all that a trace depends on: tree structure, shapes, dtypes, devices and strides of the
     leaves, other arguments' values, what is differentiated, the module's modes, hooks and attributes,
-    autocast, grad mode, and torch's global settings.
+    autocast, grad mode, and torch's global settings. The programs of the 64 signatures that were used last
+    are kept.
 
     Args:
         apply: a stage function, from `functionalize` or hand-written.

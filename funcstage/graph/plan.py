@@ -52,7 +52,9 @@ class Plan:
 
     Attributes:
         stage: the stage's name.
-        forward, input_grad, weight_grad: the programs F, I and W.
+        forward: the program F.
+        input_grad: the program I.
+        weight_grad: the program W.
         forward_to_input: bytes of the residuals that F hands to I.
         forward_to_weight: bytes of those that F hands to W.
         input_to_weight: bytes of those that I hands to W.
@@ -72,10 +74,12 @@ class Plan:
 
     @property
     def flops(self) -> int:
+        """Floating-point operations of all three programs."""
         return self.forward.flops + self.input_grad.flops + self.weight_grad.flops
 
     @property
     def recomputed_flops(self) -> int:
+        """Those of `flops` that are done a second time."""
         return self.input_grad.recomputed_flops + self.weight_grad.recomputed_flops
 
     def _rows(self) -> list[tuple[str, ...]]:
