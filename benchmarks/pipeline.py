@@ -6,7 +6,9 @@
 Eight Llama-style blocks in bfloat16, one sequence a microbatch, mean-squared loss, one process a device.
 What torch refuses (a compiled stage under a schedule that splits the backward) is left out. Step times are
 medians by the host's clock around finished work; memory is that of the fuller rank; the bubble fraction is
-the part of the step that lies outside the stages' actions, by device events, of the mean rank.
+the part of the step that lies outside the stages' actions, by device events, of the mean rank. "Simulated" is
+`funcstage.pipelining.simulate` of the same order, with the costs that `measure_costs` finds when one device
+runs the stages alone, and the time that an activation takes from one device to the other.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+import funcstage as fs
 from benchmarks.split import Block, Clock, Size, relative_error
-from funcstage.pipelining import FunctionalPipelineStage, pipeline_order
+from funcstage.pipelining import Costs, FunctionalPipelineStage, measure_costs, pipeline_order, simulate
 
 SIZES = {
     "L": Size(4096, 11008, 8, 1, 4096, 32),
@@ -48,12 +51,14 @@ class System(NamedTuple):
         schedule: torch's name of it.
         chunks: stages a rank.
         stage: makes a stage of (module, index, number of stages, device).
+        simulated: whether its step is simulated too.
     """
 
     name: str
     schedule: str
     chunks: int
     stage: Callable[[nn.Module, int, int, torch.device], Any]
+    simulated: bool = False
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Result:
     bubble: float
     actions: dict[str, float]
     relative_error: float
+    simulated_ms: float | None = None
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -94,9 +100,9 @@ def systems(device: str, size: Size) -> list[System]:
         System("torch 1F1B, compiled", "1F1B", 1, theirs_compiled),
         System("torch Interleaved1F1B, compiled", "Interleaved1F1B", 2, theirs_compiled),
         System("torch ZBVZeroBubble, eager", "ZBVZeroBubble", 2, theirs),
-        System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, plain),
-        System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, plain),
-        System("funcstage Interleaved1F1B", "Interleaved1F1B", 2, plain),
+        System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, plain, True),
+        System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, plain, True),
+        System("funcstage Interleaved1F1B", "Interleaved1F1B", 2, plain, True),
     ]
     if device == "cuda" and size.width < 2048:  # what a large stage has in flight would not fit in pools
         found.append(System("funcstage ZBVZeroBubble, graphs", "ZBVZeroBubble", 2, graphs))
@@ -226,6 +232,42 @@ def measure(
     return mine
 
 
+def simulated_ms(system: System, microbatches: int, costs: list[Costs], comm: float) -> float:
+    """A step on a clock."""
+    order = pipeline_order(system.schedule, len(costs), microbatches, num_ranks=len(costs) // system.chunks)
+    return simulate(order, costs, comm=comm).makespan * 1e3
+
+
+def alone(size: Size, n: int, device: torch.device) -> list[Costs]:
+    """What a microbatch costs each of n stages on one device that does nothing else."""
+    per_stage = size.layers // n
+    stages = []
+    for i in range(n):
+        stage = fs.functionalize(blocks(size, range(i * per_stage, (i + 1) * per_stage), device))
+        backend = "inductor" if device.type == "cuda" else "aten"
+        stages.append(stage._replace(apply=fs.compile(stage.apply, backend=backend)))
+    return measure_costs(stages, loss_fn, *batch(size, 1, device), repeats=10)
+
+
+def seconds_between(x: Tensor) -> float:
+    """Half of what an activation takes to the next rank and back; every rank calls this."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    clock, times = Clock(x.device.type), []
+    for _ in range(12):
+        clock.sync()
+        dist.barrier()
+        clock.sync()
+        start = time.perf_counter()
+        for sender, receiver in ((0, 1 % world), (1 % world, 0)):
+            if rank == sender:
+                dist.send(x, receiver)
+            elif rank == receiver:
+                dist.recv(x, sender)
+        clock.sync()
+        times.append((time.perf_counter() - start) / 2)
+    return statistics.median(times[2:])
+
+
 def loss_of(stages: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
     """The schedule's loss function: of the last stage if it computes the loss itself."""
     own = [stage.loss_fn for stage in stages if stage.is_last and hasattr(stage, "loss_fn")]
@@ -240,14 +282,15 @@ def batch(size: Size, microbatches: int, device: torch.device) -> tuple[Tensor, 
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| system | step, ms | IQR | peak MiB | bubble | F, B or I, W of rank 0, ms | error |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| system | step, ms | IQR | simulated, ms | peak MiB | bubble | F, B or I, W of rank 0 | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
         spans = " / ".join(f"{r.actions[kind]:.1f}" for kind in "FBW" if kind in r.actions)
+        simulated = "" if r.simulated_ms is None else f"{r.simulated_ms:.2f}"
         lines.append(
-            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.peak_mib:.0f} | {r.bubble:.3f} "
-            f"| {spans} | {r.relative_error:.1e} |"
+            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {simulated} | {r.peak_mib:.0f} "
+            f"| {r.bubble:.3f} | {spans} | {r.relative_error:.1e} |"
         )
     return "\n".join(lines)
 
@@ -255,10 +298,12 @@ def table(results: list[Result]) -> str:
 def ratios(results: list[Result]) -> dict[str, float]:
     """Ours under ZBVZeroBubble against torch's."""
     by_name = {r.system: r for r in results}
-    best_of_torch = min(r.step_ms for r in results if r.system.startswith("torch"))
+    best_of_torch = min((r.step_ms for r in results if r.system.startswith("torch")), default=None)
     found = {}
     for r in results:
-        if r.system.startswith("funcstage ZBV"):
+        if r.simulated_ms is not None:
+            found[f"simulated / measured: {r.system}"] = r.simulated_ms / r.step_ms
+        if best_of_torch is not None and r.system.startswith("funcstage ZBV"):
             found[f"{r.system} / best of torch's"] = r.step_ms / best_of_torch
             for name in ("torch ZBVZeroBubble, eager", "torch Interleaved1F1B, compiled"):
                 if name in by_name:
@@ -287,6 +332,10 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
     report["date"] = time.strftime("%Y-%m-%d")
     for key in options.sizes.split(","):
         size = SIZES[key]
+        costs = alone(size, 2 * world, device) if rank == 0 else []
+        comm = seconds_between(torch.randn(1, size.tokens, size.width, device=device, dtype=torch.bfloat16))
+        if rank == 0:
+            print(f"{key}: {comm * 1e3:.3f} ms between ranks; " + "; ".join(map(str, costs)), flush=True)
         for microbatches in map(int, options.microbatches.split(",")):
             expected = None
             if rank == 0:
@@ -300,6 +349,8 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 if cuda:
                     torch.cuda.empty_cache()
                 results.append(measure(system, size, microbatches, options.repeats, device, expected))
+                if rank == 0 and system.simulated:
+                    results[-1].simulated_ms = simulated_ms(system, microbatches, costs, comm)
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:

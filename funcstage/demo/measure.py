@@ -21,10 +21,8 @@ T = TypeVar("T")
 class StageCosts(NamedTuple):
     """What one microbatch costs a stage; FLOPs are of the loss too, on the last one."""
 
-    seconds: Costs
+    costs: Costs
     flops: tuple[int, int, int]
-    pullback_bytes: int
-    weight_pullback_bytes: int
 
 
 def measure(
@@ -43,9 +41,13 @@ def measure(
     flops, sizes = _run(stages, inputs, targets, _counted)
     return [
         StageCosts(
-            Costs(*(min(run[kind][s] for run in seconds) for kind in "FIW")),
+            Costs(
+                min(run["F"][s] for run in seconds),
+                min(run["I"][s] for run in seconds),
+                min(run["W"][s] for run in seconds),
+                *sizes[s],
+            ),
             (int(flops["F"][s]), int(flops["I"][s]), int(flops["W"][s])),
-            *sizes[s],
         )
         for s in range(len(stages))
     ]

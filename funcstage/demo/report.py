@@ -66,12 +66,13 @@ def cost_table(costs: Sequence[StageCosts]) -> Table:
         table.add_column(name, justify="right")
     units = ("", "ms", "ms", "ms", "MFLOP", "MFLOP", "MFLOP", "KiB", "KiB")
     table.add_row(*units, style="dim", end_section=True)
-    for stage, cost in enumerate(costs):
-        held = (cost.pullback_bytes, cost.weight_pullback_bytes)
+    for stage, (cost, flops) in enumerate(costs):
+        seconds = (cost.forward, cost.input, cost.weight)
+        held = (cost.held_after_forward, cost.held_after_input)
         table.add_row(
             str(stage),
-            *_cells((1e3 * seconds for seconds in cost.seconds), ".1f"),
-            *_cells((count / 1e6 for count in cost.flops), ",.1f"),
+            *_cells((1e3 * second for second in seconds), ".1f"),
+            *_cells((count / 1e6 for count in flops), ",.1f"),
             *_cells((size / 1024 for size in held), ",.0f"),
         )
     return table

@@ -113,9 +113,9 @@ def run(settings: Settings) -> None:
     microbatch = slice(0, _SEQUENCES_PER_MICROBATCH)
     costs = measure.measure(stages, inputs[microbatch], targets[microbatch])
     console.print(report.cost_table(costs))
-    timeline = simulate(order, [cost.seconds for cost in costs])
+    timeline = simulate(order, [cost.costs for cost in costs])
     plot_timeline(timeline, settings.output)
-    console.print(f"bubble of a step under these times: {_bubbles(timeline, costs)}")
+    console.print(f"bubble of a step under these times: {_bubbles(timeline)}")
     console.print(f"picture of the step on a clock: {settings.output}")
 
     x, y = text.windows(source.held_out, 128, model.CONTEXT)
@@ -145,12 +145,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _bubbles(timeline: Timeline, costs: list[measure.StageCosts]) -> str:
+def _bubbles(timeline: Timeline) -> str:
     """Compare a timeline with 1F1B on as many ranks, each with as many consecutive stages in one."""
     order = timeline.order
     share = order.num_stages // order.num_ranks
     merged = [
-        Costs(*map(sum, zip(*(cost.seconds for cost in costs[i : i + share]), strict=True)))
+        Costs(*map(sum, zip(*timeline.costs[i : i + share], strict=True)))
         for i in range(0, order.num_stages, share)
     ]
     reference = simulate(pipeline_order("1F1B", order.num_ranks, order.num_microbatches), merged)

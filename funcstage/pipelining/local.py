@@ -85,7 +85,7 @@ def pipeline_value_and_grad(
     ) -> tuple[Tensor, list[Buffers], list[Params]]:
         _check_per_stage("params", params, len(functions))
         _check_per_stage("buffers", buffers, len(functions))
-        step = _Step(
+        step = Step(
             functions,
             loss_fn,
             params,
@@ -108,7 +108,7 @@ class _Forward(NamedTuple):
     spread: bool  # whether the output became several arguments of the next stage
 
 
-class _Step:
+class Step:
     """What is in flight during one step; everything is taken out where it is used last."""
 
     def __init__(

@@ -153,8 +153,8 @@ def pipeline_order(
         0F0 0F1 0B0 0B1
     """
     schedule = _known(schedule)
-    _check_count("num_stages", num_stages)
-    _check_count("num_microbatches", num_microbatches)
+    check_count("num_stages", num_stages)
+    check_count("num_microbatches", num_microbatches)
     num_ranks = _placed(schedule, num_stages, num_ranks)
     table = _torch_table(schedule, num_stages, num_microbatches, num_ranks)
     if schedule == "1F1B":
@@ -169,7 +169,7 @@ def _known(schedule: str) -> str:
     raise ScheduleError(f"There is no schedule {schedule!r}. The schedules are {', '.join(SCHEDULES)}.")
 
 
-def _check_count(name: str, count: object) -> None:
+def check_count(name: str, count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ScheduleError(f"{name} must be a positive integer, got {count!r}.")
 
@@ -178,7 +178,7 @@ def _placed(schedule: str, num_stages: int, num_ranks: int | None) -> int:
     """Return the number of ranks, or refuse a number of stages that cannot be spread over them."""
     per_rank = _FAMILIES[schedule].stages_per_rank
     if num_ranks is not None:
-        _check_count("num_ranks", num_ranks)
+        check_count("num_ranks", num_ranks)
         if num_stages % num_ranks or per_rank not in (None, num_stages // num_ranks):
             share = "the same number of stages" if per_rank is None else f"{per_rank} stage(s)"
             raise ScheduleError(
