@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from funcstage.commands import check, plan, timeline
 from funcstage.demo.distributed import RANK, WORLD_SIZE
 from funcstage.errors import StageError
 from funcstage.pipelining import SCHEDULES, ScheduleError
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        return int(arguments.command(arguments) or 0)
     except StageError as refusal:
         # Under torchrun, what all ranks refuse alike is said once.
         if RANK == 0 or not isinstance(refusal, ScheduleError):
@@ -26,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", default=Path("timeline.png"), type=Path, metavar="FILE", help="picture to write"
     )
     demo.set_defaults(command=_demo)
+    for command in (plan, check, timeline):
+        command.add(commands)
     return parser
 
 

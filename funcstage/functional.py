@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funcstage.errors import LeafError, StageError, StructureError
+from funcstage.html import table
 from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
 
 
@@ -33,6 +34,15 @@ class FunctionalStage(NamedTuple):
     apply: Callable[..., tuple[PyTree, Buffers]]
     params: Params
     buffers: Buffers
+
+    def _repr_html_(self) -> str:
+        name = getattr(self.apply, "__qualname__", type(self.apply).__name__)
+        rows = [
+            (path, kind, describe(leaf), f"{leaf.nbytes:,} B" if isinstance(leaf, Tensor) else "")
+            for kind, tree in (("parameter", self.params), ("buffer", self.buffers))
+            for path, leaf in tree.items()
+        ]
+        return table(f"{name}: {len(rows)} tensors", ("name", "", "tensor", "size"), rows)
 
 
 def functionalize(module: nn.Module) -> FunctionalStage:

@@ -20,6 +20,7 @@ from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees
 from funcstage.errors import ConsumedError, LeafError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
+from funcstage.html import table
 from funcstage.trees import Buffers, Params, PyTree, describe
 
 
@@ -103,6 +104,11 @@ class _Linear(Generic[AnyTape]):
             f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
             f"{_readable(residuals.nbytes(leaves))}>"
         )
+
+    def _repr_html_(self) -> str:
+        leaves = [] if self._tape is None else sorted(self._tape.leaves(), key=lambda t: -t.nbytes)
+        rows = [(str(tuple(t.shape)), str(t.dtype), str(t.device), f"{t.nbytes:,} B") for t in leaves]
+        return table(repr(self)[1:-1], ("residual", "dtype", "device", "size"), rows, shown=12)
 
     def _signature(self) -> str:
         raise NotImplementedError

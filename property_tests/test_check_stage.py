@@ -283,3 +283,26 @@ def test_further_rounding_excuses_no_wrong_factor(factor: float) -> None:
     torch.manual_seed(0)
     with pytest.raises(StageMismatch):
         check_stage(body, torch.randn(4, 8), engines=spoilt)
+
+
+class _Unsteady(torch.autograd.Function):
+    """Another gradient each time that it is run."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _Unsteady.runs += 1
+        return grad * 2 * _Unsteady.runs
+
+
+def test_that_eager_differs_from_run_to_run_excuses_nothing() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> tuple[Tensor, Any]:
+        return _Unsteady.apply(x * params), buffers
+
+    with pytest.raises(StageMismatch, match="gradient of params"):
+        check_stage(apply, torch.ones(3), engines="closures", params=torch.ones(3, requires_grad=True))

@@ -559,7 +559,7 @@ def test_plans_are_printed_as_tables() -> None:
     fast = compile(apply, backend="aten")
     plan = fast.plan(params, buffers, *args)
     assert str(plan).count("\n") == 9
-    assert plan._repr_html_().count("<tr>") == 9
+    assert plan._repr_html_().count("<tr>") == 10
     assert "torch.ops.aten.mm" in str(fast.programs(params, buffers, *args))
     assert "backend='aten'" in repr(fast)
 

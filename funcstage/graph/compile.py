@@ -29,6 +29,7 @@ from funcstage.graph.replay import replay
 from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
 from funcstage.graph.trace import trace
+from funcstage.html import table
 from funcstage.split import differentiated_leaves
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -137,6 +138,20 @@ class CompiledStage:
             f"<CompiledStage of {self.__qualname__}, backend={self.backend!r}, remat={remat!r}, "
             f"{len(self._traced)} signature(s)>"
         )
+
+    def _repr_html_(self) -> str:
+        plans = [plan_of("", traced.joint, traced.partition) for traced in self._traced.values()]
+        rows = [
+            (
+                str(i),
+                *(f"{phase.flops:,}" for phase in (plan.forward, plan.input_grad, plan.weight_grad)),
+                f"{plan.held_after_forward:,} B",
+                f"{plan.held_after_input:,} B",
+            )
+            for i, plan in enumerate(plans)
+        ]
+        header = ("signature", "FLOPs of F", "of I", "of W", "held after F", "held after I")
+        return table(repr(self)[1:-1], header, rows)
 
     def _found(
         self,

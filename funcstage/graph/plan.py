@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from funcstage.graph.partition import Partition, Program, is_view
 from funcstage.graph.trace import Joint
+from funcstage.html import table
 
 
 class Phase(NamedTuple):
@@ -82,7 +82,8 @@ class Plan:
         """Those of `flops` that are done a second time."""
         return self.input_grad.recomputed_flops + self.weight_grad.recomputed_flops
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the programs as a table, its header first."""
         phases = (("F", self.forward), ("I", self.input_grad), ("W", self.weight_grad))
         rows: list[tuple[str, ...]] = [
             ("", "FLOPs", "recomputed", "operations", "recomputed", "residuals read")
@@ -93,7 +94,8 @@ class Plan:
             rows.append((name, f"{phase.flops:,}", again[0], f"{phase.operations:,}", again[1], reads))
         return rows
 
-    def _edges(self) -> list[tuple[str, str]]:
+    def edges(self) -> list[tuple[str, str]]:
+        """Return the residuals between the programs as a table without a header."""
         return [
             ("F -> I", f"{self.forward_to_input:,} B"),
             ("F -> W", f"{self.forward_to_weight:,} B"),
@@ -103,21 +105,15 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
-        lines += [f"{name:12} {size:>20}" for name, size in self._edges()]
+        lines += [f"{name:12} {size:>20}" for name, size in self.edges()]
         return "\n".join((self.stage, *lines))
 
     def _repr_html_(self) -> str:
-        header, *rows = self._rows()
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        edges = "".join(f"<tr><th>{html.escape(n)}</th><td>{size}</td></tr>" for n, size in self._edges())
-        return (
-            f"<table><caption>{html.escape(self.stage)}</caption><tr>{cells}</tr>{body}</table>"
-            f"<table>{edges}</table>"
-        )
+        header, *rows = self.rows()
+        return table(self.stage, header, rows) + table("residuals", ("", "size"), self.edges())
 
 
 def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:

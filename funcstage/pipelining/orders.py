@@ -17,6 +17,7 @@ import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from funcstage.errors import StageError
+from funcstage.html import table
 
 Kind: TypeAlias = Literal["F", "I", "W", "B"]
 
@@ -76,6 +77,14 @@ class Order:
         """Return, for each stage, the rank that it lives on."""
         owner = {stage: rank for rank in range(self.num_ranks) for stage in self.stages_of(rank)}
         return [owner[stage] for stage in range(self.num_stages)]
+
+    def _repr_html_(self) -> str:
+        caption = (
+            f"{self.schedule}: {self.num_stages} stages on {self.num_ranks} ranks, "
+            f"{self.num_microbatches} microbatches"
+        )
+        rows = [(f"rank {rank}", " ".join(map(str, actions))) for rank, actions in enumerate(self.ranks)]
+        return table(caption, ("", "actions: stage, kind, microbatch"), rows)
 
     def in_turn(self) -> list[Action]:
         """Merge the ranks into one sequence that one process can run.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from funcstage.html import table
 from funcstage.pipelining.costs import Costs
 from funcstage.pipelining.orders import Action, Order, ScheduleError
 
@@ -63,6 +64,28 @@ class Timeline:
         """The share of `ranks * makespan` in which a rank had nothing to do; 0 for an empty step."""
         available = len(self.ends) * self.makespan
         return 1 - self.busy / available if available else 0.0
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table of the ranks, its header first."""
+        rows: list[tuple[str, ...]] = [("rank", "stages", "busy, s", "idle", "peak, bytes")]
+        for rank, (starts, ends, peak) in enumerate(
+            zip(self.starts, self.ends, self.peak_memory, strict=True)
+        ):
+            busy = sum(ends) - sum(starts)
+            stages = ", ".join(map(str, self.order.stages_of(rank)))
+            idle = 1 - busy / self.makespan if self.makespan else 0.0
+            rows.append((str(rank), stages, f"{busy:,.4g}", f"{idle:.1%}", f"{peak:,}"))
+        return rows
+
+    def __str__(self) -> str:
+        return (
+            f"{self.order.schedule}: {self.makespan:,.4g} s for {self.order.num_microbatches} microbatches, "
+            f"bubble {self.bubble_fraction:.1%}"
+        )
+
+    def _repr_html_(self) -> str:
+        header, *rows = self.rows()
+        return table(str(self), header, rows)
 
     def critical_path(self) -> list[Span]:
         """Return the actions that the step's length depends on, the first one first.

@@ -1,0 +1,1 @@
+"""What `python -m funcstage` can be asked: plan, check, timeline; the demo is a package of its own."""
