@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from funcstage.derived import DerivedPullback, derive
 from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError, TraceError
 from funcstage.functional import FunctionalStage, functionalize
+from funcstage.sites import Site
 from funcstage.split import (
     Pullback,
     WeightPullback,
@@ -45,6 +46,7 @@ __all__ = [
     "LeafError",
     "Pullback",
     "PurityError",
+    "Site",
     "StageError",
     "StructureError",
     "TraceError",

@@ -119,7 +119,7 @@ class WeightTape:
                 regions.append(RegionTape(places, left))
         wanted = [leaf for _, leaf in origin.params]
         with origin.switchboard.rerunning(retain):
-            found = _reverse(seeds, wanted, shared, origin, self.home)
+            found = reverse(seeds, wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_params
         cotangents = [cotangent for _, cotangent in seeds]
         for (i, _), grad in zip(origin.params, _unshared(found, cotangents), strict=True):
@@ -199,7 +199,7 @@ class InputTape:
             origin.switchboard.rerunning(retain) as regions,
             self._behind_hooks() as hooked_cotangents,
         ):
-            found = _reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
+            found = reverse(_seeds(self.roots, cotangents), wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_args
         for (i, _), grad in zip(self.inputs, found, strict=False):
             grads[i] = grad
@@ -873,7 +873,7 @@ def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[Gra
     return [(edge, cotangent) for i, edge in places if (cotangent := cotangents[i]) is not None]
 
 
-def _reverse(
+def reverse(
     seeds: Sequence[tuple[GradientEdge, Tensor]],
     wanted: Sequence[GradientEdge | Tensor],
     shared: bool,

@@ -111,7 +111,7 @@ def residuals_of(
     excluded = {ft.storage_key(tensor) for tensor in state}
     found: dict[Hashable, Residual] = {}
     with switchboard.reading(home):
-        for node in _nodes(edges):
+        for node in nodes_behind(edges):
             for tensor, place in _saved(node):
                 storage = ft.storage_key(tensor)
                 if storage in excluded:
@@ -188,7 +188,7 @@ def _strides(tensor: Tensor) -> tuple[Hashable, ...]:
     return (tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
 
 
-def _nodes(edges: Iterable[GradientEdge]) -> Iterator[Node]:
+def nodes_behind(edges: Iterable[GradientEdge]) -> Iterator[Node]:
     stack = [edge.node for edge in edges]
     seen = set(stack)
     while stack:

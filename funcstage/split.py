@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees
-from funcstage.errors import ConsumedError, LeafError, StructureError
+from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
 from funcstage.html import table
+from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.trees import Buffers, Params, PyTree, describe
 
 
@@ -150,6 +151,36 @@ class WeightPullback(_Linear[WeightTape]):
         if self._tape is None:
             self._params = ()
         return trees.unflatten(self._params_spec, grads)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the stage that the output depends on, whose vjps sum up to what W computes.
+
+        Looking at them uses nothing up. A stage without differentiated arguments (`argnums=()`) has no
+        input side to be split from: it is one site for each of its outputs.
+
+        Raises:
+            ConsumedError: if the weight pullback was used.
+            StageError: if the stage is compiled, so that its W is one program, or runs on DTensors.
+        """
+        tape = self._live()
+        if not isinstance(tape, closures.WeightTape):
+            raise StageError(
+                f"The sites of {self.stage} cannot be told apart: its W is one program. Give stage_vjp the "
+                "uncompiled stage function (`compiled.apply`), and plain tensors."
+            )
+        names = [".".join(map(str, path)) for path in self._params_spec.paths()]
+
+        def site(place: Place) -> Site:
+            def pull(cotangent: Tensor) -> dict[str, Tensor]:
+                self._live()
+                grads = place.pull(cotangent)
+                return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+
+            params = tuple(names[i] for i in place.reached)
+            return Site(operation_of(place.edge.node), params, tuple(place.inputs), place.cotangent, pull)
+
+        return tuple(map(site, places_of(tape)))
 
     def _add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Compute the gradients and add them into `totals`, which are donated."""

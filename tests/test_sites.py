@@ -1,0 +1,243 @@
+"""What the sites of a weight pullback yield is what a brute-force computation does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+from funcstage import trees
+from funcstage.testing import strategies
+
+pytestmark = pytest.mark.usefixtures("in_float64")
+
+
+@pytest.fixture
+def in_float64() -> Iterable[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def weight_pullback_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> fs.WeightPullback:
+    apply, params, buffers = fs.functionalize(module)
+    _, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    return pullback(cotangent)[1]
+
+
+def summed(
+    sites: Iterable[fs.Site], of: Callable[[fs.Site], Tensor | None] = lambda _: None
+) -> dict[str, Tensor]:
+    """The gradients as the sum over the sites, each at a cotangent of its own."""
+    total: dict[str, Tensor] = {}
+    for site in sites:
+        for name, grad in site.vjp(of(site)).items():
+            total[name] = total[name] + grad if name in total else grad
+    return total
+
+
+def by_example(module: nn.Module, x: Tensor, cotangent: Tensor) -> list[dict[str, Tensor]]:
+    """Each example's gradients, by a backward for each."""
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    grads = [
+        torch.autograd.grad(module(x[i : i + 1]), parameters, cotangent[i : i + 1]) for i in range(len(x))
+    ]
+    return [dict(zip(names, found, strict=True)) for found in grads]
+
+
+def masked(site: fs.Site, i: int, examples: int) -> Tensor:
+    """The cotangent of one example; a layer's leading dimensions may be flattened into one."""
+    grad = torch.zeros_like(site.cotangent)
+    rows = len(grad) // examples
+    grad[i * rows : (i + 1) * rows] = site.cotangent[i * rows : (i + 1) * rows]
+    return grad
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight.t())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first.weight * 2  # a derived weight that the region captures
+
+        def region(h: Tensor) -> Tensor:
+            return torch.tanh(F.linear(self.second(h), weight))
+
+        return checkpoint(region, self.first(x), use_reentrant=False)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), (4, 5)),
+    "sequence": (lambda: nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)), (4, 6, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2)), (4, 3, 6, 6)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), (4, 5)),
+    "tied": (Tied, (4, 5)),
+    "checkpointed": (Checkpointed, (4, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_sum_over_the_sites_is_the_weight_gradient_and_looking_uses_nothing_up(case: str) -> None:
+    make, shape = CASES[case]
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(shape)
+    cotangent = torch.randn_like(module(x))
+    weight_pullback = weight_pullback_of(module, x, cotangent)
+    found = summed(weight_pullback.sites)
+    again = summed(weight_pullback.sites)
+    grads = weight_pullback()
+    module(x.clone().requires_grad_()).backward(cotangent)
+    assert grads.keys() == found.keys()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+        assert torch.equal(found[name], again[name])
+        assert torch.equal(grads[name], parameter.grad)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_vjp_at_one_examples_cotangent_is_its_gradient(case: str) -> None:
+    make, shape = CASES[case]
+    torch.manual_seed(1)
+    module, x = make(), torch.randn(shape)
+    cotangent = torch.randn_like(module(x))
+    sites = weight_pullback_of(module, x, cotangent).sites
+    for i, expected in enumerate(by_example(module, x, cotangent)):
+        found = summed(sites, lambda site, i=i: masked(site, i, len(x)))  # type: ignore[misc]
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+def test_the_norm_of_an_examples_gradient_comes_from_inputs_and_cotangents_alone() -> None:
+    # |g x^T|^2 = |g|^2 |x|^2: Goodfellow, arXiv 1510.01799.
+    module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
+    cotangent = torch.randn(4, 3)
+    squares = torch.zeros(4)
+    for site in weight_pullback_of(module, x, cotangent).sites:
+        (inputs,) = site.inputs
+        squares += site.cotangent.square().sum(1) * (1 + inputs.square().sum(1))
+    expected = [sum(g.square().sum() for g in grads.values()) for grads in by_example(module, x, cotangent)]
+    torch.testing.assert_close(squares, torch.stack(expected))
+
+
+def test_kronecker_factors_are_those_that_hooks_on_the_layers_see() -> None:
+    module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
+    cotangent = torch.randn(4, 3)
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, layer: nn.Module) -> list[Any]:
+        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = [args[0].detach()]
+
+        def backward(_: nn.Module, input_grads: Any, output_grads: tuple[Tensor, ...]) -> None:
+            seen[name].append(output_grads[0])
+
+        return [layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)]
+
+    hooks = [hook for name in ("0", "2") for hook in watch(name, module.get_submodule(name))]
+    module(x.clone().requires_grad_()).backward(cotangent)
+    for hook in hooks:
+        hook.remove()
+    sites = weight_pullback_of(module, x, cotangent).sites
+    assert {site.params for site in sites} == {("0.bias", "0.weight"), ("2.bias", "2.weight")}
+    for site in sites:
+        inputs, grads = seen[site.params[0].split(".")[0]]
+        torch.testing.assert_close(site.inputs[0].T @ site.inputs[0], inputs.T @ inputs)
+        torch.testing.assert_close(site.cotangent.T @ site.cotangent, grads.T @ grads)
+
+
+def test_a_compressed_cotangent_gives_the_gradient_of_the_compressed() -> None:
+    module, x = nn.Linear(5, 3), torch.randn(8, 5)
+    cotangent = torch.randn(8, 3)
+    (site,) = weight_pullback_of(module, x, cotangent).sites
+    kept = torch.where(cotangent.abs() > 0.5, cotangent, 0)
+    expected = torch.autograd.grad(module(x), [module.weight, module.bias], kept)
+    found = site.vjp(kept)
+    torch.testing.assert_close((found["weight"], found["bias"]), expected)
+
+
+def test_a_site_says_what_it_is() -> None:
+    module = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
+    norm, linear = weight_pullback_of(module, torch.randn(2, 4, 5), torch.randn(2, 4, 3)).sites
+    assert (norm.name, norm.params) == ("native_layer_norm", ("0.bias", "0.weight"))
+    assert repr(linear) == "<Site mm of 1.weight, inputs [8, 5], cotangent [2, 4, 3]>"
+
+
+def test_every_use_of_a_shared_weight_is_a_site() -> None:
+    sites = weight_pullback_of(Tied(), torch.randn(2, 5), torch.randn(2, 5)).sites
+    assert [site.params for site in sites] == [("weight",), ("weight",)]
+
+
+def test_a_stage_without_differentiated_inputs_is_one_site() -> None:
+    module = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3))
+    tokens, cotangent = torch.randint(9, (4, 6)), torch.randn(4, 6, 3)
+    (site,) = weight_pullback_of(module, tokens, cotangent).sites
+    assert set(site.params) == {"0.weight", "1.bias", "1.weight"}
+    for i, expected in enumerate(by_example(module, tokens, cotangent)):
+        for name, grad in site.vjp(masked(site, i, 4)).items():
+            torch.testing.assert_close(grad, expected[name])
+
+
+def test_a_used_weight_pullback_has_no_sites_and_its_sites_no_vjp() -> None:
+    weight_pullback = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2))
+    (site,) = weight_pullback.sites
+    weight_pullback(retain=True)
+    assert torch.equal(site.vjp()["bias"], torch.full((2,), 4.0))
+    weight_pullback()
+    for use in (lambda: weight_pullback.sites, site.vjp):
+        with pytest.raises(fs.ConsumedError, match="was used before"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(4, 3), torch.ones(4, 2, dtype=torch.float32), torch.ones(8), None, 1.0]
+)
+def test_a_cotangent_that_is_not_the_sites_is_refused(wrong: Any) -> None:
+    (site,) = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2)).sites
+    if wrong is None:
+        assert site.vjp(wrong).keys() == {"weight", "bias"}  # the one that arrived
+        return
+    with pytest.raises(fs.LeafError, match=r"must look as the one that arrived, float64\[4, 2\]"):
+        site.vjp(wrong)
+
+
+def test_a_compiled_stage_says_where_its_sites_can_be_had() -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(3, 2))
+    _, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(4, 3))
+    _, weight_pullback = pullback(torch.ones(4, 2))
+    with pytest.raises(fs.StageError, match=r"Give stage_vjp the uncompiled stage function"):
+        _ = weight_pullback.sites
+    assert weight_pullback().keys() == {"weight", "bias"}
+
+
+@given(module=strategies.modules(dtype=torch.float64), seed=st.integers(0, 99))
+def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
+    apply, params, buffers = fs.functionalize(module)
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    _, weight_pullback = pullback(trees.map_leaves(torch.ones_like, output))
+    found = summed(weight_pullback.sites)
+    for name, grad in weight_pullback().items():
+        assert (grad is None) == (name not in found)
+        if grad is not None:
+            close = 1e-9 * grad.abs().max().item()
+            torch.testing.assert_close(found[name], grad, rtol=0, atol=close, equal_nan=True)
