@@ -1,10 +1,10 @@
-"""The bubble that each schedule leaves, on a clock: built-in ones, ZB-H1 and what `find_schedule` finds.
+"""The bubble that each schedule leaves: built-in ones, ZB-H1 and what `find_schedule` finds.
 
     python -m benchmarks.schedules
 
-F, I and W take as long as asked, equally by default, on as many ranks as asked and four microbatches a rank; a
-schedule with two stages a rank has stages of half the length. Memory is the fullest rank's, in microbatches
-of one rank's activations; I frees half of what F holds.
+F, I and W take as long as asked, equally by default, on as many ranks as asked and four microbatches a
+rank; a schedule with two stages a rank has stages of half the length. Memory is the fullest rank's, in
+microbatches of one rank's activations; I frees half of what F holds.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class Costs(NamedTuple):
     """What one microbatch costs a stage; the whole backward takes `input + weight` seconds.
 
     Attributes:
-        forward, input, weight: seconds that F, I and W take.
+        forward: seconds that F takes.
+        input: seconds that I takes.
+        weight: seconds that W takes.
         held_after_forward: bytes held between F and I.
         held_after_input: bytes held between I and W.
     """

@@ -89,11 +89,14 @@ class FunctionalPipelineStage(ExchangingStage):
             `param_dtype` is no floating dtype.
         StructureError: if the module is wrapped, the loss has parameters, or `dw_builder` is given.
 
-    Example (in a process for each rank; the runnable one is examples/train_distributed.py):
-        stages = [FunctionalPipelineStage(part, i, 4, device, compile=True) for i, part in mine]
-        schedule = ScheduleZBVZeroBubble(stages, 8, loss_fn=torch.nn.functional.mse_loss)
-        schedule.step(inputs, target=targets)
-        optimizer.step()
+    In a process for each rank (examples/train_distributed.py is the whole of it):
+
+    ```python
+    stages = [FunctionalPipelineStage(part, i, 4, device, compile=True) for i, part in mine]
+    schedule = ScheduleZBVZeroBubble(stages, 8, loss_fn=torch.nn.functional.mse_loss)
+    schedule.step(inputs, target=targets)
+    optimizer.step()
+    ```
     """
 
     def __init__(

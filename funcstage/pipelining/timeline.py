@@ -34,7 +34,8 @@ class Timeline:
         order: what was simulated.
         costs: of each stage.
         comm: seconds from one rank to another.
-        starts, ends: seconds from the start of the step; `starts[r][i]` is that of `order.ranks[r][i]`.
+        starts: seconds from the start of the step; `starts[r][i]` is that of `order.ranks[r][i]`.
+        ends: likewise.
     """
 
     order: Order
