@@ -271,11 +271,14 @@ def _pair(where: str, output: Any, cotangent: Any) -> Iterator[tuple[str, torch.
 
 def _check_shape(where: str, grad: Any, shape: torch.Size) -> None:
     if not isinstance(grad, torch.Tensor):
-        raise StructureError(f"{where}: expected a tensor or None, got {_kind(grad)}")
+        raise StructureError(
+            f"{where}: expected a tensor or None, got {_kind(grad)}. Pass a tensor that looks like the "
+            "output, or None for zero."
+        )
     if grad.shape != shape:
         raise LeafError(
             f"{where}: expected a gradient of shape {tuple(shape)}, like the output that it belongs to, got "
-            f"shape {tuple(grad.shape)}"
+            f"shape {tuple(grad.shape)}. Reshape or expand the gradient first."
         )
 
 

@@ -248,7 +248,8 @@ def _examples(received: Any) -> Examples:
     for meta in received.forward_metas:
         if type(meta) is not torch_utils._TensorMeta:
             raise LeafError(
-                f"the stage before it sends a {type(meta).__name__}; only plain tensors can be taken."
+                f"the stage before it sends a {type(meta).__name__}; only plain tensors can be taken. Let "
+                "that stage return plain tensors, of a DTensor to_local()."
             )
     return tuple(
         torch.empty(meta.shape, dtype=meta.dtype, device="meta", requires_grad=meta.requires_grad)

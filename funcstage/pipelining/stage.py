@@ -494,7 +494,8 @@ class FunctionalPipelineStage(ExchangingStage):
         except Exception as error:
             raise LeafError(
                 f"its forward fails on the inputs that it gets, {_looks(received)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}. Pass input_args that it takes, or mend what the stage "
+                "before it returns."
             ) from error
         sent = _tensors(output)
         if self._given_outputs is not None and not _alike(sent, _tensors(self._given_outputs)):
@@ -505,7 +506,7 @@ class FunctionalPipelineStage(ExchangingStage):
         if not self.is_last and any(not isinstance(value, Tensor) for value in _as_tuple(output)):
             raise StructureError(
                 f"its output is {describe(output)}; only a tensor or a tuple of tensors can be sent to the "
-                "next stage."
+                "next stage. Return those, and make constants attributes of the next stage."
             )
         self._output = trees.map_leaves(_example, output)
         self._prepared_for = trees.map_leaves(_example, (inputs, kwargs))
@@ -571,7 +572,8 @@ def _with_loss(apply: StageFunction, loss: FoldedLoss) -> StageFunction:
         value = loss.loss_fn(output, target, **loss_kwargs)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             raise LeafError(
-                f"loss_fn must return a real scalar, a tensor of shape [], got {describe(value)}."
+                f"loss_fn must return a real scalar, a tensor of shape [], got {describe(value)}. Take the "
+                "mean over the microbatch."
             )
         return (value, output), new_buffers
 
