@@ -114,23 +114,35 @@ def find_schedule(
             f"{least:,}. Raise memory_limit to {least:,} at least, or cut the microbatch."
         )
     limit = float("inf") if memory_limit is None else memory_limit
-    candidates = [
-        in_sequence,
-        *_built_in(len(costs), ranks, microbatches),
-        *(_greedy(placed, costs, microbatches, limit, comm, policy) for policy in _POLICIES),
-    ]
-    fitting = [order for order in candidates if max(peak_memory(order, costs)) <= limit]
-    timed = ((simulate(order, costs, comm=comm).makespan, i) for i, order in enumerate(fitting))
-    makespan, best = min(timed)
-    if seconds > 0:
-        exact = _exact(placed, costs, microbatches, limit, comm, makespan, seconds)
-        if (
-            exact is not None
-            and max(peak_memory(exact, costs)) <= limit
-            and simulate(exact, costs, comm=comm).makespan < makespan
-        ):
-            return exact
-    return fitting[best]
+    bound = _bound(placed, costs, microbatches, comm)
+
+    def candidates() -> Iterator[Order]:
+        yield from _built_in(len(costs), ranks, microbatches)
+        for policy in _POLICIES:
+            if makespan > bound:
+                yield _greedy(placed, costs, microbatches, limit, comm, policy)
+        if seconds > 0 and makespan > bound:
+            yield from _exact(placed, costs, microbatches, limit, comm, makespan, seconds)
+
+    best, makespan = in_sequence, simulate(in_sequence, costs, comm=comm).makespan
+    for order in candidates():
+        if max(peak_memory(order, costs)) <= limit:
+            taken = simulate(order, costs, comm=comm).makespan
+            if taken < makespan:
+                best, makespan = order, taken
+    return best
+
+
+def _bound(placed: list[list[int]], costs: Sequence[Costs], microbatches: int, comm: float) -> float:
+    """Seconds that any order takes: of some rank, the wait for its first input and all its work."""
+    home = {stage: rank for rank, stages in enumerate(placed) for stage in stages}
+    arrival = [0.0]
+    for stage in range(1, len(costs)):
+        away = comm * (home[stage] != home[stage - 1])
+        arrival.append(arrival[-1] + costs[stage - 1].forward + away)
+    work = [microbatches * (cost.forward + cost.input + cost.weight) for cost in costs]
+    ends = [min(arrival[s] for s in stages) + sum(work[s] for s in stages) for stages in placed]
+    return max(ends) * (1 + 1e-12)  # sums in another order
 
 
 def _in_sequence(placed: list[list[int]], microbatches: int) -> Order:
@@ -277,7 +289,7 @@ def _exact(
     comm: float,
     makespan: float,
     seconds: float,
-) -> Order | None:
+) -> Iterator[Order]:
     """Solve for the order as an integer program, if it is small and scipy is there.
 
     Variables: the end of each action, for each undecided pair of a rank whether the first goes before
@@ -291,13 +303,13 @@ def _exact(
     pairs = [pair for actions in ranks for pair in itertools.combinations(actions, 2)]
     undecided = [pair for pair in pairs if not _decided(*pair) and not _decided(*pair[::-1])]
     if not undecided or len(undecided) > MAX_CHOICES:
-        return None
+        return
     try:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
     except ImportError:
-        return None
+        return
     actions = [action for of_rank in ranks for action in of_rank]
     end = {action: i for i, action in enumerate(actions)}
     choice = {pair: len(actions) + i for i, pair in enumerate(undecided)}
@@ -366,14 +378,14 @@ def _exact(
         options={"time_limit": seconds},
     )
     if solved.x is None:
-        return None
+        return
 
     def place(b: Action, of_rank: list[Action]) -> int:
         known = (before(a, b) for a in of_rank if a != b)
         return round(sum(c + (f * solved.x[v] if v is not None else 0.0) for c, v, f in known))
 
     found = [tuple(sorted(of_rank, key=lambda b, r=of_rank: place(b, r))) for of_rank in ranks]  # type: ignore[misc]
-    return Order("found", num_stages, microbatches, tuple(found))
+    yield Order("found", num_stages, microbatches, tuple(found))
 
 
 def _decided(a: Action, b: Action) -> bool:
