@@ -75,7 +75,7 @@ def test_a_second_process_finds_the_programs_of_the_first_in_inductors_cache(tmp
 
 def test_importing_funcstage_leaves_tracing_and_compilers_for_when_they_are_asked_for() -> None:
     (loaded,) = run(IMPORTS.format(then=""))
-    assert {name.partition(".")[0] for name in loaded} == {"funcstage"}
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"funcstage"}
     assert not any(name.startswith("funcstage.graph") for name in loaded)
     (loaded,) = run(IMPORTS.format(then="assert fs.compile and fs.CompiledStage"))
     assert "funcstage.graph.compile" in loaded

@@ -24,6 +24,7 @@ def test_a_notebook_runs_and_yields_the_kinds_of_outputs_that_it_keeps(
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(path.parents[1]), os.environ.get("PYTHONPATH", "")])
     )
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures are drawn into the notebook
     kept = nbformat.read(path, as_version=4)
     nbformat.validate(kept)
     run = nbformat.read(path, as_version=4)
