@@ -7,6 +7,7 @@ grey is the bubble. Needs matplotlib, from the extra `demo`.
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -178,12 +179,10 @@ def _draw_timeline(timeline: Timeline, axes: Axes, title: str, until: float | No
     axes.set_ylim(order.num_ranks - 0.5, -0.5)
     points = axes.get_window_extent().width / axes.figure.dpi * 72
     height = axes.get_window_extent().height / axes.figure.dpi * 72 / order.num_ranks
-    narrowest = min(
-        (stop - start for spans in timeline.ranks for _, start, stop in spans if stop > start), default=0.0
-    )
+    widths = [stop - start for spans in timeline.ranks for _, start, stop in spans] or [0.0]
     edge: dict[str, Any] = {
         "edgecolor": "white",
-        "linewidth": min(0.6, height / 40, narrowest * scale / end * points / 10),
+        "linewidth": min(0.6, height / 40, statistics.median(widths) * scale / end * points / 10),
     }
     for rank, spans in enumerate(timeline.ranks):
         axes.broken_barh(
