@@ -73,6 +73,28 @@ def alike(num_stages: int, batch: int) -> Model:
     return Model(modules, (torch.randn(batch, 4).double(),), torch.randn(batch, 4).double())
 
 
+class Growing(nn.Module):
+    """A factor that every microbatch finds larger; backward needs the one that its forward had."""
+
+    gain: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("gain", torch.linspace(0.5, 1.0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).tanh() * (self.gain + 0)
+        self.gain.mul_(1.5)
+        return y
+
+
+def growing(num_stages: int, batch: int) -> Model:
+    torch.manual_seed(0)
+    modules: list[nn.Module] = [Growing().double() for _ in range(num_stages)]
+    return Model(modules, (torch.randn(batch, 4).double(),), torch.randn(batch, 4).double())
+
+
 class Tokens(nn.Module):
     """A first stage that is fed with integers, has two outputs of which one is integers."""
 

@@ -17,6 +17,7 @@ from pipeline_cases import (
     blocks,
     expected,
     gathered,
+    growing,
     in_bfloat16,
     make_schedule,
     make_stages,
@@ -88,6 +89,13 @@ def test_integers_several_tensors_ties_buffers_and_keywords_go_through_a_pipelin
         folded=schedule != "1F1B",
     )
     assert_trains_as_eager(4 if schedule in ONE_STAGE_A_RANK else 2, case, **CLOSE)
+
+
+@pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
+@pytest.mark.parametrize("schedule", ["GPipe", "InterleavedZeroBubble"])
+def test_backward_reads_the_buffers_as_its_own_microbatch_found_them(schedule: str, compile: Any) -> None:
+    case = Case(schedule, 2, 4, growing, compile=compile, steps=2, backwards=2)
+    assert_trains_as_eager(2, case, **CLOSE)
 
 
 def test_stages_compiled_by_inductor_train_under_a_split_schedule() -> None:

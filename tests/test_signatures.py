@@ -156,6 +156,10 @@ ATTRIBUTES: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = 
         within(lambda v: v.update(a=v.pop("a"))),
     ),
     "a set": ({1}, len, within(lambda v: v.add(2))),
+    "an item of a set": ({1.0, 3.0}, sum, within(lambda v: (v.remove(1.0), v.add(2.0)))),
+    "a set in place of one as large": ({1.0, 3.0}, sum, put("value", {2.0, 3.0})),
+    "a frozen set in place of one as large": (frozenset({1.0}), sum, put("value", frozenset({2.0}))),
+    "a set in a list": ([{1.0}], lambda v: sum(v[0]), within(lambda v: (v[0].clear(), v[0].add(2.0)))),
     "a dataclass": (Config(), scale, within(put("scale", 2.0))),
     "a dataclass in another": (
         Config(nested=Config()),
