@@ -295,6 +295,8 @@ def linearize(
             stack.enter_context(saving_outside(switchboard))
         else:
             _refuse_saved_tensor_hooks(stack)
+            if not higher:  # kernels look at the mode under all levels, the fused LSTM's for one
+                stack.enter_context(torch.enable_grad())
         outer = None
         if diff:
             outer = stack.enter_context(ft.grad_level())

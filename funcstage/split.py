@@ -20,8 +20,10 @@ from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
+from funcstage.grad_mode import outside_inference_mode, with_gradients_on
 from funcstage.html import table
 from funcstage.sites import Place, Site, operation_of, places_of
+from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
 
 
@@ -134,6 +136,7 @@ class WeightPullback(_Linear[WeightTape]):
         self._params_spec = params_spec
         self._params = params  # the tape has them too
 
+    @outside_inference_mode
     def __call__(self, *, retain: bool = False) -> Params:
         """Compute the gradients of the parameters.
 
@@ -184,6 +187,8 @@ class WeightPullback(_Linear[WeightTape]):
 
     def _add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Compute the gradients and add them into `totals`, which are donated."""
+        if torch.is_inference_mode_enabled():  # only there can be added into what was made there
+            return added(totals, trees.flatten(self())[0])
         totals = self._live().add_into(totals)
         self._tape, self._params = None, ()
         return totals
@@ -224,6 +229,7 @@ class Pullback(_Linear[InputTape]):
         self._params_spec = params_spec
         self._params = params
 
+    @outside_inference_mode
     def __call__(
         self, output_grads: PyTree = None, *, retain: bool = False
     ) -> tuple[tuple[PyTree, ...], WeightPullback]:
@@ -310,6 +316,8 @@ class Pullback(_Linear[InputTape]):
         )
 
 
+@outside_inference_mode
+@with_gradients_on
 def stage_vjp(
     apply: Callable[..., Any],
     params: Params,

@@ -29,10 +29,11 @@ class Surroundings(NamedTuple):
     flags: tuple[Hashable, ...]
 
     @classmethod
-    def now(cls, module: ModuleState | None) -> Surroundings:
+    def now(cls, module: ModuleState | None, differentiated: bool) -> Surroundings:
+        """Read them; what is differentiated is traced with gradients on, whatever the caller's mode."""
         state = () if module is None else module.read()
         autocast = tt.autocast_state() if tt.is_any_autocast_enabled() else ()
-        return cls(state, autocast, torch.is_grad_enabled(), tt.global_flags())
+        return cls(state, autocast, differentiated or torch.is_grad_enabled(), tt.global_flags())
 
 
 class Signature(NamedTuple):
@@ -65,7 +66,7 @@ def signature_of(
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or use the uncompiled `apply`.") from None
-    return Signature(structure, tuple(found), argnums, Surroundings.now(module))
+    return Signature(structure, tuple(found), argnums, Surroundings.now(module, diff is not None))
 
 
 class Recent:
@@ -91,7 +92,7 @@ class Recent:
         self._others = [(i, _leaf(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
         self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
         self._glance = module.glance()
-        self._outside = Surroundings.now(None)
+        self._outside = Surroundings.now(None, diff is not None)
 
     def match(
         self,
@@ -110,7 +111,9 @@ class Recent:
             _is_unfit(leaves[i]) or _leaf(leaves[i]) != other for i, other in self._others
         ):
             return None
-        unchanged = self._outside == Surroundings.now(None) and self._glance.agrees(module.glance())
+        unchanged = self._outside == Surroundings.now(None, diff is not None) and self._glance.agrees(
+            module.glance()
+        )
         return tensors if unchanged else None
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -138,11 +138,7 @@ def trace(
                 values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
-            with (
-                torch.set_grad_enabled(torch.is_grad_enabled() or diff is not None),
-                intercepting(regions),
-                uncompiled_in_trace(),
-            ):
+            with intercepting(regions), uncompiled_in_trace():
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
             outputs, note["output"] = trees.flatten(output)
@@ -175,7 +171,7 @@ def trace(
             )
             return tuple([_unwrapped(leaf) for leaf in part] for part in parts)
 
-    with tt.without_modes(), tt.own_autocast_cache():
+    with tt.without_modes(), tt.own_autocast_cache(), _recording(diff is not None):
         try:
             with fake_mode:
                 traced = tt.make_fx(joint, decomposition_table=dict(decompositions or {}) | _OWN)(*fakes)
@@ -203,6 +199,18 @@ def trace(
         note["buffers"],
         note["constants"],
     )
+
+
+@contextmanager
+def _recording(differentiated: bool) -> Iterator[None]:
+    """Record a tape where gradients are asked for, whatever the caller's grad mode."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    # The first of the two sets the grad mode too.
+    with (
+        torch.inference_mode(inference and not differentiated),
+        torch.set_grad_enabled(grad or differentiated),
+    ):
+        yield
 
 
 def _unwrapped(leaf: object) -> Tensor | None:
