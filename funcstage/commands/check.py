@@ -77,6 +77,7 @@ def _as_json(report: StageReport) -> dict[str, Any]:
                 "bytes_before_input_grad": engine.input_nbytes,
                 "bytes_before_weight_grad": engine.weight_nbytes,
                 "complaints": engine.complaints(),
+                "notes": engine.notes,
             }
             for name, engine in report.engines.items()
         },
@@ -115,5 +116,8 @@ def _print(report: StageReport) -> None:
     show.table(report.stage, header, rows)
     for name, refusal in report.refusals.items():
         print(f"{name} refuses it: {refusal}")
+    for name, engine in report.engines.items():
+        for note in engine.notes:
+            print(f"{name}: note: {note}")
     for complaint in report.complaints():
         print(complaint)

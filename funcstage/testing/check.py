@@ -7,25 +7,35 @@ the gradients and which of them are absent, FLOPs, purity, single use, and that 
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from funcstage import trees
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.functional import FunctionalStage, functionalize
 from funcstage.graph import compile
+from funcstage.graph.compile import CompiledStage
 from funcstage.split import Pullback, WeightPullback, differentiated_leaves, stage_vjp
+from funcstage.testing.copies import copied, left_alone
+from funcstage.testing.counting import FlopCounter, counted
+from funcstage.testing.prices import Price, Prices
 from funcstage.testing.report import EngineReport, Flops, StageMismatch, StageReport
 from funcstage.testing.sites import Readers
-from funcstage.testing.tolerances import Difference, Rounding, compare, dtypes_on_tape, tolerance_of
+from funcstage.testing.tolerances import (
+    Difference,
+    Rounding,
+    compare,
+    dtypes_on_tape,
+    nodes_on_tape,
+    tolerance_of,
+)
 from funcstage.trees import Buffers, Params, PyTree
 
 Engine: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -63,8 +73,9 @@ def check_stage(
 ) -> StageReport:
     """Compare a stage's split backward with plain eager autograd, on these arguments.
 
-    The module is never run itself, only a deep copy of it and its functional form; nothing that is
-    passed in is mutated, and the global random state is left as it was.
+    The module is never run itself, only a copy of it and its functional form; nothing that is passed in is
+    mutated, and random states are left as they were. Tensors on the meta device have no values: of these,
+    structures, shapes, dtypes, which gradients are absent, and FLOPs are compared.
 
     Args:
         module_or_apply: an `nn.Module`, what `functionalize` returned, or a stage function
@@ -78,9 +89,10 @@ def check_stage(
         argnums: which positional arguments are differentiated, as for `stage_vjp`.
         output_grads: cotangents with the structure of the output (`None` leaves are zero), or a function
             that makes them from the output; drawn from a normal distribution if left out.
-        flops: whether to count FLOPs as well, which runs everything a second time. The count is exact
-            for stages whose operations are primitive; transforms such as `vmap` inside a stage are not.
-            Inductor's kernels are not counted; its programs are those of ``"aten"``.
+        flops: whether to count FLOPs as well, which runs everything a second time. More than eager's are a
+            mismatch, unless what the README lists as "Right, but at a price" explains them; that, and fewer,
+            is noted in the report. Of Inductor the programs that it was given are counted, as nobody sees
+            into its kernels.
         tolerance: largest error relative to the largest magnitude of a leaf; by default that of the
             coarsest dtype that took part (`funcstage.testing.TOLERANCES`), and where a stage is so
             ill-conditioned that one more rounding after every operation moves eager's own results by more,
@@ -97,6 +109,7 @@ def check_stage(
         StageMismatch: an `AssertionError` that lists every leaf that differs, by how much, and which
             operations of the stage read it.
         StageError: if every engine refuses the stage, or the call is wrong; the first engine's refusal.
+        StructureError: if the arguments are not those of the module's forward.
 
     Example:
         >>> import torch
@@ -117,7 +130,7 @@ def check_stage(
     for name, engine in chosen.items():
         found = report.engines[name] = EngineReport(name)
         try:
-            _check_engine(found, reference, engine(subject.stage.apply), flops and name != "inductor")
+            _check_engine(found, reference, engine(subject.stage.apply), flops)
         except StageError as refusal:
             found.refusal = refusal
     if len(report.refusals) == len(chosen):
@@ -166,11 +179,16 @@ def _check_engine(
     if not all(leaf.accepted for leaf in report.leaves):
         report.leaves = reference.explained(report.leaves)
     report.problems += [*given.changes(), *passed.changes()]
+    if any(tensor.is_meta for _, tensor in _named("output", output)):
+        report.notes.append("values were not compared, as the output is on the meta device and has none")
     _check_single_use(report, pullback, cotangents, weight_pullback)
     _check_own_memory(report, param_grads, [*subject.held(), *_named("output_grads", cotangents)])
     if flops:
-        report.flops = reference.flops(apply)
-        report.problems += report.flops.problems()
+        report.flops, prices = reference.flops(apply)
+        report.problems += report.flops.problems(prices)
+        report.notes += report.flops.notes(prices)
+        if _is_inductor(apply):
+            report.notes.append("FLOPs are those of the programs that TorchInductor was given")
 
 
 class _Eager(NamedTuple):
@@ -218,6 +236,8 @@ class _Subject:
             if params is not None or buffers is not None:
                 raise StructureError("check_stage takes params and buffers only with a stage function.")
             module = given if isinstance(given, nn.Module) else None
+            if module is not None:
+                _check_arguments(module, args, kwargs)
             stage = functionalize(given) if isinstance(given, nn.Module) else given
         else:
             module = None
@@ -229,7 +249,7 @@ class _Subject:
         return cls(name, stage, module, args, kwargs, argnums, differentiated_leaves(args, argnums))
 
     def forward(
-        self, rounding: Rounding | None = None, trained: bool = True, readers: Readers | None = None
+        self, rounding: Rounding | None = None, trained: bool = True, watching: Readers | Prices | None = None
     ) -> _Forward:
         """Run the stage under plain autograd, on copies; these may be rounded, not trained, or watched."""
         leaves, spec = trees.flatten(self.args)
@@ -247,10 +267,10 @@ class _Subject:
             for leaf in trees.flatten(params)[0]:
                 if trained and trees.is_differentiable(leaf):
                     leaf.requires_grad_()
-            with self._watching(readers, None, args, params):
+            with self._watching(watching, None, args, params):
                 output, buffers = self.stage.apply(params, buffers, *args, **kwargs)
         else:
-            module = copy.deepcopy(self.module)
+            module = copied(self.module)
             if not trained:
                 module.requires_grad_(False)
             if rounding is not None:
@@ -258,19 +278,22 @@ class _Subject:
                     parameter.data = rounding(parameter.data)
             named = dict(module.named_parameters())
             params = {name: p for name, p in named.items() if p.requires_grad}
-            with self._watching(readers, module, args, params):
+            with self._watching(watching, module, args, params):
                 output = module(*args, **kwargs)
             buffers = dict(module.named_buffers()) | {n: p for n, p in named.items() if not p.requires_grad}
         return _Forward(output, buffers, inputs, trees.flatten(params)[0])
 
-    @staticmethod
     def _watching(
-        readers: Readers | None, module: nn.Module | None, args: PyTree, params: Params
+        self, watching: Readers | Prices | None, module: nn.Module | None, args: PyTree, params: Params
     ) -> AbstractContextManager[object]:
-        if readers is None:
+        if watching is None:
             return nullcontext()
-        readers.watch([*_named(_COMPARED[2], args), *_named(_COMPARED[3], params)], module)
-        return readers
+        if isinstance(watching, Prices):
+            leaves = trees.flatten(args)[0]
+            watching.watch([leaves[i] for i in self.diff], _trainable(trees.flatten(params)[0]))
+        else:
+            watching.watch([*_named(_COMPARED[2], args), *_named(_COMPARED[3], params)], module)
+        return watching
 
     def held(self) -> list[tuple[str, Tensor]]:
         """Name every tensor of the caller's."""
@@ -287,6 +310,11 @@ class _Subject:
                     named.append((f"module.{name}.grad", p.grad))
             named += [(f"module buffer {name}", b) for name, b in self.module.named_buffers()]
         return named
+
+    def code(self) -> nn.Module | None:
+        """The module whose code the stage runs, if it is one."""
+        module: nn.Module | None = getattr(self.stage.apply, "module", self.module)
+        return module
 
     def accelerators(self) -> list[torch.device]:
         """The devices other than the CPU that hold tensors of the stage."""
@@ -331,7 +359,8 @@ class _Reference:
             for device, module in accelerators:
                 with module.device(device):
                     module.manual_seed(self.seed + offset)
-            yield
+            with left_alone(self.subject.code(), (self.subject.args, self.subject.kwargs)):
+                yield
         finally:
             torch.set_rng_state(cpu_state)
             for (device, module), state in zip(accelerators, states, strict=True):
@@ -377,7 +406,7 @@ class _Reference:
             return leaves
         readers = Readers()
         with self.seeded():
-            self.subject.forward(readers=readers)
+            self.subject.forward(watching=readers)
         return [
             leaf if leaf.accepted else replace(leaf, readers=tuple(readers.found.get(leaf.leaf, ())))
             for leaf in leaves
@@ -428,34 +457,52 @@ class _Reference:
         output, _, pullback = self.split(apply, offset=1)
         pullback(self.cotangents(output, offset=1))[1]()
 
-    def flops(self, apply: Callable[..., Any]) -> Flops:
-        """Count eager's FLOPs and those of F, I and W."""
-        counted = self._flops(apply)
-        if not any(counted.problems()):
-            return counted
+    def flops(self, apply: Callable[..., Any]) -> tuple[Flops, list[Price]]:
+        """Count eager's FLOPs and those of F, I and W; where these are more, find what has its price."""
+        flops = self._flops(apply)
+        if not any(flops.problems()):
+            return flops, []
         # Recurrent kernels of libraries are not among the operations that are counted; their steps are.
         with ExitStack() as stack:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             if self.subject.accelerators():
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            return self._flops(apply)
+            flops = self._flops(apply)
+            return flops, self._prices() if any(flops.problems()) else []
 
     def _flops(self, apply: Callable[..., Any]) -> Flops:
         with self.seeded():
-            forward, eager_forward = _counted(self.subject.forward)
+            forward, eager_forward = counted(self.subject.forward)
         outputs, cotangents = self.differentiated(forward)
         params = _trainable(forward.params)
-        eager_backward = _counted(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
+        eager_backward = counted(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
         # With nothing to train, rather than by asking for less: a custom autograd.Function knows only that.
         with self.seeded():
             frozen = self.subject.forward(trained=False)
         outputs, cotangents = self.differentiated(frozen)
-        eager_input = _counted(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
-        (_, _, pullback), of_f = _counted(lambda: self.split(apply))
-        grads = self.cotangents(forward.output)
-        (_, weight_pullback), of_i = _counted(lambda: pullback(grads))
-        of_w = _counted(weight_pullback)[1]
+        eager_input = counted(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
+        if _is_inductor(apply):
+            s = self.subject
+            with self.seeded():
+                plan = apply.plan(*s.stage[1:], *s.args, argnums=s.argnums, **s.kwargs)
+            of_f, of_i, of_w = (phase.flops for phase in (plan.forward, plan.input_grad, plan.weight_grad))
+        else:
+            (_, _, pullback), of_f = counted(lambda: self.split(apply))
+            grads = self.cotangents(forward.output)
+            (_, weight_pullback), of_i = counted(lambda: pullback(grads))
+            of_w = counted(weight_pullback)[1]
         return Flops(eager_forward, eager_backward, eager_input, of_f, of_i, of_w)
+
+    def _prices(self) -> list[Price]:
+        """Find the operations of the stage that the README says to cost more."""
+        with FlopCounter() as counter:
+            prices = Prices(counter)
+            with self.seeded():
+                forward = self.subject.forward(watching=prices)
+            outputs, cotangents = self.differentiated(forward)
+            prices.watch_functions(outputs)
+            _grad(outputs, forward.inputs + _trainable(forward.params), cotangents)
+        return prices.found
 
 
 class _Twin(torch.autograd.Function):
@@ -525,21 +572,38 @@ def _check_single_use(
 def _check_own_memory(report: EngineReport, param_grads: Params, held: list[tuple[str, Tensor]]) -> None:
     owners = {_memory(tensor): name for name, tensor in held if tensor.numel()}
     for name, grad in _named("gradient of params", param_grads):
-        if grad.numel() and grad.layout is torch.strided:
+        if grad.numel() and grad.layout is torch.strided and not grad.is_meta:
             owner = owners.setdefault(_memory(grad), name)
             if owner != name:
                 report.problems.append(f"{name} shares its memory with {owner}")
 
 
-def _counted(function: Callable[[], Any]) -> tuple[Any, int]:
-    with FlopCounterMode(display=False) as counter:
-        result = function()
-    return result, counter.get_total_flops()
+def _is_inductor(apply: Callable[..., Any]) -> TypeGuard[CompiledStage]:
+    return isinstance(apply, CompiledStage) and apply.backend == "inductor"
+
+
+def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that the module's forward does not take, before anything is copied."""
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise StructureError(
+            f"check_stage: {type(module).__name__}.forward has {error}. Pass what the module is called with "
+            "after it: check_stage(module, x, mask=mask) runs module(x, mask=mask)."
+        ) from None
+    except ValueError:  # a forward that tells nothing of its arguments
+        pass
 
 
 def _grad(outputs: list[Tensor], wanted: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
     if not outputs or not wanted:
         return [None] * len(wanted)
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes_on_tape(outputs)):
+        # Reentrant checkpoints cannot be asked for less than everything.
+        for leaf in wanted:
+            leaf.grad = None
+        torch.autograd.backward(outputs, cotangents)
+        return [leaf.grad for leaf in wanted]
     grads: Sequence[Tensor | None] = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
     return grads
 

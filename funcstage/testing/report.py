@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from funcstage.errors import StageError
+from funcstage.testing.prices import Price
 from funcstage.testing.tolerances import Difference
 
 _SHOWN = 8
@@ -14,7 +15,7 @@ _SHOWN = 8
 
 
 class Flops(NamedTuple):
-    """Floating-point operations as `FlopCounterMode` counts them."""
+    """Floating-point operations as `torch.utils.flop_counter` counts them."""
 
     eager_forward: int
     eager_backward: int
@@ -23,20 +24,45 @@ class Flops(NamedTuple):
     input: int
     weight: int
 
-    def problems(self) -> Iterator[str]:
-        """Say where work was added, or done in the wrong half."""
-        if self.forward != self.eager_forward:
+    def problems(self, prices: Sequence[Price] = ()) -> Iterator[str]:
+        """Say where work was added, or done in the wrong half, that these prices do not explain."""
+        allowed = sum(price.flops for price in prices if price.flops is not None)
+        moves = any(price.flops is None for price in prices)
+        if self.forward - self.eager_forward > allowed:
             yield f"FLOPs: F takes {self.forward}, eager's forward {self.eager_forward}"
-        if self.input != self.eager_input_backward:
+        if self.input - self.eager_input_backward > allowed and not moves:
             yield (
                 f"FLOPs: I takes {self.input}, eager's backward to the inputs alone "
                 f"{self.eager_input_backward}"
             )
-        if self.forward + self.input + self.weight != self.eager_forward + self.eager_backward:
+        if self._total - self._eager_total > allowed:
             yield (
                 f"FLOPs: F + I + W = {self.forward} + {self.input} + {self.weight}, eager's forward + "
                 f"backward = {self.eager_forward} + {self.eager_backward}"
             )
+
+    def notes(self, prices: Sequence[Price] = ()) -> Iterator[str]:
+        """Say where work was left out, or added at a price that is known: neither is a mismatch."""
+        if self._total < self._eager_total:
+            yield (
+                f"FLOPs: {self._eager_total - self._total} fewer than eager's; what nobody reads was left "
+                "out, or is computed in another way"
+            )
+        if any(self.problems()) and not any(self.problems(prices)):
+            found = "; ".join(dict.fromkeys(f"{price.operation}: {price.why}" for price in prices))
+            yield (
+                f"FLOPs: F + I + W take {self._total - self._eager_total} more than eager's forward and "
+                f"backward, I {self.input - self.eager_input_backward} more than its backward to the inputs "
+                f'alone: right, but at a price (README, "Right, but at a price"): {found}'
+            )
+
+    @property
+    def _total(self) -> int:
+        return self.forward + self.input + self.weight
+
+    @property
+    def _eager_total(self) -> int:
+        return self.eager_forward + self.eager_backward
 
 
 @dataclass(slots=True)
@@ -47,6 +73,8 @@ class EngineReport:
         engine: its name.
         leaves: every compared leaf with its error.
         problems: broken promises that no leaf stands for.
+        notes: what is no mismatch and worth knowing: work that is done twice at a known price, work left out,
+            what could not be compared.
         flops: of F, I and W against eager's, if they were counted.
         input_nbytes: bytes that the pullback held between F and I.
         weight_nbytes: bytes that the weight pullback held between I and W.
@@ -56,6 +84,7 @@ class EngineReport:
     engine: str
     leaves: list[Difference] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     flops: Flops | None = None
     input_nbytes: int = 0
     weight_nbytes: int = 0
@@ -83,10 +112,10 @@ class EngineReport:
             lines.append(f"largest error: {self.worst}")
         if self.flops is not None:
             f = self.flops
-            lines.append(
-                f"FLOPs: F {f.forward} + I {f.input} + W {f.weight} = "
-                f"eager {f.eager_forward + f.eager_backward}"
-            )
+            total, eager = f.forward + f.input + f.weight, f.eager_forward + f.eager_backward
+            sign = "=" if total == eager else "<" if total < eager else ">"
+            lines.append(f"FLOPs: F {f.forward} + I {f.input} + W {f.weight} {sign} eager {eager}")
+        lines += [f"note: {note}" for note in self.notes]
         lines.append(f"residuals: {self.input_nbytes} B before I, {self.weight_nbytes} B before W")
         return "\n  ".join(lines)
 

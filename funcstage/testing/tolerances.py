@@ -12,7 +12,7 @@ through, not the dtype that it ends in: under autocast a float32 weight receives
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,8 @@ def compare(name: str, got: object, expected: object, tolerance: float) -> Diffe
     Args:
         name: the leaf's name in messages.
         got: ours.
-        expected: eager's. What is not a tensor is compared with ``==``.
+        expected: eager's. What is not a tensor is compared with ``==``; tensors on the meta device are equal
+            where their shapes and dtypes are.
         tolerance: relative to the largest magnitude of `expected`.
     """
     if not isinstance(got, Tensor) or not isinstance(expected, Tensor):
@@ -97,7 +98,7 @@ def compare(name: str, got: object, expected: object, tolerance: float) -> Diffe
         got, expected = got.to_dense(), expected.to_dense()
     if got.dtype is torch.complex32:  # which torch does not compare
         got, expected = got.to(torch.complex64), expected.to(torch.complex64)
-    if torch.equal(got, expected):
+    if got.is_meta or torch.equal(got, expected):  # on the meta device there are no values
         return Difference(name, tolerance=tolerance)
     if not (got.is_floating_point() or got.is_complex()):
         return Difference(name, complaint=f"{int((got != expected).sum())} of {got.numel()} elements differ")
@@ -119,23 +120,24 @@ def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
     return max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
-def dtypes_on_tape(outputs: Iterable[Tensor]) -> set[torch.dtype]:
+def dtypes_on_tape(outputs: Sequence[Tensor]) -> set[torch.dtype]:
     """Collect the dtypes of all values that an eager tape differentiates, casts inside it included."""
-    dtypes: set[torch.dtype] = set()
-    stack: list[Node] = []
-    for output in outputs:
-        dtypes.add(output.dtype)
-        if output.grad_fn is not None:
-            stack.append(output.grad_fn)
+    dtypes = {output.dtype for output in outputs}
+    for node in nodes_on_tape(outputs):
+        dtypes.update(meta.dtype for meta in node._input_metadata if meta is not None)
+    return dtypes
+
+
+def nodes_on_tape(outputs: Iterable[Tensor]) -> set[Node]:
+    """Collect the nodes of an eager tape."""
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(stack)
     while stack:
-        node = stack.pop()
-        dtypes.update(meta.dtype for meta in node._input_metadata if meta is not None)
-        for parent, _ in node.next_functions:
+        for parent, _ in stack.pop().next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return dtypes
+    return seen
 
 
 class Rounding(TorchDispatchMode):

@@ -1,0 +1,64 @@
+"""FLOPs of whatever runs: what `torch.utils.flop_counter` counts, draws of checkpointed regions among it.
+
+Its `FlopCounterMode` fails at higher-order operators but `cond`; compiled stages repeat draws by two others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Result = TypeVar("Result")
+
+
+class FlopCounter(TorchDispatchMode):
+    """While it is entered, counts the floating-point operations that run.
+
+    Attributes:
+        total: how many there were.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        higher = isinstance(function, HigherOrderOperator)
+        formula = flop_registry.get(function if higher else function._overloadpacket)
+        if formula is None and higher:
+            return function(*map(self._counting, args), **kwargs)
+        if formula is None:
+            with self:
+                # NotImplemented by operations that are not made of others.
+                parts = function.decompose(*args, **kwargs)
+            return function(*args, **kwargs) if parts is NotImplemented else parts
+        result = function(*args, **kwargs)
+        self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+    def _counting(self, argument: Any) -> Any:
+        """What a higher-order operator runs, with this counter entered again."""
+        if not callable(argument):
+            return argument
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return argument(*args, **kwargs)
+
+        return run
+
+
+def counted(function: Callable[[], Result]) -> tuple[Result, int]:
+    """Return what a function returns, and the floating-point operations that it took."""
+    with FlopCounter() as counter:
+        result = function()
+    return result, counter.total
