@@ -47,3 +47,16 @@ def test_gradients_are_eagers(engine: str, argnums: Any) -> None:
         grads = {name: parameter.grad for name, parameter in module.named_parameters()}
         torch.testing.assert_close(weight_pullback(), grads)
     torch.testing.assert_close(module(x), expected)  # and they are compiled again outside
+
+
+@pytest.mark.parametrize("backend", [None, "aten"])
+def test_a_module_that_is_compiled_as_a_whole_is_split_as_it_was_written(backend: str | None) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    apply, params, buffers = fs.functionalize(torch.compile(module, backend="eager"))
+    stage = fs.compile(apply, backend=backend) if backend else apply
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    _, grads = fs.stage_backward(pullback, torch.ones_like(output))
+    module(x).sum().backward()
+    torch.testing.assert_close(list(grads.values()), [p.grad for p in module.parameters()])

@@ -151,7 +151,10 @@ def trace(
             cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
             grads: list[Tensor | None] = [None] * len(values)
             if roots and wanted:
-                with tt.lent(module, {**stage_buffers, **stage_params} if module else {}), tt.autocast_off():
+                with (
+                    tt.lent(module, {**stage_buffers, **stage_params} if module is not None else {}),
+                    tt.autocast_off(),
+                ):
                     found = torch.autograd.grad(
                         [outputs[i] for i in roots],
                         ends,
