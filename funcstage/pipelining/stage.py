@@ -28,6 +28,7 @@ from funcstage.errors import LeafError, StructureError
 from funcstage.functional import functionalize
 from funcstage.graph import _torch as tt
 from funcstage.graph import compile as compile_stage
+from funcstage.pipelining import hooks
 from funcstage.pipelining._torch import (
     EVERY_INPUT_RETURNS_A_GRADIENT,
     Examples,
@@ -36,6 +37,7 @@ from funcstage.pipelining._torch import (
     without_memory,
 )
 from funcstage.pipelining.replicas import replicas_of
+from funcstage.pipelining.upstream import Upstream
 from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
 from funcstage.trees import Buffers, Params, PyTree, describe
 
@@ -139,6 +141,8 @@ class FunctionalPipelineStage(ExchangingStage):
         self._weight_pullbacks: dict[int, WeightPullback] = {}
         self._shared: set[str] = set()
         self._shared_grads: dict[str, Tensor] = {}
+        self._upstream = Upstream()
+        self._hooks_of_accumulators: list[str] = []
         self._replicas = None if data_parallel is None else replicas_of(data_parallel)
         self._read_structure()
         if self._replicas is not None:
@@ -172,9 +176,12 @@ class FunctionalPipelineStage(ExchangingStage):
         self._pending.clear()
         self._weight_pullbacks.clear()
         self._shared_grads.clear()
+        self._upstream.clear()
         if self._replicas is not None:
             self._replicas.drop(self)
         self._read_state()
+        if self.has_backward:
+            self._hooks_of_accumulators = hooks.accumulators_with_hooks(self._parameters)
 
     def forward_one_chunk(
         self,
@@ -267,11 +274,11 @@ class FunctionalPipelineStage(ExchangingStage):
             forward.output_grads.update(enumerate(self._retrieve_recv_grads(bwd_chunk_id)))
         input_grads, weight_pullback = forward.pullback(forward.cotangents())
         if self.is_first:
-            _continue_backward(forward.args, input_grads)
+            self._upstream.gather(forward.args, input_grads)
         else:
             self.bwd_cache[bwd_chunk_id] = tuple(map(self._sent_grad, input_grads, self._input_examples))
         if full_backward:
-            self._accumulate(weight_pullback, last_backward)
+            self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=True)
         else:
             self._weight_pullbacks[bwd_chunk_id] = weight_pullback
 
@@ -292,7 +299,9 @@ class FunctionalPipelineStage(ExchangingStage):
                 f"{self._name}: W of microbatch {bwd_chunk_id} has no I before it, or comes a second time. "
                 "Correct the schedule."
             )
-        self._accumulate(self._weight_pullbacks.pop(bwd_chunk_id), last_backward)
+        # On the first stage torch's I does nothing, and its W is the whole backward.
+        weight_pullback = self._weight_pullbacks.pop(bwd_chunk_id)
+        self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=self.is_first)
 
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Divide the gradients by a number, such as that of the microbatches whose losses are means.
@@ -300,6 +309,7 @@ class FunctionalPipelineStage(ExchangingStage):
         Args:
             grad_scale_factor: the number.
         """
+        self._upstream.deliver(grad_scale_factor)
         if self._replicas is not None and self._replicas.scale(self, grad_scale_factor):
             return
         shared, self._shared_grads = self._shared_grads, {}
@@ -391,8 +401,44 @@ class FunctionalPipelineStage(ExchangingStage):
                 "and `data_parallel` would average the gradients of both apart. Leave it out, and average "
                 "the gradients after the step."
             )
+        if self.has_backward:
+            seen = [*hooks.after_accumulation(self._parameters), *self._hooks_of_accumulators]
+            hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
-    def _accumulate(self, weight_pullback: WeightPullback, last: bool) -> None:
+    def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
+        if self._hooks_of_accumulators or hooks.hooked(self._parameters.values()):
+            self._accumulate_by_autograd(chunk, weight_pullback, whole)
+        else:
+            self._accumulate_directly(weight_pullback)
+        if last and self._replicas is not None:
+            grads = (parameter.grad for parameter in self._parameters.values())
+            self._replicas.average(self, [grad for grad in grads if grad is not None])
+
+    def _accumulate_by_autograd(self, chunk: int, weight_pullback: WeightPullback, whole: bool) -> None:
+        grads = weight_pullback()
+        own = {name: p for name, p in self._parameters.items() if whole and name not in self._shared}
+        rest = {name: p for name, p in self._parameters.items() if name not in own}
+        try:
+            hooks.accumulate(own, grads)
+            for name, grad in hooks.captured(rest, grads).items():
+                self._add(name, grad)
+        except Exception as error:
+            error.add_note(f"This was {self._name}, in the hooks of parameters in W of microbatch {chunk}.")
+            raise
+        idle = [*hooks.after_accumulation(rest), *(n for n in self._hooks_of_accumulators if n in rest)]
+        if idle:
+            hooks.warn_of_idle(self._name, idle)
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        parameter = self._parameters[name]
+        grad = grad.to(parameter.grad_dtype or grad.dtype)
+        if name in self._shared:
+            total = self._shared_grads.get(name)
+            self._shared_grads[name] = grad if total is None else total.add_(grad)
+        else:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    def _accumulate_directly(self, weight_pullback: WeightPullback) -> None:
         before = {
             name: self._shared_grads.get(name) if name in self._shared else parameter.grad
             for name, parameter in self._parameters.items()
@@ -407,9 +453,6 @@ class FunctionalPipelineStage(ExchangingStage):
                 self._shared_grads[name] = grad
             else:
                 parameter.grad = grad
-        if last and self._replicas is not None:
-            grads = (parameter.grad for parameter in self._parameters.values())
-            self._replicas.average(self, [grad for grad in grads if grad is not None])
 
     # One microbatch.
 
@@ -771,14 +814,6 @@ def _untouched(module: nn.Module) -> Iterator[None]:
         for part, attributes in kept:
             vars(part).clear()
             vars(part).update(attributes)
-
-
-def _continue_backward(args: tuple[Any, ...], grads: tuple[PyTree, ...]) -> None:
-    """Let autograd take the gradients of the pipeline's own inputs on to where those came from."""
-    pairs = zip(trees.flatten(args)[0], trees.flatten(grads)[0], strict=True)
-    wanted = [(leaf, grad) for leaf, grad in pairs if _requires_grad(leaf) and grad is not None]
-    if wanted:
-        torch.autograd.backward([leaf for leaf, _ in wanted], [grad for _, grad in wanted])
 
 
 def _as_tuple(output: PyTree) -> tuple[Any, ...]:
