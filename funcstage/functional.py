@@ -19,7 +19,9 @@ from torch.nn.parameter import is_lazy
 
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.html import table
+from funcstage.parameter_hooks import check_no_hooks
 from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
+from funcstage.wrappers import check_unwrapped
 
 
 class FunctionalStage(NamedTuple):
@@ -60,7 +62,8 @@ def functionalize(module: nn.Module) -> FunctionalStage:
         A `FunctionalStage`.
 
     Raises:
-        StageError: if `module` is not a module, or has lazy parameters that were never initialised.
+        StageError: if `module` is not a module, is wrapped for data parallelism, has parameters with hooks,
+            or has lazy parameters that were never initialised.
 
     Example:
         >>> import torch, funcstage as fs
@@ -77,6 +80,15 @@ def functionalize(module: nn.Module) -> FunctionalStage:
             "apply(params, buffers, *args) -> (output, new_buffers) needs no functionalize: "
             "pass it to stage_vjp as it is."
         )
+    check_unwrapped(module)
+    stage = function_of(module)
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    check_no_hooks(type(module).__name__, trainable, accumulators=True)
+    return stage
+
+
+def function_of(module: nn.Module) -> FunctionalStage:
+    """Do what `functionalize` does, for callers who run the hooks of parameters themselves."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise StageError(

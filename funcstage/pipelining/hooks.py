@@ -14,44 +14,13 @@ A hook sees the gradient of its microbatch, before it is divided by the number o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from funcstage.errors import StructureError
-
-Parameters = Mapping[str, nn.Parameter]
-
-
-def hooked(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a hook would run, or have run, when one of these parameters gets its gradient."""
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
-
-
-def accumulators_with_hooks(parameters: Parameters) -> list[str]:
-    """Name the parameters whose accumulators (`AccumulateGrad` nodes) have hooks, as DDP-like libraries use.
-
-    Such hooks live as long as somebody holds the node. They are found by registering one more.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        return [name for name, parameter in parameters.items() if _has_hooks(_accumulator(parameter))]
-
-
-def _accumulator(parameter: nn.Parameter) -> torch.autograd.graph.Node:
-    grad_fn = parameter.view_as(parameter).grad_fn
-    assert grad_fn is not None
-    return grad_fn.next_functions[0][0]
-
-
-def _has_hooks(node: torch.autograd.graph.Node) -> bool:
-    for register in (node.register_hook, node.register_prehook):
-        handle = register(lambda *_: None)
-        found = len(handle.hooks_dict_ref()) > 1  # type: ignore[attr-defined]
-        handle.remove()
-        if found:
-            return True
-    return False
+from funcstage.parameter_hooks import Parameters
 
 
 def accumulate(parameters: Parameters, grads: Mapping[str, Tensor | None]) -> None:

@@ -18,16 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from funcstage import trees
 from funcstage.eager import first_dtensor
 from funcstage.errors import LeafError, StructureError
-from funcstage.functional import functionalize
+from funcstage.functional import function_of
 from funcstage.graph import _torch as tt
 from funcstage.graph import compile as compile_stage
+from funcstage.parameter_hooks import hooked, with_hooks_on_accumulators
 from funcstage.pipelining import hooks
 from funcstage.pipelining._torch import (
     EVERY_INPUT_RETURNS_A_GRADIENT,
@@ -40,6 +39,7 @@ from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.upstream import Upstream
 from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.wrappers import check_unwrapped
 
 StageFunction = Callable[..., tuple[PyTree, Buffers]]
 LossFunction = Callable[..., Tensor]
@@ -181,7 +181,7 @@ class FunctionalPipelineStage(ExchangingStage):
             self._replicas.drop(self)
         self._read_state()
         if self.has_backward:
-            self._hooks_of_accumulators = hooks.accumulators_with_hooks(self._parameters)
+            self._hooks_of_accumulators = with_hooks_on_accumulators(self._parameters)
 
     def forward_one_chunk(
         self,
@@ -329,7 +329,7 @@ class FunctionalPipelineStage(ExchangingStage):
     # The module: its structure, read when that changes, and its tensors, read in every step.
 
     def _read_structure(self) -> None:
-        apply, params, buffers = functionalize(self.submod)
+        apply, params, buffers = function_of(self.submod)
         places = {name: _Place.of(self.submod, name) for name in (*params, *buffers)}
         # Nobody can write into an expanded tensor.
         updated = {name for name, buffer in self.submod.named_buffers() if not trees.is_expanded(buffer)}
@@ -406,7 +406,7 @@ class FunctionalPipelineStage(ExchangingStage):
             hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
     def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
-        if self._hooks_of_accumulators or hooks.hooked(self._parameters.values()):
+        if self._hooks_of_accumulators or hooked(self._parameters.values()):
             self._accumulate_by_autograd(chunk, weight_pullback, whole)
         else:
             self._accumulate_directly(weight_pullback)
@@ -873,11 +873,7 @@ def _check_module(module: nn.Module, device: torch.device) -> None:
                 "submodule was given to torch.compile, whose backward cannot be split. Pass the module that "
                 "it was made from, and compile=True."
             )
-        if isinstance(part, (DistributedDataParallel, FSDPModule)):
-            raise StructureError(
-                f"submodule is wrapped by {type(part).__name__}, whose hooks would not see gradients that "
-                "are no work of autograd. Pass the plain module."
-            )
+    check_unwrapped(module)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         # Modules on the meta device get their memory later.
         same = tensor.device.type == device.type and device.index in (None, tensor.device.index)

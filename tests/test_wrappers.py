@@ -1,0 +1,155 @@
+"""Modules that are wrapped for data parallelism are refused by name, wherever they are given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import funcstage as fs
+from funcstage.pipelining import FunctionalPipelineStage
+from funcstage.testing import check_stage
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def mesh() -> Any:
+    return init_device_mesh("cpu", (1,))
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=mesh())
+
+
+def replicated_by_fsdp(module: nn.Module) -> nn.Module:
+    from torch.distributed._composable.replicate_with_fsdp import replicate as by_fsdp
+
+    return by_fsdp(module, mesh=mesh())
+
+
+def fully_sharded(module: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+
+def in_two_units(module: nn.Module) -> nn.Module:
+    outer = nn.Sequential(module, nn.Linear(4, 4))
+    fully_shard(outer[1], mesh=mesh())
+    return outer
+
+
+WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "fully_shard": (sharded, "fully_shard"),
+    "a unit of fully_shard": (in_two_units, "submodule '1' is wrapped by fully_shard"),
+    "FSDP": (
+        lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
+        "FullyShardedDataParallel",
+    ),
+    "DDP": (DistributedDataParallel, "DistributedDataParallel"),
+    "DataParallel": (DataParallel, "DataParallel"),
+    "replicate": (replicate, "replicate"),
+    "replicate by FSDP": (replicated_by_fsdp, "replicate"),
+}
+
+
+@pytest.fixture(params=WRAPPERS, ids=str)
+def wrapped(request: Any) -> tuple[nn.Module, str]:
+    wrap, said = WRAPPERS[request.param]
+    torch.manual_seed(0)
+    return wrap(nn.Linear(4, 4)), said
+
+
+@pytest.mark.parametrize("place", ["whole", "submodule", "deep"])
+def test_a_wrapped_module_is_refused_by_name(wrapped: tuple[nn.Module, str], place: str) -> None:
+    module, said = wrapped
+    if place != "whole":
+        module = nn.Sequential(nn.Linear(4, 4), module)
+    if place == "deep":
+        module = nn.ModuleDict({"part": module})
+    for take in (
+        fs.functionalize,
+        lambda m: check_stage(m, torch.randn(2, 4)),
+        lambda m: FunctionalPipelineStage(m, 0, 1, "cpu"),
+        lambda m: FunctionalPipelineStage(m, 0, 1, "cpu", compile={"backend": "aten"}),
+    ):
+        with pytest.raises(fs.StructureError, match=said.split()[-1]) as refused:
+            take(module)
+        assert "data_parallel" in str(refused.value)  # the way out
+
+
+@pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])
+def test_the_module_inside_of_a_wrapper_is_taken(wrap: Any) -> None:
+    module = wrap(nn.Linear(4, 4)).module
+    assert set(fs.functionalize(module).params) == {"weight", "bias"}
+
+
+def test_parameters_of_parallelize_module_are_taken() -> None:
+    torch.manual_seed(0)
+    module, plain = nn.Linear(4, 4), nn.Linear(4, 4)
+    plain.load_state_dict(module.state_dict())
+    parallelize_module(module, mesh(), ColwiseParallel())
+    x = torch.randn(2, 4)
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    _, grads = fs.stage_backward(pullback, torch.ones_like(output))
+    plain(x).sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(grads[name].full_tensor(), parameter.grad)
+
+
+def test_importing_funcstage_loads_no_library_of_wrappers() -> None:
+    look = (
+        "import sys, torch; before = set(sys.modules); import funcstage; "
+        "print([m for m in set(sys.modules) - before if 'fsdp' in m or m == 'torch._dynamo'])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", look], text=True).strip() == "[]"
+
+
+# Hooks of parameters, which are another way to change gradients.
+
+
+def on_accumulator(parameter: nn.Parameter) -> Any:
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: None)
+    return node
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda p: p.register_hook(lambda grad: grad * 2),
+        lambda p: p.register_post_accumulate_grad_hook(lambda p: None),
+        on_accumulator,
+    ],
+    ids=["before", "after", "on the accumulator"],
+)
+def test_a_functional_stage_refuses_hooks_that_would_not_run(put: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    held = put(module[1].weight)
+    with pytest.raises(fs.StructureError, match=r"'1.weight' has hooks .* FunctionalPipelineStage"):
+        fs.functionalize(module)
+    assert held is not None
+
+
+def test_hooks_that_are_removed_or_on_frozen_parameters_are_no_reason_to_refuse() -> None:
+    module = nn.Linear(4, 4)
+    module.weight.register_hook(lambda grad: grad).remove()
+    module.bias.register_hook(lambda grad: grad)
+    module.bias.requires_grad_(False)
+    assert set(fs.functionalize(module).params) == {"weight"}
