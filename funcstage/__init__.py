@@ -9,7 +9,15 @@ param_grads = weight_pullback()                                       # W: whene
 from typing import TYPE_CHECKING
 
 from funcstage.derived import DerivedPullback, derive
-from funcstage.errors import ConsumedError, LeafError, PurityError, StageError, StructureError, TraceError
+from funcstage.errors import (
+    ConsumedError,
+    LeafError,
+    PurityError,
+    StageError,
+    StructureError,
+    TraceError,
+    WrittenError,
+)
 from funcstage.functional import FunctionalStage, functionalize
 from funcstage.sites import Site
 from funcstage.split import (
@@ -51,6 +59,7 @@ __all__ = [
     "StructureError",
     "TraceError",
     "WeightPullback",
+    "WrittenError",
     "compile",
     "derive",
     "functionalize",

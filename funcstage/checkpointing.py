@@ -159,6 +159,16 @@ class Region:
             )
         return leaf if place is None else stand_ins[place]
 
+    def constants(self) -> Iterator[Tensor]:
+        """Tensors that a second run may read besides the captured ones."""
+        for leaf in self._leaves:
+            if isinstance(leaf, Tensor):
+                yield leaf
+        for state in self._modules:
+            for tensor in (*state.params.values(), *state.buffers.values()):
+                if tensor is not None and not ft.is_dead(tensor):
+                    yield tensor
+
     def release(self, unwrapped: Callable[[Tensor], Tensor]) -> None:
         """Let go of the arguments, and take what it has assigned to buffers out of its levels."""
         places = [self.place(leaf) for leaf in self._leaves]

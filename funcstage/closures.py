@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,15 @@ from funcstage.composites import decomposed, opened
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import check_leaves, checked_result
-from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of, saving_outside
+from funcstage.residuals import (
+    Home,
+    Residual,
+    Switchboard,
+    nodes_behind,
+    replaced,
+    residuals_of,
+    saving_outside,
+)
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -88,6 +96,18 @@ class Origin:
     higher: bool
     switchboard: Switchboard
 
+    def retains(self, shared: bool) -> bool:
+        """Whether a reverse pass leaves the nodes as they are."""
+        return shared or self.higher or self.switchboard.taken_out
+
+    def read_behind(self, edges: Sequence[GradientEdge], home: Home) -> Iterator[Tensor]:
+        """What a reverse pass from these places reads, and what the regions there read again."""
+        yield from (residual.tensor for residual in residuals_of(edges, (), self.switchboard, home))
+        for node in nodes_behind(edges):
+            rerun = getattr(node, "rerun", None)
+            if isinstance(rerun, _Rerun):
+                yield from rerun.reads()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightTape:
@@ -106,6 +126,7 @@ class WeightTape:
     regions: list[RegionTape]
     shared: bool
     home: Home
+    shares: ClassVar = True
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -149,6 +170,17 @@ class WeightTape:
         ]
         return replace(self, seeds=seeds, regions=regions, home=home)
 
+    @property
+    def intact(self) -> bool:
+        return not self.regions and self.origin.retains(self.shared)
+
+    def reads(self) -> Iterator[Tensor]:
+        """What W reads: residuals, parameters and buffers."""
+        yield from self.origin.read_behind([edge for edge, _ in self.seeds], self.home)
+        yield from (cotangent for _, cotangent in self.seeds)
+        for _, tape in self.regions:
+            yield from tape.reads()
+
     def _saved(self) -> list[Residual]:
         edges = (edge for edge, _ in self.seeds)
         return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
@@ -184,6 +216,7 @@ class InputTape:
     hooked: bool
     shared: bool
     home: Home
+    watch: ClassVar = None
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -230,6 +263,15 @@ class InputTape:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @property
+    def intact(self) -> bool:
+        return self.origin.retains(self.shared)
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """What I reads: residuals, parameters and buffers."""
+        edges = [edge for edge, _ in _seeds(self.roots, cotangents)]
+        return self.origin.read_behind(edges, self.home)
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes of both tapes have saved."""
@@ -818,12 +860,17 @@ class _Rerun:
     ) -> Sequence[Tensor | None]:
         """Gradients of the activations, or in W of the weights."""
         board = self._board.switchboard
-        tape = self._tape or self._linearize(captured)
+        # It is left out while it runs: one that fails in its midst is of no use.
+        tape, self._tape = self._tape or self._linearize(captured), None
         grads, weight_tape, self._tape = tape.pull(cotangents, board.retain)
         if self._n == 0:
             return weight_tape.pull(retain=False)[0]
         board.rerun.append(RegionTape(self._operands.weights, weight_tape))
         return grads[: self._n]
+
+    def reads(self) -> Iterator[Tensor]:
+        """What the region reads that was not captured, and that is no parameter."""
+        return self._region.constants()
 
     def _linearize(self, captured: Sequence[Tensor]) -> InputTape:
         end = self._n + len(self._operands.weights)
@@ -892,7 +939,7 @@ def reverse(
             edges,
             wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both
             cotangents,
-            retain_graph=shared or origin.higher or board.taken_out,
+            retain_graph=origin.retains(shared),
             create_graph=origin.higher,
             allow_unused=True,
         )

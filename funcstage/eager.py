@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from funcstage import _functorch as ft
 from funcstage import autograd, trees
 from funcstage.errors import StageError
 from funcstage.functional import checked_result
-from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
+from funcstage.residuals import (
+    Home,
+    Residual,
+    Switchboard,
+    nodes_behind,
+    nodes_between,
+    replaced,
+    residuals_of,
+    saved_in,
+)
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -64,19 +73,36 @@ class WeightTape:
     origin: Origin
     groups: list[dict[str, Any]]
     home: Home
+    shares: ClassVar = True
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
         origin, board = self.origin, self.origin.switchboard
         weights = list(origin.params.values())
-        with board.reading(self.home):
-            found = autograd.stage_backward_weight(
-                weights, self.groups, retain_graph=retain or board.taken_out
-            )
         grads: list[Tensor | None] = [None] * origin.n_params
-        for i, weight, grad in zip(origin.params, weights, found, strict=True):
-            grads[i], weight.grad = grad, None
+        try:
+            with board.reading(self.home):
+                found = autograd.stage_backward_weight(
+                    weights, self.groups, retain_graph=retain or board.taken_out
+                )
+            for i, grad in zip(origin.params, found, strict=True):
+                grads[i] = grad
+        finally:
+            for weight in weights:
+                weight.grad = None
         return grads, self if retain else None
+
+    @property
+    def intact(self) -> bool:
+        return self.origin.switchboard.taken_out
+
+    def reads(self) -> list[Tensor]:
+        """What W reads: what the nodes that it runs have saved, and the cotangents."""
+        sites = [site for group in self.groups for site in group["intermediates"]]
+        behind = [GradientEdge(*edge) for site in sites for _, edge in site.weight_edges]
+        behind += [GradientEdge(site.node, 0) for site in sites if not site.weight_edges]
+        nodes = {*nodes_behind(behind), *(site.node for site in sites)}
+        return [*saved_in(nodes, self.origin.switchboard, self.home), *self._cotangents()]
 
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
@@ -127,6 +153,7 @@ class InputTape:
     outputs: dict[int, Tensor]
     inputs: dict[int, Tensor]
     home: Home
+    watch: ClassVar = None
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -135,14 +162,29 @@ class InputTape:
         origin = self.origin
         given = {i: output for i, output in self.outputs.items() if cotangents[i] is not None}
         inputs = list(self.inputs.values())
-        with origin.switchboard.reading(self.home):
-            found, groups = autograd.stage_backward_input(
-                list(given.values()), [cotangents[i] for i in given], inputs, origin.params.values()
-            )
         grads: list[Tensor | None] = [None] * origin.n_args
-        for i, leaf, grad in zip(self.inputs, inputs, found, strict=True):
-            grads[i], leaf.grad = grad, None
+        try:
+            with origin.switchboard.reading(self.home):
+                found, groups = autograd.stage_backward_input(
+                    list(given.values()), [cotangents[i] for i in given], inputs, origin.params.values()
+                )
+            for i, grad in zip(self.inputs, found, strict=True):
+                grads[i] = grad
+        finally:
+            for leaf in inputs:
+                leaf.grad = None
         return grads, WeightTape(origin, groups, self.home), self if retain else None
+
+    @property
+    def intact(self) -> bool:
+        return True  # W runs some of the nodes again
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """What I reads: what the nodes between outputs and inputs have saved."""
+        outputs = [get_gradient_edge(x) for i, x in self.outputs.items() if cotangents[i] is not None]
+        ends = {get_gradient_edge(leaf).node for leaf in self.inputs.values()}
+        between = nodes_between(outputs, ends)
+        return saved_in(between, self.origin.switchboard, self.home)
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved."""

@@ -27,5 +27,9 @@ class PurityError(StageError, RuntimeError):
     """The stage function mutates a tensor that it was given or has captured."""
 
 
+class WrittenError(PurityError):
+    """A tensor that a pullback reads again was written in place after F."""
+
+
 class TraceError(StageError, RuntimeError):
     """The stage function cannot be traced into a graph; uncompiled, it works."""

@@ -200,12 +200,40 @@ def nodes_behind(edges: Iterable[GradientEdge]) -> Iterator[Node]:
                 stack.append(parent)
 
 
+def nodes_between(edges: Iterable[GradientEdge], ends: set[Node]) -> set[Node]:
+    """The nodes behind `edges` from which one of `ends` is reached."""
+    nodes = list(nodes_behind(edges))
+    leading = set(ends)
+    found = -1
+    while found != len(leading):  # the walk knows no order
+        found = len(leading)
+        leading.update(n for n in nodes if any(after in leading for after, _ in n.next_functions))
+    return leading.intersection(nodes)
+
+
+class SavedAndWritten(Exception):
+    """Autograd refuses to give out a saved tensor, as that was written into."""
+
+
+def saved_in(nodes: Iterable[Node], switchboard: Switchboard, home: Home) -> list[Tensor]:
+    """All that these nodes hold.
+
+    Raises:
+        SavedAndWritten: if autograd has noticed a write into any of it.
+    """
+    found: list[Tensor] = []
+    with switchboard.reading(home):
+        for node in nodes:
+            found += (tensor for tensor, _ in _saved(node, writes_raise=True))
+    return found
+
+
 @functools.cache
 def _saved_names(node_type: type) -> list[str]:
     return [name.removeprefix(_RAW) for name in dir(node_type) if name.startswith(_RAW)]
 
 
-def _saved(node: Node) -> Iterator[tuple[Tensor, Any]]:
+def _saved(node: Node, writes_raise: bool = False) -> Iterator[tuple[Tensor, Any]]:
     """Yield the tensors that a node has saved, each with its `SavedTensor`."""
     for name in _saved_names(type(node)):
         # Python nodes know their saved tensors under a name of their own.
@@ -213,7 +241,9 @@ def _saved(node: Node) -> Iterator[tuple[Tensor, Any]]:
         public = "saved_tensors" if is_python else f"_saved_{name}"
         try:
             values, places = getattr(node, public), getattr(node, _RAW + name)
-        except RuntimeError:  # freed by an earlier reverse pass
+        except RuntimeError as error:  # freed by an earlier reverse pass, or written into
+            if writes_raise and "modified by an inplace operation" in str(error):
+                raise SavedAndWritten from error
             continue
         if not isinstance(values, tuple):
             values, places = (values,), (places,)

@@ -25,10 +25,15 @@ from funcstage.html import table
 from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.writes import Part, Watch, refuse_written, versions
 
 
 class Tape(Protocol):
     """What both tapes of an engine offer: their residuals, to look at, to give away and to replace."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether it can be run (again), after a run that failed too."""
 
     def leaves(self) -> list[Tensor]: ...
     def share(self) -> list[Tensor]: ...
@@ -36,15 +41,29 @@ class Tape(Protocol):
 
 
 class WeightTape(Tape, Protocol):
-    """An engine's W."""
+    """An engine's W.
 
+    Attributes:
+        shares: whether it may hold memory of I's cotangents or results.
+    """
+
+    @property
+    def shares(self) -> bool: ...
+    def reads(self) -> Iterable[Tensor]: ...
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]: ...
 
 
 class InputTape(Tape, Protocol):
-    """An engine's I."""
+    """An engine's I.
 
+    Attributes:
+        watch: over what I and W may read of what the caller holds; None where that may be anything.
+    """
+
+    @property
+    def watch(self) -> Watch | None: ...
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterable[Tensor]: ...
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]: ...
@@ -74,20 +93,29 @@ AnyTape = TypeVar("AnyTape", bound=Tape)
 class _Linear(Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
-    __slots__ = ("_tape", "stage")
+    __slots__ = ("_failed", "_tape", "_watches", "stage")
     _verb: ClassVar[str]
 
-    def __init__(self, tape: AnyTape | None, stage: str) -> None:
+    def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch, ...]) -> None:
         self._tape = tape
+        self._watches = watches
+        self._failed = False
         self.stage = stage
 
     def _live(self) -> AnyTape:
         if self._tape is None:
+            what = "A call of" if self._failed else "This"
+            how = "failed in its midst, which" if self._failed else "was used before, and using it"
             raise ConsumedError(
-                f"This {type(self).__name__} of {self.stage} was used before, and using it freed its "
+                f"{what} this {type(self).__name__} of {self.stage} {how} freed its "
                 f"residuals. Call it with retain=True wherever it is to be used again."
             )
         return self._tape
+
+    def _fail(self, tape: AnyTape) -> None:
+        """A run failed, or was interrupted: count as consumed if it has used up some of the tape."""
+        if not tape.intact:
+            self._tape, self._watches, self._failed = None, (), True
 
     @property
     def consumed(self) -> bool:
@@ -130,9 +158,14 @@ class WeightPullback(_Linear[WeightTape]):
     __slots__ = ("_params", "_params_spec")
 
     def __init__(
-        self, tape: WeightTape | None, stage: str, params_spec: optree.PyTreeSpec, params: Sequence[Any]
+        self,
+        tape: WeightTape | None,
+        stage: str,
+        params_spec: optree.PyTreeSpec,
+        params: Sequence[Any],
+        watches: tuple[Watch, ...],
     ) -> None:
-        super().__init__(tape, stage)
+        super().__init__(tape, stage, watches)
         self._params_spec = params_spec
         self._params = params  # the tape has them too
 
@@ -148,12 +181,28 @@ class WeightPullback(_Linear[WeightTape]):
             device, and memory of its own. `None` for a parameter that the output does not depend on.
 
         Raises:
-            ConsumedError: on a second call, unless the first was made with `retain=True`.
+            ConsumedError: on a second call, unless the first was made with `retain=True`. One that failed in
+                its midst counts.
+            WrittenError: if something that it reads was written in place after F or I.
         """
-        grads, self._tape = self._live().pull(retain)
-        if self._tape is None:
-            self._params = ()
+        tape = self._live()
+        self._check_written(tape)
+        try:
+            grads, left = tape.pull(retain)
+            self._keep(left)
+        except BaseException:
+            if not retain:
+                self._fail(tape)
+            raise
         return trees.unflatten(self._params_spec, grads)
+
+    def _check_written(self, tape: WeightTape) -> None:
+        refuse_written(self._watches, tape.reads, self.stage, "W")
+
+    def _keep(self, left: WeightTape | None) -> None:
+        self._tape = left
+        if left is None:
+            self._params, self._watches = (), ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -176,7 +225,7 @@ class WeightPullback(_Linear[WeightTape]):
 
         def site(place: Place) -> Site:
             def pull(cotangent: Tensor) -> dict[str, Tensor]:
-                self._live()
+                self._check_written(self._live())
                 grads = place.pull(cotangent)
                 return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
@@ -189,8 +238,13 @@ class WeightPullback(_Linear[WeightTape]):
         """Compute the gradients and add them into `totals`, which are donated."""
         if torch.is_inference_mode_enabled():  # only there can be added into what was made there
             return added(totals, trees.flatten(self())[0])
-        totals = self._live().add_into(totals)
-        self._tape, self._params = None, ()
+        tape = self._live()
+        try:
+            totals = tape.add_into(totals)
+            self._keep(None)
+        except BaseException:
+            self._fail(tape)
+            raise
         return totals
 
     def _metas(self) -> list[Meta | None]:
@@ -201,7 +255,7 @@ class WeightPullback(_Linear[WeightTape]):
         return f"() -> gradients of {sum(meta is not None for meta in self._metas())} parameters"
 
     def _rebuilt(self, tape: WeightTape | None) -> WeightPullback:
-        return WeightPullback(tape, self.stage, self._params_spec, self._params)
+        return WeightPullback(tape, self.stage, self._params_spec, self._params, self._watches)
 
 
 class Pullback(_Linear[InputTape]):
@@ -221,8 +275,9 @@ class Pullback(_Linear[InputTape]):
         args_spec: optree.PyTreeSpec,
         params_spec: optree.PyTreeSpec,
         params: Sequence[Any],
+        watches: tuple[Watch, ...],
     ) -> None:
-        super().__init__(tape, stage)
+        super().__init__(tape, stage, watches)
         self._output_spec = output_spec
         self._output_metas = output_metas
         self._args_spec = args_spec
@@ -247,16 +302,31 @@ class Pullback(_Linear[InputTape]):
             weight pullback.
 
         Raises:
-            ConsumedError: on a second call, unless the first was made with `retain=True`.
+            ConsumedError: on a second call, unless the first was made with `retain=True`. One that failed in
+                its midst counts.
+            WrittenError: if something that it reads was written in place after F.
             StructureError: if `output_grads` has another structure than the output.
             LeafError: if a cotangent has another shape, dtype or device than its output.
         """
         tape = self._live()
         cotangents = self._checked(output_grads)
-        grads, weight_tape, self._tape = tape.pull(cotangents, retain)
-        weight_pullback = WeightPullback(weight_tape, self.stage, self._params_spec, self._params)
-        if self._tape is None:
-            self._params = ()
+        refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
+        try:
+            grads, weight_tape, left = tape.pull(cotangents, retain)
+            watches = self._watches
+            if weight_tape.shares:
+                given = Part("output_grads", cotangents, self._output_spec)
+                watches += (Watch.over([], [given, Part("input_grads", grads, self._args_spec)]),)
+            weight_pullback = WeightPullback(
+                weight_tape, self.stage, self._params_spec, self._params, watches
+            )
+            self._tape = left
+            if left is None:
+                self._params, self._watches = (), ()
+        except BaseException:
+            if not retain:
+                self._fail(tape)
+            raise
         return trees.unflatten(self._args_spec, grads), weight_pullback
 
     def _checked(self, output_grads: PyTree) -> list[Tensor | None]:
@@ -313,6 +383,7 @@ class Pullback(_Linear[InputTape]):
             self._args_spec,
             self._params_spec,
             self._params,
+            self._watches,
         )
 
 
@@ -372,14 +443,27 @@ def stage_vjp(
     output_leaves, output_spec = trees.flatten(output)
     check_leaves("output", output)
     param_leaves, params_spec = trees.flatten(params)
+    arg_leaves, args_spec = trees.flatten(args)
+    watch = tape.watch
+    if watch is None:
+        watch = Watch.over(
+            [Part("params", param_leaves, params_spec), Part.of("buffers", buffers)],
+            [
+                Part("args", arg_leaves, args_spec),
+                Part.of("kwargs", kwargs),
+                Part("output", output_leaves, output_spec),
+                Part.of("new_buffers", new_buffers),
+            ],
+        )
     pullback = Pullback(
         tape,
         getattr(apply, "__qualname__", type(apply).__name__),
         output_spec,
         [Meta.of(leaf) for leaf in output_leaves],
-        trees.flatten(args)[1],
+        args_spec,
         params_spec,
         param_leaves,
+        (watch,),
     )
     return output, new_buffers, pullback
 
@@ -435,18 +519,44 @@ def stage_backward_weight(
 
     Raises:
         ConsumedError: if a pullback was used before, or is listed twice.
+        WrittenError: if something that one of them reads was written in place after F or I.
         StructureError: if pullbacks or `accumulate` differ in structure.
         LeafError: if a leaf of `accumulate` cannot take its parameter's gradient.
+
+    These leave everything as it was. Another error, in the midst of a sum, has a note that says which
+    microbatches are in `accumulate`; those and the one that failed are consumed.
     """
     pending = [weight_pullbacks] if isinstance(weight_pullbacks, WeightPullback) else list(weight_pullbacks)
     if not pending:
         raise StructureError("stage_backward_weight needs at least one weight pullback, got none.")
     _check_pending(pending)
     first = pending[0]
-    total = _checked_accumulators(first, accumulate)
-    for weight_pullback in pending:
-        total = weight_pullback._add_into(total)
+    total = given = _checked_accumulators(first, accumulate)
+    start = versions(given)
+    for i, weight_pullback in enumerate(pending):
+        before = versions(given)
+        try:
+            total = weight_pullback._add_into(total)
+        except BaseException as error:
+            uncounted = any(leaf is not None and leaf.is_inference() for leaf in given)
+            added = _UNKNOWN if uncounted else _what_was_added(i, start, before, versions(given))
+            error.add_note(f"This was W of {first.stage}, weight pullback {i} of {len(pending)}. {added}")
+            raise
     return trees.unflatten(first._params_spec, total)
+
+
+_UNKNOWN = "It may be in `accumulate` in part: start again from zeros."
+
+
+def _what_was_added(i: int, start: list[int], before: list[int], after: list[int]) -> str:
+    """What a sum that failed at weight pullback `i` has left in the accumulators."""
+    if after == start:
+        lost = ", and what those before it gave is lost: compute their forwards again" if i else ""
+        return f"Nothing was added into `accumulate`{lost}."
+    own = (
+        "this one is not" if after == before else "this one is in some of its leaves, so that it is of no use"
+    )
+    return f"`accumulate` has those before it; {own}. What was to be added to its None leaves is lost."
 
 
 def _check_pending(pending: Sequence[WeightPullback]) -> None:
@@ -465,6 +575,7 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
                 "yourself with retain=True where its gradients are needed again."
             )
         seen.add(id(weight_pullback))
+        weight_pullback._check_written(weight_pullback._live())
         if weight_pullback._params_spec != first._params_spec or weight_pullback._metas() != metas:
             raise StructureError(
                 f"Weight pullback {i} ({weight_pullback.stage}) has other parameters than the first "

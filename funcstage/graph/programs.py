@@ -7,7 +7,7 @@ used. The tapes know by position where every input of the next program comes fro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from funcstage import _functorch as ft
 from funcstage import trees
 from funcstage.flex import is_flex_attention_backward, run_dense_backward
 from funcstage.graph import _torch as tt
@@ -25,6 +26,7 @@ from funcstage.graph.partition import Partition, Program, giving_away
 from funcstage.graph.trace import Joint
 from funcstage.sums import added
 from funcstage.trees import Buffers, PyTree
+from funcstage.writes import Watch
 
 Runner: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor | None]]
 """A program that can be run: takes its inputs in a list, which it empties."""
@@ -110,7 +112,37 @@ class Programs:
         if "F" not in self._made:
             others = [*tensors, *results[:end]]
             self._made["F"] = unshared(self.partition.after_forward, residuals, others)
-        return output, new_buffers, InputTape(self, state, residuals, flight)
+            self._made["watched"] = self._watched((*tensors, *leaves), residuals)
+        places, names = self._made["watched"]
+        held_by_caller = (*tensors, *leaves)
+        # Without their history, which they have where the caller has turned gradients off.
+        held = [leaf.detach() if (leaf := held_by_caller[i]).requires_grad else leaf for i in places]
+        watch = Watch(held, (), names)
+        return output, new_buffers, InputTape(self, state, residuals, flight, watch)
+
+    def _watched(
+        self, leaves: Sequence[Any], residuals: Sequence[Tensor]
+    ) -> tuple[list[int], Callable[[], list[str]]]:
+        """Which of the leaves given and returned I and W may read: state, and what residuals lie in."""
+        joint, parts = self.joint, self.partition
+        read = {*parts.input_grad.inputs, *parts.weight_grad.inputs}
+        memory = {ft.storage_key(residual) for residual in residuals}
+        places = [
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+            and ((i < joint.n_state and joint.placeholders[i].name in read) or ft.storage_key(leaf) in memory)
+        ]
+        results = (("output", joint.output_spec), ("new_buffers", joint.buffers_spec))
+
+        def names() -> list[str]:
+            all_names = [
+                *joint.given,
+                *(name for root, spec in results for name in trees.leaf_names(spec, root)),
+            ]
+            return [all_names[i] for i in places]
+
+        return places, names
 
     @property
     def forward(self) -> Step:
@@ -162,6 +194,21 @@ class Programs:
         """Note which residuals of W lie in memory of their own, from what I returned in its first run."""
         n = backward.n_grads
         self._made["I", backward] = unshared(self.partition.from_input, results[n:], (*results[:n], *others))
+
+    def owned(self, backward: Backward) -> frozenset[str]:
+        """Those residuals that I has made in memory of their own."""
+        found: frozenset[str] = self._made["I", backward]
+        return found
+
+    def found(
+        self, names: Collection[str], state: Sequence[Tensor], residuals: Sequence[Tensor | None]
+    ) -> Iterator[Tensor]:
+        """Those of the parameters, buffers and residuals (of F, then I) that have one of these names."""
+        given = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
+        kept = (*self.partition.after_forward, *self.partition.from_input)
+        for name, tensor in (*zip(given, state, strict=True), *zip(kept, residuals, strict=False)):
+            if tensor is not None and name in names:
+                yield tensor
 
     def is_noted(self, backward: Backward) -> bool:
         return ("I", backward) in self._made
@@ -253,7 +300,9 @@ class InputTape:
     state: Sequence[Tensor]
     residuals: tuple[Tensor, ...]
     flight: Flight | None
+    watch: Watch
     shared: bool = False
+    intact: bool = True
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -278,7 +327,7 @@ class InputTape:
             inputs = step.inputs(self.state, (*self.residuals, *given))
             del given
             if not retain:
-                self.residuals = ()
+                self.residuals, self.intact = (), False
             results = list(plain_run(step.run, inputs))
             grads = list(results[:n])
         if first:
@@ -291,7 +340,16 @@ class InputTape:
         weight_tape = WeightTape(
             programs, backward, self.state, tuple(residuals), self.flight, replay, shared
         )
+        self.intact = retain
         return grads, weight_tape, self if retain else None
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """What I reads: residuals, parameters and buffers."""
+        absent = tuple(
+            [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
+        )
+        names = set(self.programs.backward(absent).input_grad.inputs)
+        return self.programs.found(names, self.state, self.residuals)
 
     def leaves(self) -> list[Tensor]:
         return list(self.residuals)
@@ -325,6 +383,17 @@ class WeightTape:
     flight: Flight | None
     replay: bool
     shared: bool
+    intact: bool = True
+
+    @property
+    def shares(self) -> bool:
+        owned = self.programs.owned(self.backward)
+        from_input = self.programs.partition.from_input
+        return not all(from_input[i] in owned for i in self.backward.made)
+
+    def reads(self) -> Iterator[Tensor]:
+        """What W reads: residuals, parameters and buffers."""
+        return self.programs.found(set(self.backward.weight_grad.inputs), self.state, self.residuals)
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -333,10 +402,11 @@ class WeightTape:
         step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
         if self.flight is not None and own:
             grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
+            self.intact = False
             return handed_out(grads), None
         inputs = step.inputs(self.state, self.residuals)
         if not retain:
-            self.residuals = ()
+            self.residuals, self.intact = (), False
         return list(plain_run(step.run, inputs)), self if retain else None
 
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -349,7 +419,7 @@ class WeightTape:
             return add_into(totals, list(step.run(inputs)), products)
 
         inputs = step.inputs(self.state, self.residuals)
-        self.residuals = ()
+        self.residuals, self.intact = (), False
         return list(plain_run(run, inputs))
 
     def leaves(self) -> list[Tensor]:

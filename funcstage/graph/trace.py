@@ -53,6 +53,7 @@ class Joint:
         output_spec: the structure of the output.
         buffers_spec: the structure of the new buffers.
         constants: leaves of output and new buffers that are no tensors, by position among both.
+        given: what the placeholders of state and arguments are called by those who gave them.
     """
 
     module: GraphModule
@@ -62,6 +63,7 @@ class Joint:
     output_spec: optree.PyTreeSpec
     buffers_spec: optree.PyTreeSpec
     constants: dict[int, Any]
+    given: tuple[str, ...]
 
     @property
     def placeholders(self) -> list[Node]:
@@ -201,6 +203,7 @@ def trace(
         note["output"],
         note["buffers"],
         note["constants"],
+        _names_of(state_spec, args_spec, places),
     )
 
 
@@ -214,6 +217,13 @@ def _recording(differentiated: bool) -> Iterator[None]:
         torch.set_grad_enabled(grad or differentiated),
     ):
         yield
+
+
+def _names_of(state: optree.PyTreeSpec, args: optree.PyTreeSpec, places: Sequence[int]) -> tuple[str, ...]:
+    """The names of the tensors among the leaves of `(params, buffers)` and `(args, kwargs)`."""
+    roots = zip(("params", "buffers", "args", "kwargs"), (*state.children(), *args.children()), strict=True)
+    names = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
+    return tuple(names[i] for i in places)
 
 
 def _unwrapped(leaf: object) -> Tensor | None:
