@@ -8,6 +8,7 @@ param_grads = weight_pullback()                                       # W: whene
 
 from typing import TYPE_CHECKING
 
+from funcstage import _torch as _torch  # warns of a torch newer than those that were tried
 from funcstage.derived import DerivedPullback, derive
 from funcstage.errors import (
     ConsumedError,

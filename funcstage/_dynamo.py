@@ -2,7 +2,7 @@
 
 Levels and traces cannot see into a compiled function, whose forward and backward are whole; what it was
 made from they split as everything else.
-Tried with torch 2.11.0, 2.13.0 and 2.14.1; private: the setting that refuses compiled functions in traces.
+Private: the setting that refuses compiled functions in traces.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `torch.func.vjp` opens a level, wraps its primals in it, runs the function and closes the level; its
 closure is `torch.autograd.grad` over the wrapped outputs. The engine does the same with two levels and
 sends every operation through the ones that it concerns, which takes these functions one by one.
-Tried with torch 2.11.0 and 2.13.0; `tests/test_private_api.py` says so when they move.
+`tests/test_private_api.py` says so when they move.
 """
 
 from __future__ import annotations

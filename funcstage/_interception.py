@@ -4,7 +4,7 @@ Both are plain Python calls that reach a mode as what they consist of, if at all
 imported. While a stage runs, its calls of `torch.utils.checkpoint.checkpoint` and of
 `torch.autograd.Function.apply` in the same thread go to an interceptor instead; everything else, and
 everybody once no stage runs, has torch's own.
-Tried with torch 2.11.0, 2.13.0 and 2.14.1; private: `__dynamo_disable`, which torch's wrapper of
+Private: `__dynamo_disable`, which torch's wrapper of
 `checkpoint` looks up in every call, and the code of `Function.apply`. `tests/test_private_api.py` says so
 when they move.
 """

@@ -1,6 +1,6 @@
 """The eager autograd tape as `funcstage.autograd` sees it: its sites, and how to call one of them.
 
-The one file in which the eager engine's private side is used; tried with torch 2.11 and 2.13. It rests on
+The one file in which the eager engine's private side is used. It rests on
 
 - `node._input_metadata`: shape and dtype of each output of the operation that recorded `node`;
 - a node that is called from Python *while the engine runs* computes only the gradients that this run

@@ -4,7 +4,7 @@ Inside a `torch.func` level autocast acts on a composite operation and then, bel
 on the operations it consists of. Where the composite is to run in float32 its matrix products are so
 cast back to the lower precision, after autograd has saved the float32 operands. Going straight to the
 autocast kernel makes it act once, as in eager, and before the levels.
-Tried with torch 2.11.0 and 2.13.0; private: the dispatch keys and `OpOverload.redispatch`.
+Private: the dispatch keys and `OpOverload.redispatch`.
 """
 
 from __future__ import annotations

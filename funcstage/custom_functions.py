@@ -8,7 +8,7 @@ backward with `needs_input_grad` true for activations, and W for parameters.
 
 `torch.library` makes such a function of an operator's autograd formula, and applies it inside of the
 dispatcher. It is taken out from there, and applied in the same way.
-Tried with torch 2.11.0, 2.13.0 and 2.14.1; private: what `torch._library.autograd` calls its variables.
+Private: what `torch._library.autograd` calls its variables.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ It runs below all levels, compiled as it should be on an accelerator, and keeps 
 levels see one custom function of query, key, value and what `score_mod` and `mask_mod` read. I takes the
 gradients of the first three; that of a parameter which `score_mod` reads is W's, and costs a second run of
 the backward.
-Tried with torch 2.11.0 and 2.13.0; private: the operator behind `flex_attention`, and its arguments.
+Private: the operator behind `flex_attention`, and its arguments.
 """
 
 from __future__ import annotations

@@ -492,7 +492,7 @@ def surroundings() -> tuple[Any, ...]:
         _interception._patches._users,
         _interception.current_interceptor(),
         torch.autograd.Function.__dict__["apply"],
-        torch.autograd.Function.apply.__func__.__code__.co_name,
+        getattr(torch.autograd.Function.apply, "__code__", None),  # exchanged up to torch 2.13
         vars(checkpoint.__wrapped__).get("__dynamo_disable"),  # type: ignore[attr-defined]
     )
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from funcstage._torch.versions import TRIED
 from funcstage.pipelining import SCHEDULES, Action, pipeline_order
-from funcstage.pipelining.orders import _FAMILIES
+from funcstage.pipelining.orders import _FAMILIES, HOUSEKEEPING, MESSAGES
 
 MOVED = (
     f"torch {torch.__version__} changed its private pipeline schedules; adapt funcstage.pipelining.orders, "
-    "written for torch 2.11 and 2.13"
+    f"written for torch {', '.join(TRIED)}"
 )
 
 
@@ -31,6 +32,7 @@ def test_actions_still_have_the_fields_that_are_read() -> None:
     assert fields <= set(action._fields), MOVED
     kinds = {kind.value for kind in torch_schedules._ComputationType}
     assert {"F", "I", "W", "B", "OVERLAP_F_B"} <= kinds, MOVED
+    assert kinds <= {"F", "I", "W", "B", "OVERLAP_F_B", *MESSAGES, *HOUSEKEEPING}, MOVED
 
 
 # V-shaped schedules have two stages a rank.

@@ -196,9 +196,23 @@ def test_what_torch_dumps_is_read_as_the_order_that_it_is(name: str, comms: str,
     assert ("SEND_F" in (tmp_path / "theirs.csv").read_text()) == sends
 
 
+def test_what_torchs_runtime_adds_is_no_work(tmp_path: Path) -> None:
+    (tmp_path / "torch.csv").write_text(
+        "0UNSHARD,0F0,0SEND_F0,0RECV_B0,0B0,0WAIT_SEND_F0,0RESHARD,0REDUCE_GRAD,0WAIT_REDUCE_GRAD\n"
+        "1RECV_F0,1F0,1I0,1SEND_B0,1W0,1WAIT_SEND_B0\n"
+    )
+    assert [" ".join(map(str, rank)) for rank in read_order(tmp_path / "torch.csv").ranks] == [
+        "0F0 0B0",
+        "1F0 1I0 1W0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("0F0,0B0,0WAIT_SEND_F", r"row 0, column 2: '0WAIT_SEND_F' is no action"),
+        ("0F0,0B0,0WAIT_F0", r"row 0, column 2: '0WAIT_F0' is no action"),
+        ("0F0,0B0,0WAIT_REDUCE_GRAD1", r"row 0, column 2: '0WAIT_REDUCE_GRAD1' is no action"),
         ("0F0,0X0", r"row 0, column 1: '0X0' is no action"),
         ("0F0,0B0,0W0", "0W0 is there twice"),
         ("0F0,0I0", "0W0 is missing"),

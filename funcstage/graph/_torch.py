@@ -1,7 +1,4 @@
-"""The private parts of torch that tracing needs, in one place.
-
-Tried with torch 2.11 and 2.13.
-"""
+"""The private parts of torch that tracing needs, in one place."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ A CUDA graph writes where it wrote when it was captured. So every microbatch in 
 its own: the three graphs with their inputs, residuals and results. A slot serves again once its tapes
 are gone and nobody holds a result of it, which its storages' reference counts tell; no result is copied
 and none is overwritten. Parameters and buffers are read where they lie, so updates in place are seen.
-Tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

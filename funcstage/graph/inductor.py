@@ -1,6 +1,6 @@
 """Lowering with TorchInductor, called directly: no Dynamo, so no guards on the call path.
 
-All of torch's private Inductor API is imported here. Tried with torch 2.11 and 2.13.
+All of torch's private Inductor API is imported here.
 """
 
 from __future__ import annotations

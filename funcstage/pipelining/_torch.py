@@ -1,18 +1,23 @@
 """The private parts of `torch.distributed.pipelining` that our stage stands on, in one place.
 
-Tried with torch 2.11.0 and 2.13.0; `tests/test_distributed.py` says so when they move. Relied on are
+`tests/test_private_api.py` says so when they move. Relied on are
 
-- both: of a stage `submod`, `device`, `group`, `group_rank`, `stage_index_to_group_rank`, `has_backward`,
-  `fwd_cache`, `bwd_cache`, `output_chunks`, `args_recv_info`, `_check_chunk_id`, `_retrieve_recv_grads`,
+- all: of a stage `submod`, `device`, `group`, `group_rank`, `stage_index_to_group_rank`, `has_backward`,
+  `bwd_cache`, `output_chunks`, `args_recv_info`, `_check_chunk_id`, `_retrieve_recv_grads`,
   and that schedules call `clear_runtime_states`, `_prepare_forward_infra`, `_prepare_backward_infra`,
   `get_fwd_recv_ops`, `get_fwd_send_ops`, `set_local_fwd_input`, `get_local_bwd_output`,
   `set_local_bwd_input` and the three `*_one_chunk`;
 - 2.11: `_get_init_p2p_neighbors_ops`, `_shape_inference`, `inputs_meta`, `_configure_outputs_meta`;
-- 2.13: `_forward_metadata_inference`, `_backward_metadata_inference`, `_post_metadata_inference_cleanup`,
-  `_stage_meta`, `_TensorMeta`, `_StageForwardMeta`, `_StageBackwardMeta`, `_derive_grad_metas`;
+- up to 2.14: `fwd_cache`;
+- from 2.12 on: `_forward_metadata_inference`, `_backward_metadata_inference`,
+  `_post_metadata_inference_cleanup`, `_stage_meta`, `_TensorMeta`, `_StageForwardMeta`,
+  `_StageBackwardMeta`, `_derive_grad_metas`;
+- from 2.14 on: `_pre_metadata_inference_backup`;
+- from 2.15 on: `_forward_chunk_states`, `_make_forward_chunk_state`, `take_buffer` of a received input,
+  `_get_p2p_group`, `_forward_contexts`, `_call_with_forward_context`, `PipelineStageInfo`;
 - beside them `torch._dynamo.OptimizedModule` and `Tensor._make_wrapper_subclass`.
 
-Before the first microbatch each stage tells the next one what it will send; in 2.13 it also tells the
+Before the first microbatch each stage tells the next one what it will send; from 2.12 on it also tells the
 previous one which gradients to expect. Here both versions' messages become tuples of tensors on the meta
 device (`requires_grad` says whether a gradient comes back), and a failure travels in their place, so that
 every rank it reaches raises the same error instead of waiting for a message that never comes.
@@ -20,7 +25,7 @@ every rank it reaches raises the same error instead of waiting for a message tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +35,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _utils as torch_utils
+from torch.distributed.pipelining import stage as torch_stage
 
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.trees import is_differentiable
@@ -48,6 +54,9 @@ Examples: TypeAlias = tuple[Tensor, ...]
 
 EVERY_INPUT_RETURNS_A_GRADIENT = not hasattr(torch_utils, "_StageForwardMeta")
 """In torch 2.11 the previous stage waits for a gradient even of what has none, such as integers."""
+
+_CHUNKS_HAVE_STATES = hasattr(torch_stage, "_ForwardChunkState")
+"""From torch 2.15 on what is to be sent lies there, and a receive buffer is taken once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +130,62 @@ class ExchangingStage(PipelineStage):
         return dist.get_global_rank(group, self.stage_index_to_group_rank[stage_index])
 
     def _tell(self, stage_index: int, message: Any) -> None:
+        group = self._edge_group(self.stage_index, stage_index)
         dist.send_object_list(
-            [message], dst=self._peer(stage_index), group=self.group, device=self.device, use_batch=True
+            [message], dst=self._peer(stage_index), group=group, device=self.device, use_batch=True
         )
 
     def _hear(self, stage_index: int) -> Any:
         messages: list[Any] = [None]
+        group = self._edge_group(stage_index, self.stage_index)
         dist.recv_object_list(
-            messages, src=self._peer(stage_index), group=self.group, device=self.device, use_batch=True
+            messages, src=self._peer(stage_index), group=group, device=self.device, use_batch=True
         )
         return messages[0]
+
+    # What a schedule sends and receives.
+
+    def keep_output(self, chunk: int, output: tuple[Tensor, ...]) -> None:
+        """Keep what the schedule is going to send of a microbatch, in the place of what was kept before."""
+        stage: Any = self
+        if _CHUNKS_HAVE_STATES:
+            stage._forward_chunk_states[chunk] = stage._make_forward_chunk_state(output, [])
+        else:
+            stage.fwd_cache[chunk] = output, []
+
+    def drop_output(self, chunk: int) -> None:
+        """Let go of it."""
+        stage: Any = self
+        (stage._forward_chunk_states if _CHUNKS_HAVE_STATES else stage.fwd_cache).pop(chunk)
+
+    def received(self, chunk: int) -> tuple[Tensor, ...]:
+        """What the previous stage has sent of a microbatch."""
+        infos: Any = self.args_recv_info[chunk]
+        return tuple(info.take_buffer() if _CHUNKS_HAVE_STATES else info.buffer for info in infos)
+
+    def in_forward_context(
+        self, microbatch: int, forward: Callable[..., Any], *args: Any, inferring: bool = False
+    ) -> Any:
+        """Run a forward in the context that `register_forward_context` of torch 2.15 was given, if it was.
+
+        Args:
+            microbatch: of which microbatch it is.
+            forward: the function to run.
+            *args: its arguments.
+            inferring: whether it only finds out what the stage sends.
+        """
+        stage: Any = self
+        if not getattr(stage, "_forward_contexts", None):
+            return forward(*args)
+        info = torch_stage.PipelineStageInfo(  # type: ignore[attr-defined]
+            stage_index=self.stage_index, microbatch_index=microbatch, is_metadata_inference=inferring
+        )
+        return stage._call_with_forward_context(info, forward, *args)
+
+    def _edge_group(self, source: int, target: int) -> dist.ProcessGroup | None:
+        """The group for messages between two stages; in torch 2.15 each pair of ranks may have its own."""
+        stage: Any = self
+        return stage._get_p2p_group(source, target) if hasattr(stage, "_get_p2p_group") else self.group
 
     # torch 2.11: a message down the pipeline, a tuple of meta tensors.
 
@@ -179,7 +234,7 @@ class ExchangingStage(PipelineStage):
         self.raise_failure()
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
-    # torch 2.13: a message down the pipeline and, before a backward, one up again.
+    # From torch 2.12 on: a message down the pipeline and, before a backward, one up again.
 
     def _forward_metadata_inference(
         self, args: Any, kwargs: dict[str, Any] | None = None, has_backward: bool = False
@@ -224,6 +279,9 @@ class ExchangingStage(PipelineStage):
             return message
         self._tell(self.stage_index - 1, message)
         return None
+
+    def _pre_metadata_inference_backup(self) -> None:
+        """Since 2.14 torch writes the buffers back that its forward changed; ours changes none."""
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from funcstage.pipelining.orders import Action, Kind, Order, ScheduleError
+from funcstage.pipelining.orders import HOUSEKEEPING, MESSAGES, Action, Kind, Order, ScheduleError
 
 _ACTION = re.compile(r"(\d+)([FIWB])(\d+)")
 _OVERLAPPED = re.compile(r"\((.*)\)OVERLAP_F_B")
-_NO_WORK = re.compile(r"\d+(SEND_[FB]|RECV_[FB]|UNSHARD|RESHARD|REDUCE_GRAD)\d*|")
+_NO_WORK = re.compile(rf"\d+({'|'.join(MESSAGES)})\d+|\d+({'|'.join(HOUSEKEEPING)})|")
 
 
 def write_order(order: Order, path: str | os.PathLike[str]) -> None:

@@ -1,9 +1,9 @@
 """Schedules as data: what each rank does, in which order, read off torch's own schedule classes.
 
 Everything else in this package works on the plain tables made here. This is the one file that leans on
-the inside of `torch.distributed.pipelining.schedules` (what its constructors read of a stage, and the
-`pipeline_order` that they compute); it was tried with torch 2.11 and 2.13, where it gives the same
-tables. No process group is needed: a schedule computes the order of all ranks from a few numbers.
+the inside of `torch.distributed.pipelining.schedules`: what its constructors read of a stage, and the
+`pipeline_order` that they compute, which is the same with every torch that was tried. No process group is
+needed: a schedule computes the order of all ranks from a few numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from funcstage._torch.versions import TRIED
 from funcstage.errors import StageError
 from funcstage.html import table
 
 Kind: TypeAlias = Literal["F", "I", "W", "B"]
+
+# Torch's runtime puts these between the units of work; an order says nothing of them, as they follow from it.
+MESSAGES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "WAIT_SEND_F", "WAIT_SEND_B")
+"""Of a stage for a microbatch. A wait lets go of what was sent (torch 2.15)."""
+HOUSEKEEPING = ("UNSHARD", "RESHARD", "REDUCE_GRAD", "WAIT_REDUCE_GRAD")
+"""Of a stage, for all microbatches."""
 
 
 class ScheduleError(StageError, ValueError):
@@ -235,8 +242,9 @@ def _torch_table(schedule: str, num_stages: int, num_microbatches: int, num_rank
         ) from refusal
     except (AttributeError, TypeError, KeyError) as change:
         raise RuntimeError(
-            f"torch {torch.__version__} builds its pipeline schedules in another way than torch 2.11 to "
-            "2.13, for which funcstage.pipelining.orders was written; use one of those."
+            f"torch {torch.__version__} builds its pipeline schedules in another way than torch {TRIED[0]} "
+            f"to {TRIED[-1]}, for which funcstage.pipelining.orders was written; use one of them. "
+            f"({change!r})"
         ) from change
 
 
@@ -249,6 +257,8 @@ def _actions(given: Any) -> Iterator[Action]:
             yield from _actions(sub_action)
     elif given.computation_type.value in ("F", "I", "W", "B"):
         yield Action(given.computation_type.value, given.stage_index, given.microbatch_index)
+    elif given.computation_type.value not in MESSAGES + HOUSEKEEPING:
+        raise KeyError(given.computation_type.value)
 
 
 def _numbered_in_turn(actions: list[Action]) -> list[Action]:

@@ -205,19 +205,19 @@ class FunctionalPipelineStage(ExchangingStage):
             LeafError: if the microbatch does not look like the one that the stages were prepared for.
         """
         self.raise_failure()
-        self.fwd_cache[fwd_chunk_id] = (), []
+        self.keep_output(fwd_chunk_id, ())
         if not self._forwards and not self._weight_pullbacks:
             self._find_shared()  # all stages have read their states by now
         if self._replicas is not None and self.has_backward:
             self._replicas.begin(self)
         if not self.is_first:
-            args = tuple(trees.detached(info.buffer) for info in self.args_recv_info[fwd_chunk_id])
+            args = tuple(map(trees.detached, self.received(fwd_chunk_id)))
         call = _Call(fwd_chunk_id, args, kwargs or {})
         self._check_call(call)
         if not self.is_last:
             outputs = tuple(tensor.contiguous() for tensor in _as_tuple(self._forward(self._apply, call)))
             self._check_microbatch(call, "output", outputs, self._output_examples)
-            self.fwd_cache[fwd_chunk_id] = outputs, []
+            self.keep_output(fwd_chunk_id, outputs)
             return outputs if len(outputs) > 1 else outputs[0]
         if save_forward_output:
             self.output_chunks.append(None)
@@ -230,7 +230,7 @@ class FunctionalPipelineStage(ExchangingStage):
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Make the operations that send the output, and let go of it: what I needs is in the pullback."""
         ops = super().get_fwd_send_ops(fwd_chunk_id)
-        self.fwd_cache[fwd_chunk_id] = (), []
+        self.keep_output(fwd_chunk_id, ())
         return ops
 
     def set_local_fwd_input(self, prev_stage_outputs: PyTree, mb_index: int) -> None:
@@ -266,7 +266,7 @@ class FunctionalPipelineStage(ExchangingStage):
         if not self.has_backward:
             return
         self._check_chunk_id(bwd_chunk_id)
-        self.fwd_cache.pop(bwd_chunk_id)
+        self.drop_output(bwd_chunk_id)
         if self.is_last:
             self._backward_of_loss(bwd_chunk_id, loss)
         forward = self._forwards.pop(bwd_chunk_id)
@@ -458,6 +458,9 @@ class FunctionalPipelineStage(ExchangingStage):
 
     def _forward(self, apply: StageFunction, call: _Call) -> PyTree:
         """Run F: return the output, keep the pullback and update the module's buffers."""
+        return self.in_forward_context(call.chunk, self._run_forward, apply, call)
+
+    def _run_forward(self, apply: StageFunction, call: _Call) -> PyTree:
         args, kwargs = trees.map_leaves(trees.detached, (call.args, call.kwargs))
         try:
             if not self.has_backward:
@@ -526,7 +529,7 @@ class FunctionalPipelineStage(ExchangingStage):
                 "Give the stages modules that fit together, or leave input_args out."
             )
         try:
-            output = self._output_for(inputs, kwargs)
+            output = self.in_forward_context(0, self._output_for, inputs, kwargs, inferring=True)
         except tt.UNTRACEABLE as error:
             if self._given_outputs is None:
                 raise StructureError(
