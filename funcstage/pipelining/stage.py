@@ -8,8 +8,7 @@ torch API behind it is in `_torch.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from funcstage import trees
 from funcstage.eager import first_dtensor
 from funcstage.errors import LeafError, StructureError
-from funcstage.functional import function_of
 from funcstage.graph import _torch as tt
 from funcstage.graph import compile as compile_stage
 from funcstage.parameter_hooks import hooked, with_hooks_on_accumulators
@@ -35,7 +33,9 @@ from funcstage.pipelining._torch import (
     OptimizedModule,
     without_memory,
 )
+from funcstage.pipelining.binding import Binding, Structure, read, untouched, update
 from funcstage.pipelining.replicas import replicas_of
+from funcstage.pipelining.same_dtypes import SameDtypes
 from funcstage.pipelining.upstream import Upstream
 from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -61,8 +61,9 @@ class FunctionalPipelineStage(ExchangingStage):
     at most the group's timeout: let the process end.
 
     Args:
-        submodule: the module of this stage, not compiled or wrapped. Replacing its submodules later goes
-            unnoticed; loading, moving, casting and freezing do not.
+        submodule: the module of this stage, not compiled or wrapped. What is changed between steps
+            (submodules that are replaced, parametrized or frozen, tensors, all of it by `stage.submod = ...`)
+            is taken up by the next one, or refused where the other stages were told otherwise.
         stage_index: which stage it is, from 0.
         num_stages: of how many.
         device: where the module's tensors are.
@@ -136,6 +137,7 @@ class FunctionalPipelineStage(ExchangingStage):
         self._grad_dtype = grad_dtype
         self._param_dtype = param_dtype
         self._output: PyTree = None
+        self._prepared_for: tuple[Any, dict[str, Any]] | None = None
         self._forwards: dict[int, _Forward] = {}
         self._pending: dict[int, _Pending] = {}
         self._weight_pullbacks: dict[int, WeightPullback] = {}
@@ -144,7 +146,8 @@ class FunctionalPipelineStage(ExchangingStage):
         self._upstream = Upstream()
         self._hooks_of_accumulators: list[str] = []
         self._replicas = None if data_parallel is None else replicas_of(data_parallel)
-        self._read_structure()
+        self._parameters: dict[str, Any] = {}
+        self._bind()
         if self._replicas is not None:
             self._replicas.replicate([*submodule.parameters(), *submodule.buffers()])
 
@@ -160,12 +163,12 @@ class FunctionalPipelineStage(ExchangingStage):
     @property
     def params(self) -> Params:
         """The trainable parameters by name, detached, as `functionalize` returns them."""
-        return {name: parameter.detach() for name, parameter in _read(self._trainable).items()}
+        return {name: parameter.detach() for name, parameter in read(self._current().trainable).items()}
 
     @property
     def grads(self) -> Params:
         """The gradients by name, with the structure of `params`; `None` where there is none."""
-        return {name: parameter.grad for name, parameter in _read(self._trainable).items()}
+        return {name: parameter.grad for name, parameter in read(self._current().trainable).items()}
 
     # What schedules call.
 
@@ -328,31 +331,50 @@ class FunctionalPipelineStage(ExchangingStage):
 
     # The module: its structure, read when that changes, and its tensors, read in every step.
 
-    def _read_structure(self) -> None:
-        apply, params, buffers = function_of(self.submod)
-        places = {name: _Place.of(self.submod, name) for name in (*params, *buffers)}
-        # Nobody can write into an expanded tensor.
-        updated = {name for name, buffer in self.submod.named_buffers() if not trees.is_expanded(buffer)}
-        self._trainable = {name: places[name] for name in params}
-        self._updated = {name: places[name] for name in buffers if name in updated}
-        self._constant = {name: places[name] for name in buffers if name not in updated}
+    def _bind(self) -> None:
+        """Read what the module is made of."""
+        self._binding = Binding.of(self.submod)
+        apply: StageFunction = self._binding.apply
         if self._param_dtype is not None:
             apply = _computing_in(self._param_dtype, apply)
         self._eager = apply
         self._apply = self._compiled(apply)
         self._apply_with_loss = self._compiled(_with_loss(apply, self._loss)) if self._loss else None
-        self._read_state()
+        self._read_tensors()
+
+    def _current(self) -> Binding:
+        """The module as it is now, which may have been changed or replaced since the last step."""
+        if not isinstance(self.submod, nn.Module) or Structure.of(self.submod) != self._binding.structure:
+            self._take_up()
+        return self._binding
+
+    def _take_up(self) -> None:
+        """Go on with a module that has changed, or refuse it."""
+        before = self._binding
+        try:
+            _check_module(self.submod, self.device)
+            self._bind()
+            self._check_still_fits()
+        except Exception:
+            self._binding = before  # so that the next step looks again
+            raise
+        if self._replicas is not None and not before.structure.same_modules(self._binding.structure):
+            self._replicas.replicate([*self.submod.parameters(), *self.submod.buffers()])
 
     def _compiled(self, apply: StageFunction) -> StageFunction:
         return apply if self._compile_options is None else compile_stage(apply, **self._compile_options)
 
     def _read_state(self) -> None:
-        """Read what optimizers, `load_state_dict`, `to` and the like have made of the module's tensors."""
-        self._parameters, constant = _read(self._trainable), _read(self._constant)
-        if not all(map(_requires_grad, self._parameters.values())) or _any_requires_grad(constant):
-            self._read_structure()
-            self._check_thawed()
-            return
+        """Read what optimizers, `load_state_dict`, `to` and the like have made of the module."""
+        self._current()
+        self._read_tensors()
+
+    def _read_tensors(self) -> None:
+        parameters, constant = read(self._binding.trainable), read(self._binding.constant)
+        for name, parameter in self._parameters.items():
+            if parameter is not parameters.get(name):
+                _STAGES_OF.get(parameter, set()).discard(self)
+        self._parameters = parameters
         for parameter in self._parameters.values():
             _STAGES_OF.setdefault(parameter, weakref.WeakSet()).add(self)
         for parameter in self._parameters.values() if self._grad_dtype is not None else ():
@@ -360,34 +382,49 @@ class FunctionalPipelineStage(ExchangingStage):
                 parameter.grad_dtype = self._grad_dtype
         self._params = {name: self._cast(tensor) for name, tensor in self._parameters.items()}
         # Clones, as the module's own are overwritten while earlier microbatches await their backward.
-        self._buffers = {name: tensor.detach().clone() for name, tensor in _read(self._updated).items()}
+        self._buffers = {
+            name: tensor.detach().clone() for name, tensor in read(self._binding.updated).items()
+        }
         self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """Detach a parameter, cast to the dtype to compute in, or a buffer, as it is."""
         return _cast(tensor.detach(), self._param_dtype if isinstance(tensor, nn.Parameter) else None)
 
-    def _check_thawed(self) -> None:
-        """Refuse to train what was frozen where nobody was told to send gradients."""
-        told = self._output_examples
-        if self.is_last or not told:
+    def _check_still_fits(self) -> None:
+        """Refuse a module that does not take or return what the other stages were told."""
+        if self._prepared_for is None:
             return
+        way_out = "Make a new schedule of new stages on every rank, or change it back."
         inputs, kwargs = self._prepared_for
-        needed = _tensors(self._output_for(inputs, kwargs))
-        if any(now.requires_grad > then.requires_grad for now, then in zip(needed, told, strict=True)):
+        try:
+            output = self._output_for(inputs, kwargs)
+        except tt.UNTRACEABLE:
+            return  # each microbatch is checked as it comes
+        except Exception as error:
+            raise LeafError(
+                f"{self._name}: the module was changed, and its forward fails on the inputs that it gets, "
+                f"{_looks(_tensors(inputs))}: {type(error).__name__}: {error}. {way_out}"
+            ) from error
+        if self.is_last:
+            self._output = trees.map_leaves(_example, output)
+            return
+        now, told = _tensors(output), self._output_examples
+        if not _alike(now, told):
+            raise LeafError(
+                f"{self._name}: the module was changed, and its output is {_looks(now)}, but the next stage "
+                f"was told {_looks(told)}. {way_out}"
+            )
+        if any(new.requires_grad > old.requires_grad for new, old in zip(now, told, strict=True)):
             raise StructureError(
                 f"{self._name}: parameters that were frozen are to be trained, but the next stage was told "
-                "that this one needs no gradients. Make a new schedule of new stages."
+                f"that this one needs no gradients. {way_out}"
             )
 
     def _update_buffers(self, new: Buffers) -> None:
-        changed = {
-            name: place for name, place in self._updated.items() if new[name] is not self._buffers[name]
-        }
-        self._buffers = new
-        if changed:
-            with torch.no_grad():
-                torch._foreach_copy_(list(_read(changed).values()), [new[name] for name in changed])
+        before, self._buffers = self._buffers, new
+        if update(self._binding.updated, before, new) or self._binding.buffers_registered():
+            self._bind()
 
     def _find_shared(self) -> None:
         """Find the parameters that other stages of this process have as well.
@@ -572,7 +609,7 @@ class FunctionalPipelineStage(ExchangingStage):
         args, kwargs, params, buffers = trees.map_leaves(
             fake, (inputs, kwargs, self._parameters, self._buffers)
         )
-        with tt.own_autocast_cache(), _untouched(self.submod), mode, torch.enable_grad():
+        with tt.own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
             output, _ = self._eager(params, buffers, *args, **kwargs)
         return output
 
@@ -789,34 +826,6 @@ _KNOWN_BEFORE = {
     Tensor.numel,
 }
 """What of an output is known before it is computed."""
-
-
-class _Place(NamedTuple):
-    """Where a tensor hangs in a module."""
-
-    owner: nn.Module
-    attribute: str
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> _Place:
-        path, _, attribute = name.rpartition(".")
-        return cls(module.get_submodule(path), attribute)
-
-
-def _read(places: dict[str, _Place]) -> dict[str, Any]:
-    return {name: getattr(owner, attribute) for name, (owner, attribute) in places.items()}
-
-
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward leaves behind in attributes (caches, counters), which here would be fake."""
-    kept = [(part, dict(vars(part))) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in kept:
-            vars(part).clear()
-            vars(part).update(attributes)
 
 
 def _as_tuple(output: PyTree) -> tuple[Any, ...]:

@@ -1,0 +1,437 @@
+"""The module of a pipeline stage is changed between steps, or by its forward: the next step trains it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import ScheduleGPipe
+from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
+
+import funcstage as fs
+from funcstage.pipelining import FunctionalPipelineStage
+
+ATEN = {"backend": "aten"}
+OPTIONS = pytest.mark.parametrize("options", [{}, {"compile": ATEN}], ids=["eager", "aten"])
+MICROBATCHES = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[Any]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+class Net(nn.Module):
+    """A module with containers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.list = nn.ModuleList([nn.Linear(4, 4), nn.Tanh()])
+        self.dict = nn.ModuleDict({"a": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+        self.last: nn.Module = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 4)
+        self.register_parameter("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.list:
+            x = layer(x)
+        for layer in self.dict.values():
+            x = layer(x)
+        x = self.head(self.last(x))
+        return x if self.scale is None else x * self.scale
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Wrapped(nn.Module):
+    """Somebody's own wrapper."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.gain = nn.Parameter(torch.full((4,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) * self.gain
+
+
+def assigned(net: Net) -> nn.Module:
+    return Net()
+
+
+def wrapped(net: Net) -> nn.Module:
+    return Wrapped(net)
+
+
+def put_in_a_sequential(net: Net) -> nn.Module:
+    return nn.Sequential(net, nn.Linear(4, 4))
+
+
+def attribute_replaced(net: Net) -> None:
+    net.first = nn.Linear(4, 4, bias=False)
+
+
+def by_one_of_the_same_names(net: Net) -> None:
+    net.first = nn.Linear(4, 4)
+
+
+def entry_of_a_sequential_replaced(net: Net) -> None:
+    net.last[1] = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+
+
+def appended_to_a_sequential(net: Net) -> None:
+    net.last.append(nn.Linear(4, 4))
+
+
+def appended_to_a_list(net: Net) -> None:
+    net.list.append(nn.Linear(4, 4))
+
+
+def inserted_into_a_list(net: Net) -> None:
+    net.list.insert(0, nn.Linear(4, 4))
+
+
+def deleted_from_a_list(net: Net) -> None:
+    del net.list[0]
+
+
+def put_into_a_dict(net: Net) -> None:
+    net.dict["b"] = nn.Linear(4, 4)
+
+
+def wider_inside(net: Net) -> None:
+    net.first, net.list[0] = nn.Linear(4, 7), nn.Linear(7, 4)
+
+
+def submodule_wrapped(net: Net) -> None:
+    net.first = Wrapped(net.first)
+
+
+def low_rank_adapters(net: Net) -> None:
+    net.requires_grad_(False)
+    net.last[1] = Wrapped(net.last[1])
+
+
+def parametrized(net: Net) -> None:
+    parametrize.register_parametrization(net.first, "weight", Twice())
+
+
+def weight_norm(net: Net) -> None:
+    parametrizations.weight_norm(net.first)
+
+
+def old_weight_norm(net: Net) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.first)
+
+
+def spectral_norm(net: Net) -> None:
+    parametrizations.spectral_norm(net.first)
+
+
+def frozen_in_part(net: Net) -> None:
+    net.first.requires_grad_(False)
+
+
+def frozen_but_for_the_head(net: Net) -> None:
+    net.requires_grad_(False)
+    net.head.requires_grad_(True)
+
+
+def parameter_replaced(net: Net) -> None:
+    net.first.weight = nn.Parameter(torch.randn(4, 4))
+
+
+def parameter_of_another_shape(net: Net) -> None:
+    net.first.weight = nn.Parameter(torch.randn(6, 4))
+    net.first.bias = nn.Parameter(torch.randn(6))
+    net.list[0] = nn.Linear(6, 4)
+
+
+def parameter_where_there_was_none(net: Net) -> None:
+    net.scale = nn.Parameter(torch.randn(4))
+
+
+def parameter_taken_away(net: Net) -> None:
+    net.first.bias = None
+
+
+def tied(net: Net) -> None:
+    net.first.weight = net.head.weight
+
+
+def a_new_parameter_by_setattr_of_data(net: Net) -> None:
+    net.first.weight.data = torch.randn(4, 4)
+
+
+def loaded_by_assignment(net: Net) -> None:
+    net.load_state_dict({name: t * 2 for name, t in net.state_dict().items()}, assign=True)
+
+
+def loaded_in_place(net: Net) -> None:
+    net.load_state_dict({name: t * 2 for name, t in net.state_dict().items()})
+
+
+def buffer_replaced(net: Net) -> None:
+    net.dict["norm"].running_mean = torch.ones(4)
+
+
+def in_evaluation_mode(net: Net) -> None:
+    net.dict["norm"].eval()
+
+
+def activation_replaced(net: Net) -> None:
+    net.list[1] = nn.ReLU()
+
+
+def class_replaced(net: Net) -> None:
+    net.__class__ = type("Doubling", (Net,), {"forward": lambda self, x: 2 * Net.forward(self, x)})
+
+
+CHANGES = [
+    assigned,
+    wrapped,
+    put_in_a_sequential,
+    attribute_replaced,
+    by_one_of_the_same_names,
+    entry_of_a_sequential_replaced,
+    appended_to_a_sequential,
+    appended_to_a_list,
+    inserted_into_a_list,
+    deleted_from_a_list,
+    put_into_a_dict,
+    wider_inside,
+    submodule_wrapped,
+    low_rank_adapters,
+    parametrized,
+    weight_norm,
+    old_weight_norm,
+    spectral_norm,
+    frozen_in_part,
+    frozen_but_for_the_head,
+    parameter_replaced,
+    parameter_of_another_shape,
+    parameter_where_there_was_none,
+    parameter_taken_away,
+    tied,
+    a_new_parameter_by_setattr_of_data,
+    loaded_by_assignment,
+    loaded_in_place,
+    buffer_replaced,
+    in_evaluation_mode,
+    activation_replaced,
+    class_replaced,
+]
+Change = Callable[[Any], nn.Module | None]
+
+
+def changed(module: nn.Module, change: Change | None) -> nn.Module:
+    torch.manual_seed(11)  # both modules get the same
+    new = change(module) if change else None
+    return module if new is None else new
+
+
+def plain_step(module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    outputs = []
+    for part, wanted in zip(x.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
+        outputs.append(module(part))
+        (functional.mse_loss(outputs[-1], wanted) / MICROBATCHES).backward()
+    return torch.cat(outputs).detach()
+
+
+def assert_trains_through(module: nn.Module, changes: list[Change | None], options: dict[str, Any]) -> None:
+    """Run a step after each change, and compare with the module on its own."""
+    reference = copy.deepcopy(module)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
+    loss_fn = functional.mse_loss
+    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss_fn)
+    for change in changes:
+        reference = changed(reference, change)
+        stage.submod = changed(stage.submod, change)
+        torch.manual_seed(5)
+        x, target = torch.randn(8, 4), torch.randn(8, 4)
+        for each in (reference, stage.submod):
+            each.zero_grad()
+        expected = plain_step(reference, x, target)
+        output = schedule.step(x, target=target)
+        torch.testing.assert_close(output, expected)
+        found = {name: p.grad for name, p in stage.submod.named_parameters()}
+        wanted = {name: p.grad for name, p in reference.named_parameters()}
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(
+            {name: None if grad is None else grad for name, grad in stage.grads.items()},
+            {name: wanted[name] for name in stage.params},
+        )
+        torch.testing.assert_close(dict(stage.submod.named_buffers()), dict(reference.named_buffers()))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@OPTIONS
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_between_steps_is_taken_up(change: Change, options: dict[str, Any]) -> None:
+    assert_trains_through(net(), [None, change, None], options)
+
+
+@OPTIONS
+def test_changes_may_follow_each_other(options: dict[str, Any]) -> None:
+    def thaw(module: nn.Module) -> None:
+        module.requires_grad_(True)
+
+    steps = [None, frozen_but_for_the_head, thaw, appended_to_a_list, parametrized, wrapped, None, assigned]
+    assert_trains_through(net(), steps, options)
+
+
+@OPTIONS
+def test_a_stage_that_is_wholly_frozen_and_thawed_trains_again(options: dict[str, Any]) -> None:
+    module = net()
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
+    x, target = torch.randn(8, 4), torch.randn(8, 4)
+    module.requires_grad_(False)
+    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=None)
+    schedule.step(x)
+    module.requires_grad_(True)
+    ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss).step(x, target=target)
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@OPTIONS
+def test_a_module_cast_between_steps_is_computed_in_its_new_dtype(options: dict[str, Any]) -> None:
+    module = nn.Linear(4, 4)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
+    x = torch.randn(4, 4)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, t: y.float().square().mean())
+    schedule.step(x, target=x)
+    module.bfloat16()
+    with pytest.raises(fs.LeafError, match=r"its forward fails on the inputs that it gets, \(float32"):
+        schedule.step(x, target=x)
+    assert module.weight.grad.dtype == torch.bfloat16
+    module.float().zero_grad()
+    output = schedule.step(x, target=x)
+    torch.testing.assert_close(output, module(x).detach())
+
+
+class Casts(nn.Linear):
+    """Computes in the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+@OPTIONS
+def test_a_last_stage_may_return_another_dtype_than_before(options: dict[str, Any]) -> None:
+    module = Casts(4, 4)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, t: y.square().mean())
+    x = torch.randn(4, 4)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        module.to(dtype).zero_grad()
+        output = schedule.step(x, target=x)
+        assert output.dtype == module.weight.grad.dtype == dtype
+
+
+# What a forward does to buffers.
+
+
+class Growing(nn.Module):
+    """Keeps what it saw, up to a number of rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + self.seen.mean(0)
+        self.seen = torch.cat([self.seen, x.detach()])[-self.rows :]
+        return y
+
+
+class Recasting(Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + self.seen.mean(0).float()
+        self.seen = self.seen.double() + 1
+        return y
+
+
+@OPTIONS
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Growing(100), lambda: Growing(6), lambda: Growing(1), lambda: Recasting(1)],
+    ids=["grows", "grows, then moves", "stays", "another dtype"],
+)
+def test_a_buffer_may_change_its_shape_in_the_forward(make: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    assert_trains_through(make(), [None, None, None], options)
+
+
+class Registering(nn.Module):
+    """Registers its buffer when it first runs, and updates it from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "mean" not in self._buffers:
+            self.register_buffer("mean", torch.zeros(4))
+        else:
+            self.mean.mul_(0.5).add_(1)
+        return self.layer(x) + self.mean
+
+
+def test_a_buffer_may_be_registered_in_the_forward() -> None:
+    torch.manual_seed(0)
+    assert_trains_through(Registering(), [None, None], {})
+
+
+# Refusals.
+
+
+@OPTIONS
+def test_a_module_that_is_wrapped_between_steps_is_refused_and_nothing_is_changed(
+    options: dict[str, Any],
+) -> None:
+    stage = FunctionalPipelineStage(nn.Linear(4, 4), 0, 1, "cpu", **options)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=functional.mse_loss)
+    x = torch.randn(4, 4)
+    schedule.step(x, target=x)
+    plain = stage.submod
+    for submod, said in (
+        (fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,))), "fully_shard"),
+        (nn.DataParallel(nn.Linear(4, 4)), "DataParallel"),
+        (torch.compile(nn.Linear(4, 4)), "torch.compile"),
+        (functional.relu, "must be an nn.Module"),
+    ):
+        before = {name: p.grad.clone() for name, p in plain.named_parameters()}
+        stage.submod = submod
+        for _ in range(2):  # it is not taken for old the second time
+            with pytest.raises(fs.StructureError, match=said):
+                schedule.step(x, target=x)
+        torch.testing.assert_close({name: p.grad for name, p in plain.named_parameters()}, before)
+    stage.submod = plain
+    schedule.step(x, target=x)
