@@ -1,34 +1,89 @@
 """Functions that torch.compile has compiled, inside of stages: they run there as they were written.
 
 Levels and traces cannot see into a compiled function, whose forward and backward are whole; what it was
-made from they split as everything else.
-Private: the setting that refuses compiled functions in traces.
+made from they split as everything else. Nothing that other threads see is changed meanwhile: whether this
+thread is in a stage is kept apart for each thread, and torch.compile elsewhere goes on compiling.
+Private: the thread's own "nested compile" setting, and before torch 2.14, which has none, the functions that
+all compiled functions ask what to do.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import Any
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Let compiled functions run as they were written."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+    """Let compiled functions run as they were written, in this thread."""
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing is compiled; the import takes a second
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    before = _set_eager(True)
+    try:
         yield
+    finally:
+        _set_eager(before)
 
 
 @contextmanager
-def uncompiled_in_trace() -> Iterator[None]:
-    """The same while a graph is recorded."""
-    if "torch._dynamo" not in sys.modules:
+def compiled_again() -> Iterator[None]:
+    """Let torch.compile work within `uncompiled`."""
+    before = _set_eager(False)
+    try:
         yield
-        return
-    with torch._dynamo.config.patch(error_on_nested_fx_trace=False), uncompiled():
-        yield
+    finally:
+        _set_eager(before)
+
+
+class _OfThread(threading.local):
+    depth = 0
+
+
+_own = _OfThread()
+_install_lock = threading.Lock()
+
+
+def _set_eager(eager: bool) -> bool:
+    """Tell compiled functions of this thread whether to run as they were written; return what held before."""
+    setting = _setting()
+    before = bool(getattr(setting, "depth", 0))
+    setting.depth = int(eager)
+    return before
+
+
+def _setting() -> Any:
+    from torch._dynamo import eval_frame
+
+    own_of_torch = getattr(eval_frame, "_force_eager_nested_compile", None)
+    if own_of_torch is None:
+        _install(eval_frame)
+        return _own
+    return own_of_torch
+
+
+def _install(eval_frame: Any) -> None:
+    """Put questions before torch's own, once; for a thread that is in no stage they change nothing."""
+    with _install_lock:
+        for name, in_stage in _ASKED.items():
+            own_of_torch = getattr(eval_frame, name, None)
+            if own_of_torch is not None and not hasattr(own_of_torch, "in_stage"):
+                setattr(eval_frame, name, _asking(own_of_torch, in_stage))
+
+
+def _asking(own_of_torch: Callable[[Any], Any], in_stage: Any) -> Callable[[Any], Any]:
+    def ask(argument: Any) -> Any:
+        return in_stage if _own.depth else own_of_torch(argument)
+
+    ask.in_stage = in_stage  # type: ignore[attr-defined]
+    return ask
+
+
+_ASKED = {
+    "_callback_from_stance": None,  # what is to be done with a frame: nothing
+    "set_fullgraph_compiled_frame_count": 0,  # frames compiled so far: one that compiles none is no error
+}
+"""What torch before 2.14 asks about every call of a compiled function, with the answers within a stage."""

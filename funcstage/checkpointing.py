@@ -34,7 +34,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from funcstage import _functorch as ft
 from funcstage import trees
 from funcstage.errors import StageError
-from funcstage.functional import lending, lent, state_of
+from funcstage.functional import lending, state_of
+from funcstage.locks import lent
 
 
 class Place(NamedTuple):

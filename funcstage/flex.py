@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from funcstage import _functorch as ft
 from funcstage import custom_functions
+from funcstage._dynamo import compiled_again
 from funcstage.checkpointing import StandIns, modules_in
 from funcstage.functional import lending, state_of
 
@@ -82,7 +83,7 @@ class _Call:
                 tensors.update({name: instead.get(id(tensor), tensor) for name, tensor in tensors.items()})
         score_mod, mask_mod = (_with_cells(function, instead) for function in self._functions)
         with lending(states):
-            return run_compiled(
+            return _run_compiled(
                 self._operator,
                 query,
                 key,
@@ -94,13 +95,15 @@ class _Call:
             )
 
 
-def run_compiled(operator: Any, *args: Any, backend: str) -> Any:
+def _run_compiled(operator: Any, *args: Any, backend: str) -> Any:
     """Run the operator through Dynamo, which finds what `score_mod` and `mask_mod` read."""
 
     def attention(*args: Any) -> Any:  # as Dynamo takes no operator
         return operator(*args)
 
-    with torch.compiler.set_stance("default"), torch._dynamo.utils.disable_cache_limit():
+    import torch._dynamo.utils
+
+    with compiled_again(), torch._dynamo.utils.disable_cache_limit():
         # The last two of its arguments are what Dynamo finds, and it wants to find them itself.
         return torch.compile(attention, fullgraph=True, backend=backend)(*args[:7])
 

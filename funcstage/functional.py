@@ -6,12 +6,10 @@ nothing it is given; what a module would update in place comes back as a value.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.html import table
+from funcstage.locks import lent, look_over
 from funcstage.parameter_hooks import check_no_hooks
 from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
@@ -51,7 +50,10 @@ def functionalize(module: nn.Module) -> FunctionalStage:
     """Turn a module into a pure stage function and its parameters and buffers.
 
     Built on `torch.func.functional_call`. The module lends its code and its train/eval mode, both read
-    at call time, to one thread at a time; its tensors are read here once and never written. A parameter
+    at call time; its tensors are read here once and never written. While the stage's forward runs, the
+    module and its submodules hold the tensors that the stage was given: stages that share a submodule
+    therefore run one at a time, whatever their threads, and other readers of the module (a plain call,
+    `state_dict()`, an optimizer) must wait until no stage of it runs. A parameter
     that the module reaches under several names (tied weights) appears once, under the first. Parameters
     that do not require grad are held constant: they are found among the buffers.
 
@@ -99,29 +101,46 @@ def function_of(module: nn.Module) -> FunctionalStage:
     params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named_params.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers()} | frozen
-    param_shapes = {name: p.shape for name, p in params.items()}
-    buffer_shapes = {name: b.shape for name, b in buffers.items()}
-    aliases = _tied_names(module)
-    recurrent = {prefix: m for prefix, m in module.named_modules() if isinstance(m, nn.RNNBase)}
+    return FunctionalStage(ModuleFunction(module, params, buffers, frozenset(frozen)), params, buffers)
 
-    def apply(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+
+class ModuleFunction:
+    """A module as a stage function: `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`.
+
+    A shallow copy has the same module; `copy.deepcopy` and `pickle` take the module along.
+
+    Attributes:
+        module: the module, read for its code and its train/eval mode.
+    """
+
+    def __init__(self, module: nn.Module, params: Params, buffers: Buffers, frozen: frozenset[str]) -> None:
+        self.__qualname__ = self.__name__ = type(module).__name__
+        self.module = module
+        self._frozen = frozen
+        self._param_shapes = {name: p.shape for name, p in params.items()}
+        self._buffer_shapes = {name: b.shape for name, b in buffers.items()}
+        self._aliases = _tied_names(module)
+        self._recurrent = {prefix: m for prefix, m in module.named_modules() if isinstance(m, nn.RNNBase)}
+        look_over(module)
+
+    def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        module = self.module
         with torch._C.DisableTorchFunction():
-            _check(module, "params", params, param_shapes)
-            _check(module, "buffers", buffers, buffer_shapes)
+            _check(module, "params", params, self._param_shapes)
+            _check(module, "buffers", buffers, self._buffer_shapes)
         # In-place updates must land in copies; frozen parameters are never updated, so not copied.
-        state = {name: b if name in frozen else b.clone() for name, b in buffers.items()}
+        state = {name: b if name in self._frozen else b.clone() for name, b in buffers.items()}
         state.update(params)
-        for alias, name in aliases.items():
+        for alias, name in self._aliases.items():
             state[alias] = state[name]
-        with lent(module), _flat_weights(recurrent, state):
+        with lent(module), _flat_weights(self._recurrent, state):
             # The ties are resolved above, once, rather than in every call.
             output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
         # functional_call writes buffers that the module re-assigned back into `state`.
         return output, {name: state[name] for name in buffers}
 
-    apply.__qualname__ = apply.__name__ = type(module).__name__
-    apply.module = module  # type: ignore[attr-defined]  # read for its train/eval mode, never written
-    return FunctionalStage(apply, params, buffers)
+    def __repr__(self) -> str:
+        return f"<stage function of {self.__qualname__}>"
 
 
 def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:
@@ -194,22 +213,6 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     finally:
         for rnn, flat_weights, refs in kept:
             rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
-
-
-_LENDING: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_LENDING_LOCK = threading.Lock()
-
-
-@contextmanager
-def lent(module: nn.Module | None) -> Iterator[None]:
-    """Let one thread at a time put tensors into a stage's module: the others would compute with them."""
-    if module is None:
-        yield
-        return
-    with _LENDING_LOCK:
-        lock = _LENDING.setdefault(module, threading.RLock())
-    with lock:
-        yield
 
 
 class ModuleState(NamedTuple):

@@ -139,14 +139,27 @@ def test_operators_keep_their_autograd_formulas_in_the_variables_that_are_read()
         assert name in source, message
 
 
-@pytest.mark.parametrize("file", ["custom_functions.py", "checkpointing.py", "flex.py", "_dynamo.py"])
+@pytest.mark.parametrize("file", ["custom_functions.py", "checkpointing.py", "flex.py"])
 def test_torch_has_what_custom_parts_of_stages_need(file: str) -> None:
     for module, name in names_from(GRAPH.parent / file):
         message = MOVED.format(version=torch.__version__, name=f"{module}.{name}", file=f"funcstage/{file}")
         assert hasattr(importlib.import_module(module), name), message
-    assert hasattr(torch.compiler, "set_stance")
-    if file == "_dynamo.py":
-        config = importlib.import_module("torch._dynamo.config")
-        assert hasattr(config, "error_on_nested_fx_trace"), MOVED.format(
-            version=torch.__version__, name="error_on_nested_fx_trace", file="funcstage/_dynamo.py"
-        )
+
+
+def test_compiled_functions_ask_what_stages_answer() -> None:
+    from torch._dynamo import eval_frame
+
+    asked = "_force_eager_nested_compile"
+    if not hasattr(eval_frame, asked):  # before torch 2.14
+        asked = "_callback_from_stance("
+    message = MOVED.format(version=torch.__version__, name=asked, file="funcstage/_dynamo.py")
+    assert asked in inspect.getsource(eval_frame), message
+
+
+def test_what_libraries_ask_about_compilation_is_python() -> None:
+    message = MOVED.format(
+        version=torch.__version__, name="torch.compiler.is_compiling", file="funcstage/graph/_fx.py"
+    )
+    for function in (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling):
+        assert inspect.isfunction(function), message
+        assert not function.__closure__, message

@@ -30,6 +30,7 @@ from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
 from funcstage.graph.trace import trace
 from funcstage.html import table
+from funcstage.locks import lent
 from funcstage.split import differentiated_leaves
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -198,7 +199,7 @@ class CompiledStage:
         params, buffers, args, kwargs = trees.unflatten(structure, leaves)
         _refuse_dtensors(params, args)
         decompositions, lower = _backend(self.backend)
-        with tt.one_at_a_time:
+        with lent(self.module), tt.one_at_a_time:  # in this order, as a stage may run within another
             joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
         slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None

@@ -26,14 +26,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from funcstage import recurrent, trees
-from funcstage._dynamo import uncompiled_in_trace
+from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
 from funcstage.composites import opened
 from funcstage.errors import PurityError, StageError, TraceError
-from funcstage.flex import is_flex_attention, run_compiled
+from funcstage.flex import is_flex_attention
 from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
+from funcstage.graph import norms
+from funcstage.graph._fx import recording, unpatch
 from funcstage.trees import Buffers, Params
 
 
@@ -126,6 +128,7 @@ def trace(
         return trees.is_differentiable(leaves[i])
 
     def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
+        unpatch()
         with _Functionalization(), _Separable():
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(leaves)
@@ -140,7 +143,7 @@ def trace(
                 values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
-            with intercepting(regions), uncompiled_in_trace():
+            with intercepting(regions), uncompiled():
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
             outputs, note["output"] = trees.flatten(output)
@@ -178,7 +181,7 @@ def trace(
 
     with tt.without_modes(), tt.own_autocast_cache(), _recording(diff is not None):
         try:
-            with fake_mode:
+            with fake_mode, recording():
                 traced = tt.make_fx(joint, decomposition_table=dict(decompositions or {}) | _OWN)(*fakes)
         except StageError:
             raise
@@ -437,11 +440,12 @@ class _Separable(TorchFunctionMode):
             assert body is not None
             with self:
                 return body(*args, **kwargs)
-        if func in (torch.batch_norm, torch.instance_norm):
-            with torch.backends.cudnn.flags(enabled=False):
-                return func(*args[:-1], False, **kwargs)
+        if func is torch.batch_norm:
+            return norms.batch_norm(*args, **kwargs)
+        if func is torch.instance_norm:
+            return norms.instance_norm(*args, **kwargs)
         if is_flex_attention(func):
-            return run_compiled(func, *args, backend="eager")
+            return func(*args[:7])  # what `score_mod` and `mask_mod` read is found while it is recorded
         if func in _RECURRENT:
             return _RECURRENT[func](*args, **kwargs)
         return func(*args, **kwargs)

@@ -1,0 +1,285 @@
+"""Stages in several threads: nobody notices what another thread's stage does, whatever they share."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+
+ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
+LONG = 60.0
+"""Seconds after which a thread that waits for another has failed."""
+
+
+ELSEWHERE = ThreadPoolExecutor(1)
+"""A lasting thread: torch 2.11 crashes where the first thread that compiled has ended."""
+
+
+def stage(module: nn.Module, engine: str) -> tuple[Any, Any, Any]:
+    apply, params, buffers = fs.functionalize(module)
+    return (apply if engine == "closures" else fs.compile(apply, backend=engine)), params, buffers
+
+
+def compiles() -> bool:
+    """Tell whether torch.compile compiles in this thread."""
+    seen: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    torch.compile(lambda t: t.sin() + 1, backend=backend)(torch.randn(3))
+    return bool(seen)
+
+
+class Calls(nn.Module):
+    """Calls a function in its forward."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.proj, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.function()
+        return self.proj(x)
+
+
+def settings() -> list[Any]:
+    """What the process has in common that a stage might change."""
+    return [
+        vars(nn.Module)["__call__"],
+        vars(nn.Module)["__getattr__"],
+        torch.compiler.is_compiling(),
+        torch.compiler.is_dynamo_compiling(),
+        torch.backends.cudnn.enabled,
+        torch._dynamo.config.error_on_nested_fx_trace,
+        torch._dynamo.eval_frame._stance.stance,
+        torch.fx._symbolic_trace._is_fx_tracing_flag
+        if hasattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+        else None,
+        torch.is_grad_enabled(),
+    ]
+
+
+@ENGINES
+def test_another_thread_finds_all_settings_and_torch_compile_as_they_were(engine: str) -> None:
+    before = settings()
+    found: list[Any] = []
+
+    def elsewhere() -> None:
+        found.append(ELSEWHERE.submit(lambda: (settings(), compiles())).result())
+
+    apply, params, buffers = stage(Calls(elsewhere), engine)
+    fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    assert found == [(before, True)]
+    assert settings() == before
+    assert compiles()
+
+
+def test_stages_that_overlap_leave_torch_compile_on() -> None:
+    first_in, second_in, first_done = (threading.Event() for _ in range(3))
+
+    def run(module: nn.Module) -> None:
+        apply, params, buffers = stage(module, "closures")
+        fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+
+    def first() -> None:
+        run(Calls(lambda: (first_in.set(), second_in.wait(LONG))))
+        first_done.set()
+
+    def second() -> None:
+        assert first_in.wait(LONG)
+        run(Calls(lambda: (second_in.set(), first_done.wait(LONG))))
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert compiles()
+
+
+@ENGINES
+def test_torch_compile_goes_on_after_a_stage_that_fails(engine: str) -> None:
+    def fail() -> None:
+        raise KeyError("mine")
+
+    apply, params, buffers = stage(Calls(fail), engine)
+    before = settings()
+    with pytest.raises((KeyError, fs.StageError)):
+        fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    assert settings() == before
+    assert compiles()
+
+
+@ENGINES
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_functions_that_were_compiled_run_as_written_within_a_stage(engine: str, fullgraph: bool) -> None:
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.last = Shares(nn.Linear(4, 4))
+            self.last.compile(backend="eager", fullgraph=fullgraph)
+            self.act = torch.compile(lambda t: t.sin(), backend="eager", fullgraph=fullgraph)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.first(x)))
+
+    module, x = Compiled(), torch.randn(3, 4)
+    apply, params, buffers = stage(module, engine)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    grads = pullback(torch.ones(3, 4))[1]()
+    module(x).sum().backward()
+    torch.testing.assert_close(output, module(x))
+    torch.testing.assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
+class Shares(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts, self.regions = nn.ModuleList(parts), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = checkpoint(part, x, use_reentrant=False) if self.regions else part(x)
+        return x
+
+
+def race(modules: list[nn.Module], engine: str, rounds: int, regions: bool = False) -> None:
+    """Run F, I and W of each module's stage, with parameters of its own, in a thread each."""
+    x = torch.randn(4, 8)
+    stages = [stage(module, engine) for module in modules]
+    params = [{name: p * (k + 1) for name, p in stage[1].items()} for k, stage in enumerate(stages)]
+    held = [(name, p) for module in modules for name, p in module.named_parameters()]
+
+    def eager(k: int) -> list[Tensor]:
+        leaves = {name: p.detach().requires_grad_() for name, p in params[k].items()}
+        leaf = x.clone().requires_grad_()
+        out = torch.func.functional_call(modules[k], {**leaves, **stages[k][2]}, (leaf,))
+        return [out.detach(), *torch.autograd.grad(out.sum(), [leaf, *leaves.values()])]
+
+    def split(k: int) -> list[Tensor]:
+        apply, _, buffers = stages[k]
+        output, _, pullback = fs.stage_vjp(apply, params[k], buffers, x)
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        return [output, dx, *weight_pullback().values()]
+
+    expected = [eager(k) for k in range(len(modules))]  # by torch, a region would use the module's own
+    for module in modules:
+        module.regions = regions
+    barrier = threading.Barrier(len(modules))
+
+    def work(k: int) -> None:
+        barrier.wait(LONG)
+        for _ in range(rounds):
+            torch.testing.assert_close(split(k), expected[k])
+
+    with ThreadPoolExecutor(len(modules)) as pool:
+        for done in [pool.submit(work, k) for k in range(len(modules))]:
+            done.result(timeout=LONG)
+    now = [(name, p) for module in modules for name, p in module.named_parameters()]
+    assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(held, now, strict=True))
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+
+@ENGINES
+@pytest.mark.parametrize("regions", [False, True], ids=["plain", "checkpointed"])
+def test_stages_that_share_a_submodule_do_not_see_each_others_tensors(engine: str, regions: bool) -> None:
+    shared = layers()
+    race([Shares(shared), Shares(shared)], engine, 20, regions)
+
+
+@ENGINES
+def test_stages_that_share_in_a_ring_neither_mix_nor_wait_forever(engine: str) -> None:
+    parts = [layers() for _ in range(3)]
+    pairs = itertools.permutations(parts, 2)
+    race([Shares(a, b) for a, b in pairs], engine, 10)
+
+
+@ENGINES
+def test_a_stage_and_a_stage_of_its_part_share_it(engine: str) -> None:
+    whole = Shares(layers(), layers())
+    race([whole.parts[1], whole, whole.parts[0][0]], engine, 20)
+
+
+def test_one_module_in_several_stages_is_lent_to_one_thread_at_a_time() -> None:
+    module = layers()
+    race([module] * 3, "closures", 20)
+
+
+def test_stages_that_share_nothing_run_side_by_side() -> None:
+    meeting = threading.Barrier(2)
+    act = nn.GELU()  # an object that holds nothing is shared by many models
+
+    def run(_: int) -> None:
+        module = nn.Sequential(Calls(lambda: meeting.wait(LONG)), act)
+        apply, params, buffers = stage(module, "closures")
+        fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+
+
+# What libraries ask.
+ASKED = [
+    lambda: torch.compiler.is_compiling(),
+    lambda: torch._dynamo.is_compiling(),
+    lambda: torch._utils.is_compiling(),
+    lambda: torch.compiler.is_dynamo_compiling(),
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=["compiler", "dynamo", "utils", "is_dynamo_compiling"])
+def test_a_trace_looks_like_a_compilation_to_its_own_thread_alone(asked: Callable[[], bool]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                assert not pool.submit(asked).result()
+            if not asked() and mask.all():
+                return self.proj(x)
+            return self.proj(x) * mask[..., None]
+
+    module, x = Masked(), torch.randn(2, 3, 4)
+    apply, params, buffers = stage(module, "aten")
+    for mask in (torch.ones(2, 3, dtype=torch.bool), torch.rand(2, 3) > 0.5):
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x, mask)
+        (dx, _), weight_pullback = pullback(torch.ones_like(output))
+        leaf = x.clone().requires_grad_()
+        expected = module(leaf, mask)
+        grads = torch.autograd.grad(expected.sum(), [leaf, *module.parameters()])
+        torch.testing.assert_close([output, dx, *weight_pullback().values()], [expected, *grads])
+    assert not asked()
+
+
+def test_a_stage_that_runs_by_levels_does_not_look_like_a_compilation() -> None:
+    found: list[bool] = []
+    apply, params, buffers = stage(Calls(lambda: found.extend(ask() for ask in ASKED)), "closures")
+    fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    assert found == [False] * len(ASKED)
+
+
+def test_torchs_encoder_with_a_mask_is_traced_without_gradients() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    module = nn.TransformerEncoder(layer, 1).eval()
+    apply, params, buffers = stage(module, "aten")
+    x, padded = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad():
+        output, _ = apply(params, buffers, x, src_key_padding_mask=padded)
+        expected = module(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(output[~padded], expected[~padded])
