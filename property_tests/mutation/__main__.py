@@ -1,0 +1,92 @@
+"""The command: `python -m property_tests.mutation --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from .operators import Mutant, mutants_of, sample
+from .reach import Reach
+from .targets import PACKAGE, ROOT, files_of_tests, target_files
+from .trial import Outcome, collect, outcomes
+
+NOTES = ROOT / "build" / "mutation.json"
+ACCEPTED = Path(__file__).with_name("accepted.txt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m property_tests.mutation", description=__doc__)
+    parser.add_argument("--sample", type=int, metavar="N", help="try N mutants; all, if not given")
+    parser.add_argument("--seed", type=int, default=0, help="for the sample")
+    parser.add_argument("--only", default="", metavar="TEXT", help="try mutants whose name has TEXT")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
+    parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
+    parser.add_argument("--collect", action="store_true", help="note anew which tests run which lines")
+    options = parser.parse_args()
+    mutants = [m for file in target_files() for m in mutants_of(file, (ROOT / file).read_text())]
+    mutants = [mutant for mutant in mutants if options.only in mutant.name]
+    if options.sample is not None:
+        mutants = sample(mutants, options.sample, options.seed)
+    if options.list:
+        print(*(mutant.name for mutant in mutants), sep="\n")
+        return
+    if options.collect or not NOTES.exists():
+        collect(ROOT / PACKAGE, target_files(), files_of_tests(), NOTES)
+    reach = Reach.load(NOTES)
+    for file in reach.stale(ROOT):
+        print(f"{file} has changed since it was noted which tests run its lines: --collect does it anew.")
+    accepted = read_accepted(ACCEPTED.read_text())
+    found: list[Outcome] = []
+    for outcome in outcomes(mutants, ROOT / PACKAGE, reach, options.budget, options.jobs):
+        found.append(outcome)
+        status = "accepted" if is_accepted(outcome, accepted) else outcome.status
+        print(f"{len(found):4} {status:9} {outcome.seconds:5.0f} s  {outcome.mutant.name}", flush=True)
+        print(f"{'':24}{outcome.said}", flush=True)
+    print(table(found, accepted))
+
+
+def read_accepted(text: str) -> dict[str, str]:
+    """The mutants that are no faults, with the reasons: a line for each mutant, then an indented one."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        if line.startswith(" "):
+            found |= dict.fromkeys(names, line.strip())
+            names = []
+        elif line and not line.startswith("#"):
+            names.append(line)
+    return found
+
+
+def is_accepted(outcome: Outcome, accepted: dict[str, str]) -> bool:
+    return outcome.status in ("survived", "unreached") and outcome.mutant.name in accepted
+
+
+def table(found: Iterable[Outcome], accepted: dict[str, str]) -> str:
+    """The score of each file, and the survivors."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    survivors: list[Mutant] = []
+    for outcome in found:
+        excused = is_accepted(outcome, accepted)
+        status = "accepted" if excused else outcome.status
+        for file in (outcome.mutant.file, "all"):
+            counts[file][status] += 1
+        if status in ("survived", "unreached"):
+            survivors.append(outcome.mutant)
+    columns = ("killed", "timed out", "survived", "unreached", "accepted")
+    lines = [f"| file | {' | '.join(columns)} | score |", "| --- |" + " --- |" * (len(columns) + 1)]
+    for file, count in sorted(counts.items(), key=lambda entry: (entry[0] == "all", entry[0])):
+        tried = count.total() - count["accepted"]
+        score = f"{(count['killed'] + count['timed out']) / tried:.1%}" if tried else ""
+        lines.append(f"| {file} | {' | '.join(str(count[c]) for c in columns)} | {score} |")
+    return "\n".join([*lines, "", *(f"survived: {mutant.name}" for mutant in survivors)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Faults: what may be planted in a source file, as replacements of its text."""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Fault = tuple[Any, str]
+"""A node of a syntax tree, and the source in its place."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A source file with one fault.
+
+    Attributes:
+        file: the file, relative to the root.
+        function: the qualified name of the function or class that the fault is in; empty at module level.
+        old: what stood there, on one line.
+        new: what stands there instead.
+        lines: the first and last line of what is replaced, and of the statement that it is a part of.
+        span: the place in the file, as offsets of bytes.
+    """
+
+    file: str
+    function: str
+    old: str
+    new: str
+    lines: tuple[int, int]
+    span: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The same in the next version of the file, if nobody touches the place."""
+        return f"{self.file} | {self.function} | {self.old} -> {self.new}"
+
+    def source(self, text: str) -> str:
+        """The file with the fault; what follows keeps its line numbers where the fault is no longer."""
+        data = text.encode()
+        start, end = self.span
+        lost = data[start:end].count(b"\n") - self.new.count("\n")
+        padding = b"\\\n" * lost if lost > 0 else b""
+        return (data[:start] + self.new.encode() + padding + data[end:]).decode()
+
+
+def mutants_of(file: str, text: str) -> list[Mutant]:
+    """All mutants of a source file, in the order of the file."""
+    starts = [0]
+    for line in text.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = []
+    for place in _places(ast.parse(text), Place("", 1, len(starts))):
+        for operator in OPERATORS:
+            for old, new in operator(place.node):
+                span = tuple(
+                    starts[line - 1] + column
+                    for line, column in ((old.lineno, old.col_offset), (old.end_lineno, old.end_col_offset))
+                )
+                lines = place.first, place.last or old.end_lineno
+                found.append(Mutant(file, place.function, _line(ast.unparse(old)), new, lines, span))
+    return found
+
+
+def sample(mutants: Iterable[Mutant], n: int, seed: int) -> list[Mutant]:
+    """Draw `n` mutants, the same for the same seed, in the order given."""
+    mutants = list(mutants)
+    chosen = set(random.Random(seed).sample(range(len(mutants)), min(n, len(mutants))))
+    return [mutant for i, mutant in enumerate(mutants) if i in chosen]
+
+
+class Place(NamedTuple):
+    """Where a fault may lie.
+
+    Attributes:
+        function: the qualified name of the function or class around it.
+        first: the first line of the statement around it.
+        last: the last line of what it belongs to, where it runs before a test does: when that is imported.
+        node: the place itself.
+    """
+
+    function: str
+    first: int
+    last: int | None
+    node: Any = None
+
+
+_SKIPPED = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)
+"""Text for people is no matter of tests, nor are imports; that an error is raised at all is one."""
+_SKIPPED_FIELDS = ("annotation", "returns", "decorator_list", "bases")
+
+
+def _places(node: ast.AST, around: Place) -> Iterator[Place]:
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or field in _SKIPPED_FIELDS or _is_no_place(child):
+                continue
+            place = around._replace(node=child)
+            if isinstance(node, ast.FunctionDef) and field == "body":
+                place = place._replace(last=None)
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = f"{around.function}.{child.name}".lstrip(".")
+                place = Place(name, child.lineno, child.end_lineno, child)
+            elif isinstance(child, ast.stmt) and place.last is None:
+                place = place._replace(first=child.lineno)
+            yield place
+            if not isinstance(child, _SKIPPED):
+                yield from _places(child, place)
+
+
+def _is_no_place(node: Any) -> bool:
+    if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+        return True
+    if isinstance(node, ast.AnnAssign) and "TypeAlias" in ast.unparse(node.annotation):
+        return True
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return True
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)  # a docstring
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _put(old: ast.AST, text: str) -> Fault:
+    return old, f"({_line(text)})" if isinstance(old, ast.expr) else _line(text)
+
+
+def _negated(node: Any) -> Iterator[Fault]:
+    """A condition is negated, or loses its `not`."""
+    if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+        tests = [node.test]
+    else:
+        tests = node.ifs if isinstance(node, ast.comprehension) else []
+    for test in tests:
+        if not (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)):
+            yield _put(test, f"not ({ast.unparse(test)})")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield _put(node, ast.unparse(node.operand))
+
+
+_PAIRS = ((ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE))
+_COMPARED = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+
+
+def _other_logic(node: Any) -> Iterator[Fault]:
+    """`and` for `or`, an operand less, another comparison, another boolean."""
+    if isinstance(node, ast.BoolOp):
+        other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield _put(node, ast.unparse(ast.BoolOp(other, node.values)))
+        for i in range(len(node.values)):
+            rest = node.values[:i] + node.values[i + 1 :]
+            yield _put(node, ast.unparse(rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        other_op = _COMPARED[type(node.ops[0])]()
+        yield _put(node, ast.unparse(ast.Compare(node.left, [other_op], node.comparators)))
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield _put(node, repr(not node.value))
+
+
+def _uncopied(node: Any) -> Iterator[Fault]:
+    """A copy or a detachment is left out."""
+    copies = ("clone", "detach", "contiguous", "copy", "requires_grad_")
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in copies:
+        yield _put(node, ast.unparse(node.func.value))
+
+
+def _off_by_one(node: Any) -> Iterator[Fault]:
+    """A number or the bound of a slice is larger or smaller by one."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        yield _put(node, str(node.value + 1))
+    if isinstance(node, ast.Slice):
+        for bound in (node.lower, node.upper):
+            if bound is not None and not isinstance(bound, ast.Constant):
+                yield _put(bound, f"{ast.unparse(bound)} - 1")
+
+
+def _left_out(node: Any) -> Iterator[Fault]:
+    """A statement, a context, an element or a result is left out."""
+    if isinstance(node, (ast.AugAssign, ast.Raise, ast.Delete, ast.Continue, ast.Break)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ):
+        yield _put(node, "pass")
+    if isinstance(node, ast.Return) and node.value is not None:
+        yield _put(node.value, "None")
+    if isinstance(node, ast.With):
+        for item in node.items:
+            if item.optional_vars is None and isinstance(item.context_expr, ast.Call):
+                yield _put(item.context_expr, "__import__('contextlib').nullcontext()")
+    if isinstance(node, ast.Tuple) and len(node.elts) > 1:
+        yield _put(node, f"{', '.join(map(ast.unparse, node.elts[:-1]))},")
+    if isinstance(node, (ast.List, ast.Set, ast.Dict)) and ast.unparse(node) not in ("[]", "{}"):
+        yield _put(node, {ast.List: "[]", ast.Set: "set()", ast.Dict: "{}"}[type(node)])
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp)):
+        yield _put(node, {ast.ListComp: "[]", ast.SetComp: "set()", ast.DictComp: "{}"}[type(node)])
+
+
+def _swapped(node: Any) -> Iterator[Fault]:
+    """The first two arguments change places."""
+    if (
+        not isinstance(node, ast.Call)
+        or len(node.args) < 2
+        or ast.unparse(node.func) in ("isinstance", "zip")
+    ):
+        return
+    first, second, *rest = node.args
+    if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
+        yield _put(node, ast.unparse(ast.Call(node.func, [second, first, *rest], node.keywords)))
+
+
+OPERATORS: tuple[Callable[[Any], Iterator[Fault]], ...] = (
+    _negated,
+    _other_logic,
+    _uncopied,
+    _off_by_one,
+    _left_out,
+    _swapped,
+)

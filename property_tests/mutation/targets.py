@@ -1,0 +1,45 @@
+"""Where faults are planted, and the tests that may see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "funcstage"
+
+TARGETS = (
+    "funcstage/split*.py",
+    "funcstage/closures*.py",
+    "funcstage/graph/[!_]*.py",
+    "funcstage/grad_mode.py",
+    "funcstage/writes.py",
+    "funcstage/pipelining/stage*.py",
+    "funcstage/pipelining/hooks.py",
+    "funcstage/pipelining/upstream.py",
+)
+"""Globs of the files that faults are planted in."""
+
+ON_A_GPU_ONLY = ("funcstage/graph/cuda_graphs.py",)
+"""Files among these that do nothing without one."""
+
+TESTS = ("tests/test_*.py", "property_tests/test_*.py")
+
+UNRELATED = {
+    # what runs for long, or in processes of its own, and tests other parts of the package
+    *("benchmarks", "commands", "demo", "distributed_pipelines", "docs", "html", "mutation", "notebooks"),
+    *("operators", "readme", "schedules", "search", "soak", "timeline", "train_distributed"),
+}
+"""Test files that no trial runs, without `test_` and `.py`."""
+
+
+def target_files(root: Path = ROOT) -> list[str]:
+    """The files that faults are planted in, relative to the root."""
+    found = {path for pattern in TARGETS for path in root.glob(pattern) if path.name != "__init__.py"}
+    return sorted({str(path.relative_to(root)) for path in found} - {*ON_A_GPU_ONLY})
+
+
+def files_of_tests(root: Path = ROOT) -> list[str]:
+    """The test files that trials may run, relative to the root."""
+    found = [path for pattern in TESTS for path in sorted(root.glob(pattern))]
+    chosen = [p for p in found if p.stem.removeprefix("test_") not in UNRELATED and "cuda" not in p.stem]
+    return [str(path.relative_to(root)) for path in chosen]

@@ -1,0 +1,100 @@
+"""The command of `property_tests.mutation`, on a package of one file whose tests are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CODE = '''
+"""A file with faults that its tests see, and with some that they do not see."""
+
+import time
+
+def first_positive(values, start=0):
+    for value in values[start:]:
+        if value > 0 and value != 5:
+            return value
+
+def countdown(n):
+    while n:
+        n -= 1
+        time.sleep(0.01)
+    return (n, "done")
+
+def unused():
+    return 1
+'''
+
+TESTS = """
+from toy.core import countdown, first_positive
+
+def test_the_first_positive_value_is_found():
+    assert first_positive([-1, 2]) == 2
+
+def test_a_countdown_ends():
+    assert countdown(3) == (0, "done")
+
+def test_that_fails_anyway():
+    assert False
+"""
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from property_tests.mutation.operators import mutants_of
+from property_tests.mutation.reach import Reach
+from property_tests.mutation.trial import collect, outcomes
+
+root, file = Path(sys.argv[1]), "toy/core.py"
+notes = root / "notes.json"
+collect(root / "toy", [file], ["tests/test_core.py"], notes)
+reach = Reach.load(notes)
+mutants = mutants_of(file, (root / file).read_text())
+found = outcomes(mutants, root / "toy", reach, budget=60.0, jobs=2, grace=20.0)
+print(json.dumps({"tests": [*reach.seconds], "outcomes": {o.mutant.name: o.status for o in found}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    root = tmp_path_factory.mktemp("root")
+    for file, text in (("toy/__init__.py", ""), ("toy/core.py", CODE), ("tests/test_core.py", TESTS)):
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
+    names = ["test_the_first_positive_value_is_found", "test_a_countdown_ends"]
+    assert found["tests"] == [f"tests/test_core.py::{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("place", "status"),
+    [
+        ("first_positive | value > 0 and value != 5 -> (not (value > 0 and value != 5))", "killed"),
+        ("first_positive | value > 0 and value != 5 -> (value > 0 or value != 5)", "killed"),
+        ("first_positive | value > 0 and value != 5 -> (value > 0)", "survived"),
+        ("first_positive | value > 0 -> (value >= 0)", "survived"),
+        ("first_positive | 5 -> (6)", "survived"),
+        ("first_positive | 0 -> (1)", "survived"),  # either one
+        ("first_positive | value -> (None)", "killed"),
+        ("countdown | n -> (not (n))", "killed"),
+        ("countdown | n -= 1 -> pass", "timed out"),
+        ("countdown | (n, 'done') -> (n,)", "killed"),
+        ("unused | 1 -> (None)", "unreached"),
+    ],
+)
+def test_what_becomes_of_a_fault(place: str, status: str, found: dict) -> None:
+    assert found["outcomes"][f"toy/core.py | {place}"] == status
