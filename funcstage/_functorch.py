@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import (
-    _unwrap_for_grad as unwrap,
-)
-from torch._C._functorch import (
+    TransformType,
     _wrap_for_grad,
+    get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
     set_inplace_requires_grad_allowed,
+)
+from torch._C._functorch import (
+    _unwrap_for_grad as unwrap,
 )
 from torch._C._functorch import (
     maybe_get_level as level_of,
@@ -41,6 +43,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "current_level",
+    "differentiating_above",
     "down_to",
     "grad_level",
     "innermost",
@@ -65,6 +68,12 @@ def current_level() -> int:
     """Return the level of the innermost open transform, 0 where there is none."""
     interpreter = peek_interpreter_stack()
     return 0 if interpreter is None else interpreter.level()
+
+
+def differentiating_above(level: int) -> bool:
+    """Tell whether a transform that takes derivatives is open above `level`."""
+    stack = get_interpreter_stack() or ()
+    return any(t.level() > level and t.key() in (TransformType.Grad, TransformType.Jvp) for t in stack)
 
 
 def make_leaf(tensor: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
-from funcstage import custom_functions, trees
+from funcstage import custom_functions, inner_gradients, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.autocast import cast_first
@@ -41,7 +41,7 @@ from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
-from funcstage.functional import check_leaves, checked_result
+from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
 from funcstage.residuals import (
     Home,
     Residual,
@@ -87,6 +87,7 @@ class Origin:
         state: the parameters and buffers, which are no residuals: the caller holds them anyway.
         higher: whether the gradients are to be differentiated in turn.
         switchboard: where nodes look for residuals that were taken out of them.
+        modules: what the stage's modules held, where Python functions may read it in the reverse passes.
     """
 
     n_args: int
@@ -95,6 +96,7 @@ class Origin:
     state: list[Tensor]
     higher: bool
     switchboard: Switchboard
+    modules: list[ModuleState]
 
     def retains(self, shared: bool) -> bool:
         """Whether a reverse pass leaves the nodes as they are."""
@@ -223,7 +225,7 @@ class InputTape:
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
         """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
         origin = self.origin
-        if not origin.higher and _is_differentiated(cotangents):
+        if not origin.higher and is_differentiated(cotangents):
             origin = replace(origin, higher=True)
         shared = self.shared or retain
         wanted: list[GradientEdge | Tensor] = [leaf for _, leaf in self.inputs]
@@ -319,6 +321,7 @@ def linearize(
     Raises:
         PurityError: if `apply` mutates a tensor that it was given or has captured.
         StageError: if saved-tensor hooks are in use.
+        TakesGradients: if the stage takes gradients inside itself, and a plain tape can be used instead.
     """
     check_leaves("params", params)
     check_leaves("buffers", buffers)
@@ -326,12 +329,12 @@ def linearize(
     arg_leaves, args_spec = trees.flatten(args)
     state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
-    higher = _is_differentiated(param_leaves) or _is_differentiated(arg_leaves)
+    higher = is_differentiated(param_leaves) or is_differentiated(arg_leaves)
     inputs: Entries = []
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
-        stack.enter_context(_explaining(given))
+        stack.enter_context(_explaining(given, higher or rerun))
         transformed = ft.current_level() > 0
         if transformed:
             stack.enter_context(saving_outside(switchboard))
@@ -355,7 +358,8 @@ def linearize(
                 param_leaves[i] = ft.wrap_leaf(leaf, inner)
                 weights.append((i, param_leaves[i]))
         mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
-        if not (transformed or higher or rerun):
+        mode.alone = not (transformed or higher or rerun)
+        if mode.alone:
             mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)
         with mode, intercepting(mode), uncompiled():
             result = apply(
@@ -369,7 +373,16 @@ def linearize(
         exits = [mode.leave(leaf) for leaf in output_leaves]
         new_buffers = trees.map_leaves(lambda leaf: mode.leave(leaf).value, new_buffers)
     output = trees.unflatten(output_spec, (exit.value for exit in exits))
-    origin = Origin(len(arg_leaves), len(param_leaves), weights, state, higher, switchboard)
+    modules = []
+    # Regions borrow the module themselves, in threads of autograd's.
+    if (
+        mode.calls_back
+        and not mode.had_regions
+        and isinstance(params, dict)
+        and isinstance(new_buffers, dict)
+    ):
+        modules = holding(getattr(apply, "module", None), {**new_buffers, **params})
+    origin = Origin(len(arg_leaves), len(param_leaves), weights, state, higher, switchboard, modules)
     tape = InputTape(
         origin,
         roots=[(i, exit.outer) for i, exit in enumerate(exits) if exit.outer is not None],
@@ -415,9 +428,12 @@ class _Split(TorchFunctionMode):
         owners: memory of the caller's leaves, read at the first in-place operation.
         mixed: whether values that are on both levels may exist.
         hooked: whether the stage has put hooks on tensors.
+        calls_back: whether Python functions of the stage's own run in the reverse passes.
         bases: the sites at what outputs are views of.
         rerunnable: how checkpointed regions are run again; None where they are run as they come.
         paused: whether another split is at work, in a region.
+        alone: whether nobody differentiates the stage in turn.
+        marked: whether the stage has marked tensors of its own as requiring grad.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
     """
@@ -435,9 +451,12 @@ class _Split(TorchFunctionMode):
         self.owners: dict[int, tuple[str, int]] | None = None
         self.mixed = False
         self.hooked = False
+        self.calls_back = False
         self.bases: set[Site] = set()
         self.rerunnable: Rerunnable | None = None
         self.paused = False
+        self.alone = False
+        self.marked = False
         self.had_regions = False
         self.before_write: Callable[[Any, Any], None] | None = None
 
@@ -447,9 +466,14 @@ class _Split(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if inner_gradients.takes_gradients(func):
+            self.take_gradients(func.__name__)
+        if func in _MARKS:
+            return self.mark(*args, **kwargs)
         body = opened(func)
         if body is not None:
-            self.hooked = self.hooked or func is Tensor.register_hook
+            if func is Tensor.register_hook:
+                self.hook(args[1])
             with self:
                 return body(*args, **kwargs)
         if self.moved or self.had_regions:
@@ -494,12 +518,53 @@ class _Split(TorchFunctionMode):
 
     def splits(self) -> bool:
         """Tell whether the two levels are there and on top."""
-        if self.outer_level is None:
-            return False  # everything is W's
         if ft.current_level() == self.inner_level:
-            return True
+            return self.outer_level is not None  # or else everything is W's
         self.mixed = True  # a transform of the stage's own is open, whose results stay on both levels
+        if self.alone and self.differentiates():
+            raise inner_gradients.TakesGradients
         return False
+
+    def differentiates(self) -> bool:
+        """Tell whether a transform of the stage's own is open that takes derivatives."""
+        return ft.differentiating_above(self.inner_level)
+
+    def take_gradients(self, how: str) -> None:
+        """The stage takes gradients itself, other than by the transforms of torch.func."""
+        if self.differentiates() and not self.alone:
+            return  # those transforms do
+        raise inner_gradients.TakesGradients if self.alone else inner_gradients.refused(how)
+
+    def hook(self, hook: Any) -> None:
+        """The stage puts a hook on a tensor."""
+        self.hooked = self.calls_back = True
+        # A tensor of its own is marked in order to take gradients by it, if not now, then in the hook.
+        if self.marked or inner_gradients.differentiates(hook):
+            self.take_gradients("a hook")
+
+    def mark(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+        """The stage marks a tensor, which has no effect: gradients are those of arguments and parameters."""
+        if self.differentiates():
+            if self.alone:
+                raise inner_gradients.TakesGradients
+            with torch._C.DisableTorchFunction():
+                return tensor.requires_grad_(requires_grad)
+        with torch._C.DisableTorchFunction():
+            now = ft.requires_grad(self.current(tensor))
+            if now and not requires_grad:
+                owner = self.owner(tensor)
+                if owner is not None:
+                    raise _impure(owner, Tensor.requires_grad_)
+                raise RuntimeError(
+                    "you can only change requires_grad flags of leaf variables. If you want to use a "
+                    "computed variable in a subgraph that doesn't require differentiation use var_no_grad "
+                    "= var.detach()."  # as torch says
+                )
+        if requires_grad and not now:
+            self.marked = True
+            if self.hooked:
+                self.take_gradients("a hook")
+        return tensor
 
     def above(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation with the outer level on top.
@@ -653,8 +718,11 @@ class _Split(TorchFunctionMode):
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         """Apply a custom autograd function at the levels that it concerns."""
+        self.calls_back = True
         if custom_functions.is_formula(function):
             raise custom_functions.Formula(function)
+        if inner_gradients.backward_differentiates(function):
+            self.take_gradients(f"the backward of {function.__name__}")
         if custom_functions.takes_ctx(function):
             return custom_functions.applied(function, args)
         return apply(*args)
@@ -691,21 +759,20 @@ class _Split(TorchFunctionMode):
 
         They see the same operations, and the same `requires_grad`, as those of the second run.
         """
+        self.paused = True
         with ExitStack() as stack:
+            stack.callback(setattr, self, "paused", False)
             stack.enter_context(ft.saving_through(region.forget, region.forget))
             captured.outer = stack.enter_context(ft.grad_level())
             stack.enter_context(torch.enable_grad())
             captured.inner = stack.enter_context(ft.grad_level())
             stack.enter_context(torch.enable_grad())
             nested = _Split(captured.outer, captured.inner, {}, [])
+            nested.alone = self.alone
             nested.before_write = captured.before_write
-            self.paused = True
-            try:
-                with nested, intercepting(nested), StandIns(captured.adopted):
-                    leaves, spec = trees.flatten(region.run())
-                    exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
-            finally:
-                self.paused = False
+            with nested, intercepting(nested), StandIns(captured.adopted):
+                leaves, spec = trees.flatten(region.run())
+                exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
             region.release(lambda buffer: self.bare(nested.leave(buffer).value))
         return [exit._replace(value=self.bare(exit.value)) for exit in exits], spec
 
@@ -905,7 +972,7 @@ def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     return kwargs.get("out") is not None
 
 
-def _is_differentiated(leaves: Iterable[Any]) -> bool:
+def is_differentiated(leaves: Iterable[Any]) -> bool:
     """Tell whether somebody outside differentiates what is computed from these leaves."""
     if not torch.is_grad_enabled():
         return False
@@ -934,7 +1001,7 @@ def reverse(
         return [None] * len(wanted)
     edges, cotangents = zip(*seeds, strict=True)
     board = origin.switchboard
-    with board.reading(home):
+    with board.reading(home), lent_again(origin.modules):
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             edges,
             wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both
@@ -974,13 +1041,18 @@ def _impure(owner: str, func: Any) -> PurityError:
 
 
 @contextmanager
-def _explaining(given: dict[str, PyTree]) -> Iterator[None]:
-    """Raise a refusal in place of what torch says about functions that cannot be transformed."""
+def _explaining(given: dict[str, PyTree], higher: bool) -> Iterator[None]:
+    """Raise a refusal in place of what torch says about functions that cannot be transformed.
+
+    `higher` tells whether gradients are to be differentiated in turn.
+    """
     try:
         yield
     except StageError:
         raise
     except (AttributeError, RuntimeError) as error:
+        if not higher and "backward() called inside a functorch transform" in str(error):
+            raise inner_gradients.TakesGradients from None
         refusal = _refusal(error) or _sparse(error, given)
         if refusal is None:
             raise
@@ -1006,6 +1078,8 @@ def _refusal(error: Exception) -> StageError | None:
     message = str(error)
     if _HOOKS_REFUSED in message:
         return StageError(_HOOKS_REFUSED)
+    if "don't yet support saved tensor hooks" in message:  # those of `saving_outside`
+        return inner_gradients.refused("torch.func")
     if "mutate a captured Tensor" in message:
         return PurityError(
             "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
@@ -1046,6 +1120,7 @@ _WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", "H", "mH")}
 """Attributes that are operations."""
+_MARKS: set[Any] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
     for name in [

@@ -7,8 +7,7 @@ answering no, so that called under the mode it presents the operations one by on
 
 A few composites are written in C++ (the recurrent layers outside oneDNN, and their cells); `decomposed`
 returns the same computation in Python. Dropout is opened too, for another reason: torch.func has a
-dropout of its own, which draws other masks than the eager one. And `requires_grad_`, which transformers
-calls on embeddings under checkpointing, marks nothing in a pure function.
+dropout of its own, which draws other masks than the eager one.
 """
 
 from __future__ import annotations
@@ -113,14 +112,6 @@ def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
     return torch._VF.meshgrid(tensors, **options)  # type: ignore[attr-defined]
 
 
-def _requires_grad_(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    """Mark nothing: a stage's gradients are those of its arguments and parameters alone."""
-    if requires_grad:
-        return tensor
-    with torch._C.DisableTorchFunction():
-        return tensor.requires_grad_(False)
-
-
 def _lstm(args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
     data, hidden = args[0], args[1]
     is_sequence = isinstance(hidden, (tuple, list))  # packed data has its batch sizes there
@@ -172,7 +163,6 @@ def _pad_packed_sequence(
 
 
 _OPENED: dict[Any, Callable[..., Any] | None] = {
-    Tensor.requires_grad_: _requires_grad_,
     torch.meshgrid: _meshgrid,
     torch._pack_padded_sequence: _pack_padded_sequence,
     torch._pad_packed_sequence: _pad_packed_sequence,

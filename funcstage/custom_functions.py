@@ -27,6 +27,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
 from funcstage import _functorch as ft
+from funcstage import inner_gradients
 from funcstage.errors import StageError
 
 
@@ -199,7 +200,8 @@ class _Bridge(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         context = ctx.context.at(ctx)
-        found = context._function.backward(context, *grads)
+        with inner_gradients.Refusing(context._function.__name__):
+            found = context._function.backward(context, *grads)
         return None, *(found if isinstance(found, tuple) else (found,))
 
     @staticmethod

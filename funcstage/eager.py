@@ -1,26 +1,33 @@
-"""Stages with DTensors among their parameters: split on a plain autograd tape.
+"""Stages that the levels cannot run, split on a plain autograd tape.
 
-The wrappers of `torch.func` hide a tensor's class, which the hooks of `parallelize_module` look at. Such a
-stage therefore runs under autograd alone, and is split as `funcstage.autograd` splits what already ran: no
-operation runs twice, except those whose one kernel yields both gradients. What the levels are for, higher
-derivatives and transforms around the stage, is refused.
+The wrappers of `torch.func` hide a tensor's class, which the hooks of `parallelize_module` look at, and a
+gradient that a stage takes inside itself needs the one tape that eager has. Such stages run under autograd
+alone, and are split as `funcstage.autograd` splits what already ran: no operation runs twice, except those
+whose one kernel yields both gradients. What the levels are for, higher derivatives and transforms around the
+stage, is refused. Checkpointed regions are not computed again.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from funcstage import _functorch as ft
 from funcstage import autograd, trees
-from funcstage.errors import StageError
-from funcstage.functional import checked_result
+from funcstage._interception import intercepting
+from funcstage.checkpointing import Call
+from funcstage.errors import PurityError, StageError
+from funcstage.functional import ModuleState, checked_result, holding, lent_again
+from funcstage.inner_gradients import BACKWARD_CALLED
 from funcstage.residuals import (
     Home,
     Residual,
@@ -33,6 +40,7 @@ from funcstage.residuals import (
 )
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree
+from funcstage.watched_writes import WatchedWrites
 
 
 def first_dtensor(tree: PyTree) -> int | None:
@@ -54,6 +62,7 @@ class Origin:
         params: the leaves of the tape that stand for parameters, by number.
         state: parameters and buffers, which are no residuals.
         switchboard: where nodes look for residuals that were taken out of them.
+        modules: what the stage's modules held, for what reads them in the backward.
     """
 
     n_args: int
@@ -61,6 +70,20 @@ class Origin:
     params: dict[int, Tensor]
     state: list[Tensor]
     switchboard: Switchboard
+    modules: list[ModuleState]
+
+    @contextmanager
+    def reading(self, home: Home) -> Iterator[None]:
+        """Let a reverse pass find residuals, and its Python functions the parameters of the forward."""
+        with self.switchboard.reading(home), lent_again(self.modules):
+            yield
+
+    def added_directly(self) -> dict[int, Tensor]:
+        """Take away what backward() calls within a reverse pass have added to parameters' `.grad`."""
+        found = {i: weight.grad for i, weight in self.params.items() if weight.grad is not None}
+        for i in found:
+            self.params[i].grad = None
+        return found
 
     def saved(self, edges: Iterable[GradientEdge], home: Home) -> list[Residual]:
         return residuals_of(edges, self.state, self.switchboard, home)
@@ -68,10 +91,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightTape:
-    """What W needs: the groups of `funcstage.autograd.stage_backward_input`."""
+    """What W needs.
+
+    Attributes:
+        origin: the forward pass.
+        groups: those of `funcstage.autograd.stage_backward_input`.
+        direct: gradients that are there already, by parameter.
+        shared: whether other tapes still need the same nodes.
+        home: residuals that were taken out of the nodes.
+    """
 
     origin: Origin
     groups: list[dict[str, Any]]
+    direct: dict[int, Tensor]
+    shared: bool
     home: Home
     shares: ClassVar = True
 
@@ -81,16 +114,17 @@ class WeightTape:
         weights = list(origin.params.values())
         grads: list[Tensor | None] = [None] * origin.n_params
         try:
-            with board.reading(self.home):
-                found = autograd.stage_backward_weight(
-                    weights, self.groups, retain_graph=retain or board.taken_out
-                )
-            for i, grad in zip(origin.params, found, strict=True):
-                grads[i] = grad
+            with origin.reading(self.home):
+                keep = retain or self.shared or board.taken_out
+                autograd.stage_backward_weight(weights, self.groups, retain_graph=keep)
+            for found in (self.direct, origin.added_directly()):
+                for i, grad in found.items():
+                    before = grads[i]
+                    grads[i] = grad if before is None else before + grad
         finally:
             for weight in weights:
                 weight.grad = None
-        return grads, self if retain else None
+        return grads, replace(self, shared=True) if retain else None
 
     @property
     def intact(self) -> bool:
@@ -110,7 +144,7 @@ class WeightTape:
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved, then the cotangents."""
-        return [r.tensor for r in self._saved()] + self._cotangents()
+        return [r.tensor for r in self._saved()] + self._cotangents() + list(self.direct.values())
 
     def share(self) -> list[Tensor]:
         return self.leaves()  # nothing is ever written into them
@@ -123,7 +157,7 @@ class WeightTape:
         groups = [
             {**group, "grads": [_again(grads, rest) for grads in group["grads"]]} for group in self.groups
         ]
-        return replace(self, groups=groups, home=home)
+        return replace(self, groups=groups, direct={i: next(rest) for i in self.direct}, home=home)
 
     def _saved(self) -> list[Residual]:
         sites = (site for group in self.groups for site in group["intermediates"])
@@ -146,12 +180,14 @@ class InputTape:
         origin: the forward pass.
         outputs: the output leaves that require grad, by number.
         inputs: the leaves of the tape that stand for differentiated arguments, by number.
+        shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
     """
 
     origin: Origin
     outputs: dict[int, Tensor]
     inputs: dict[int, Tensor]
+    shared: bool
     home: Home
     watch: ClassVar = None
 
@@ -164,16 +200,19 @@ class InputTape:
         inputs = list(self.inputs.values())
         grads: list[Tensor | None] = [None] * origin.n_args
         try:
-            with origin.switchboard.reading(self.home):
+            with origin.reading(self.home):
                 found, groups = autograd.stage_backward_input(
                     list(given.values()), [cotangents[i] for i in given], inputs, origin.params.values()
                 )
             for i, grad in zip(self.inputs, found, strict=True):
                 grads[i] = grad
         finally:
+            direct = origin.added_directly()
             for leaf in inputs:
                 leaf.grad = None
-        return grads, WeightTape(origin, groups, self.home), self if retain else None
+        shared = self.shared or retain
+        weight_tape = WeightTape(origin, groups, direct, shared, self.home)
+        return grads, weight_tape, replace(self, shared=True) if retain else None
 
     @property
     def intact(self) -> bool:
@@ -212,7 +251,8 @@ def linearize(
     """Run a stage function once under autograd, and keep its tape; as `closures.linearize`.
 
     Raises:
-        StageError: within a transform of `torch.func`.
+        PurityError: if `apply` writes into a tensor that it was given, its `.grad` among it.
+        StageError: within a transform of `torch.func`, or where higher derivatives are wanted.
     """
     param_leaves, params_spec = trees.flatten(params)
     arg_leaves, args_spec = trees.flatten(args)
@@ -224,18 +264,29 @@ def linearize(
     state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
     trained = {i: _fresh(leaf) for i, leaf in enumerate(param_leaves) if trees.is_differentiable(leaf)}
     inputs = {i: _fresh(arg_leaves[i]) for i in diff}
-    with torch.enable_grad():
-        result = apply(
-            trees.unflatten(params_spec, [trained.get(i, leaf) for i, leaf in enumerate(param_leaves)]),
-            buffers,
-            *trees.unflatten(args_spec, [inputs.get(i, leaf) for i, leaf in enumerate(arg_leaves)]),
-            **kwargs,
-        )
+    stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
+    stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
+    given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
+    try:
+        with torch.enable_grad(), intercepting(_AsTheyCome()), WatchedWrites(given):
+            result = apply(stage_params, buffers, *trees.unflatten(args_spec, stage_args), **kwargs)
+    except RuntimeError as error:
+        if _LEAF_WRITTEN in str(error):
+            raise PurityError(
+                "The stage writes in place into a parameter or argument, or a view of one: work on a clone."
+            ) from error
+        raise
+    if any(leaf.grad is not None for leaf in (*trained.values(), *inputs.values())):
+        raise PurityError(BACKWARD_CALLED)
     output, new_buffers = checked_result(apply, result)
     leaves, spec = trees.flatten(output)
-    origin = Origin(len(arg_leaves), len(param_leaves), trained, state, Switchboard())
+    named = (
+        {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
+    )
+    modules = holding(getattr(apply, "module", None), trees.map_leaves(_held, named))
+    origin = Origin(len(arg_leaves), len(param_leaves), trained, state, Switchboard(), modules)
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
-    tape = InputTape(origin, wanted, inputs, {})
+    tape = InputTape(origin, wanted, inputs, shared=False, home={})
     return (
         trees.unflatten(spec, map(trees.detached, leaves)),
         trees.map_leaves(trees.detached, new_buffers),
@@ -245,3 +296,24 @@ def linearize(
 
 def _fresh(leaf: Tensor) -> Tensor:
     return leaf.detach().requires_grad_()
+
+
+def _held(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) and leaf.is_leaf else trees.detached(leaf)
+
+
+class _AsTheyCome:
+    """Runs checkpointed regions and custom functions as they are."""
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        asked = Call.of(call)
+        if asked.is_constant(lambda tensor: tensor.requires_grad):
+            with torch.no_grad():
+                return asked.run()
+        return asked.run()
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        return apply(*args)
+
+
+_LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message

@@ -7,7 +7,7 @@ nothing it is given; what a module would update in place comes back as a value.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -232,6 +232,27 @@ def state_of(modules: Iterable[nn.Module]) -> list[ModuleState]:
     ]
 
 
+def holding(module: nn.Module | None, state: Mapping[str, Any]) -> list[ModuleState]:
+    """What a module and its submodules hold where they are lent tensors under these names."""
+    if module is None:
+        return []
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    lent_for = {id(tensor): state[name] for name, tensor in named.items() if name in state}
+
+    def instead(tensor: Tensor | None) -> Tensor | None:
+        return lent_for.get(id(tensor), tensor)
+
+    states = state_of(module.modules())
+    for part in states:
+        for own in (part.params, part.buffers):
+            own.update({name: instead(tensor) for name, tensor in own.items()})
+        if "_flat_weights" in part.attributes:
+            flat = [instead(weight) for weight in part.attributes["_flat_weights"]]
+            part.attributes["_flat_weights"] = flat
+            part.attributes["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
+    return states
+
+
 @contextmanager
 def lending(states: Iterable[ModuleState]) -> Iterator[None]:
     """Let modules hold what they held then."""
@@ -243,6 +264,16 @@ def lending(states: Iterable[ModuleState]) -> Iterator[None]:
     finally:
         for state in before:
             _hold(state)
+
+
+@contextmanager
+def lent_again(states: Sequence[ModuleState]) -> Iterator[None]:
+    """Let a stage's modules hold what they held, for what reads them in a reverse pass."""
+    if not states:
+        yield
+        return
+    with lent(states[0].module), lending(states):
+        yield
 
 
 def _hold(state: ModuleState) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funcstage import _functorch as ft
-from funcstage import closures, eager, residuals, trees
+from funcstage import closures, eager, residuals, trees, uncompiled
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
 from funcstage.grad_mode import outside_inference_mode, with_gradients_on
@@ -439,7 +439,7 @@ def stage_vjp(
     elif eager.first_dtensor((params, args)) is not None:
         output, new_buffers, tape = eager.linearize(apply, params, buffers, args, kwargs, diff)
     else:
-        output, new_buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
+        output, new_buffers, tape = uncompiled.linearize(apply, params, buffers, args, kwargs, diff)
     output_leaves, output_spec = trees.flatten(output)
     check_leaves("output", output)
     param_leaves, params_spec = trees.flatten(params)

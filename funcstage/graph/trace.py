@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from funcstage import recurrent, trees
+from funcstage import control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
@@ -36,6 +36,7 @@ from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
 from funcstage.graph import norms
 from funcstage.graph._fx import recording, unpatch
+from funcstage.inner_gradients import BACKWARD_CALLED
 from funcstage.trees import Buffers, Params
 
 
@@ -135,9 +136,10 @@ def trace(
             for i, tensor in zip(places, given, strict=True):
                 values[i] = tensor
             wanted = [] if diff is None else [*filter(differentiable, range(n_params)), *wanted_args]
+            marked = {i: values[i].requires_grad_() for i in wanted}
             for i in wanted:
                 # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
-                values[i] = torch.ops.aten.alias.default(values[i].requires_grad_())
+                values[i] = torch.ops.aten.alias.default(values[i])
             ends = [values[i] for i in wanted]
             for i in wanted_args if overwritten else ():
                 values[i] = values[i].clone()
@@ -146,6 +148,8 @@ def trace(
             with intercepting(regions), uncompiled():
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
+            if any(leaf.grad is not None for leaf in marked.values()):
+                raise PurityError(BACKWARD_CALLED)
             outputs, note["output"] = trees.flatten(output)
             fresh, note["buffers"] = trees.flatten(new_buffers)
             results = [*outputs, *fresh]
@@ -167,7 +171,8 @@ def trace(
                         allow_unused=True,
                     )
                 for i, grad in zip(wanted, found, strict=True):
-                    grads[i] = grad
+                    direct = marked[i].grad  # what custom functions add to it themselves
+                    grads[i] = direct if grad is None else grad if direct is None else grad + direct
             if any(map(tt.was_written, given[:n_state])):
                 raise _impure(apply)
             parts = (
@@ -398,6 +403,9 @@ def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     """Say where the trace stopped; errors that the stage itself raises are passed on."""
     if isinstance(error, RuntimeError) and _LEAF_WRITTEN in str(error):
         return _impure(apply)
+    name = control_flow.operator_behind(error)
+    if name is not None:
+        return TraceError(control_flow.refusal(_name(apply), name))
     where = None
     owner = _name(apply)
     names = {

@@ -1,0 +1,32 @@
+"""Control flow as operators (`torch.cond`, `scan`), which no engine can split: refused by name."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from torch._ops import HigherOrderOperator
+
+_PACKAGE = "torch._higher_order_ops."
+_OPERATORS = ("cond", "while_loop", "scan", "associative_scan", "map")
+
+
+def operator_behind(error: BaseException) -> str | None:
+    """Return the name of the operator that an error comes from, or None for all other errors."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = [module.removeprefix(_PACKAGE) for module in modules if module.startswith(_PACKAGE)]
+    return next((name for name in names if name in _OPERATORS), None)
+
+
+def operator_name(operator: Any) -> str | None:
+    """Return the name of an operator that is control flow, or None for all others."""
+    name = operator.name().removesuffix("_impl") if isinstance(operator, HigherOrderOperator) else ""
+    return name if name in _OPERATORS else None
+
+
+def refusal(owner: str, name: str) -> str:
+    """What to say, and to do instead."""
+    return (
+        f"{owner} calls the higher-order operator {name}, whose branches or steps have gradients that cannot "
+        "be split. Write it in plain Python (an if, a loop), which the uncompiled `apply` follows."
+    )
