@@ -128,7 +128,7 @@ class WeightTape:
 
     @property
     def intact(self) -> bool:
-        return self.origin.switchboard.taken_out
+        return self.shared or self.origin.switchboard.taken_out
 
     def reads(self) -> list[Tensor]:
         """What W reads: what the nodes that it runs have saved, and the cotangents."""
