@@ -173,7 +173,7 @@ def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor with the version counter of another, and none of its memory where that can be."""
     with torch.no_grad():
         alias = tensor.detach()
-    if type(tensor) in _PLAIN and not ft.current_level():
+    if type(tensor) in _PLAIN and not ft.current_level() and not ft.is_functionalized(tensor):
         with suppress(RuntimeError):  # sparse tensors and some others have to be kept
             alias.data = _NOTHING
     return alias

@@ -354,3 +354,14 @@ def test_dtensors_are_watched_too(target: str, mesh: DeviceMesh) -> None:
             weight_pullback()
     else:
         torch.testing.assert_close(weight_pullback()["down.bias"].full_tensor(), torch.full((4,), 3.0))
+
+
+def test_a_functionalized_tensor_which_nobody_can_take_the_memory_of_is_an_argument_as_in_eager() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return x * params["w"], buffers
+
+    x, params = torch.randn(3), {"w": torch.randn(3)}
+    _, _, pullback = fs.stage_vjp(apply, params, {}, torch._to_functional_tensor(x))
+    (dx,), weight_pullback = pullback(torch.ones(3))
+    torch.testing.assert_close(dx, params["w"])
+    torch.testing.assert_close(torch._from_functional_tensor(weight_pullback()["w"]), x)
