@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 Fault = tuple[Any, str]
@@ -23,6 +24,7 @@ class Mutant:
         new: what stands there instead.
         lines: the first and last line of what is replaced, and of the statement that it is a part of.
         span: the place in the file, as offsets of bytes.
+        number: of those that are called the same.
     """
 
     file: str
@@ -31,11 +33,13 @@ class Mutant:
     new: str
     lines: tuple[int, int]
     span: tuple[int, int]
+    number: int = 1
 
     @property
     def name(self) -> str:
         """The same in the next version of the file, if nobody touches the place."""
-        return f"{self.file} | {self.function} | {self.old} -> {self.new}"
+        number = f" (number {self.number})" if self.number > 1 else ""
+        return f"{self.file} | {self.function} | {self.old} -> {self.new}{number}"
 
     def source(self, text: str) -> str:
         """The file with the fault; what follows keeps its line numbers where the fault is no longer."""
@@ -52,6 +56,7 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     for line in text.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     found = []
+    alike: Counter[str] = Counter()
     for place in _places(ast.parse(text), Place("", 1, len(starts))):
         for operator in OPERATORS:
             for old, new in operator(place.node):
@@ -60,7 +65,9 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
                     for line, column in ((old.lineno, old.col_offset), (old.end_lineno, old.end_col_offset))
                 )
                 lines = place.first, place.last or old.end_lineno
-                found.append(Mutant(file, place.function, _line(ast.unparse(old)), new, lines, span))
+                mutant = Mutant(file, place.function, _line(ast.unparse(old)), new, lines, span)
+                alike[mutant.name] += 1
+                found.append(replace(mutant, number=alike[mutant.name]))
     return found
 
 
@@ -183,7 +190,7 @@ def _left_out(node: Any) -> Iterator[Fault]:
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ):
         yield _put(node, "pass")
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and ast.unparse(node.value or node) not in ("return", "None", "False"):
         yield _put(node.value, "None")
     if isinstance(node, ast.With):
         for item in node.items:

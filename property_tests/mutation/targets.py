@@ -26,7 +26,16 @@ TESTS = ("tests/test_*.py", "property_tests/test_*.py")
 
 UNRELATED = {
     # what runs for long, or in processes of its own, and tests other parts of the package
-    *("benchmarks", "commands", "demo", "distributed_pipelines", "docs", "html", "mutation", "notebooks"),
+    *(
+        "benchmarks",
+        "checkpoints",
+        "commands",
+        "demo",
+        "distributed_pipelines",
+        "docs",
+        "mutation",
+        "notebooks",
+    ),
     *("operators", "readme", "schedules", "search", "soak", "timeline", "train_distributed"),
 }
 """Test files that no trial runs, without `test_` and `.py`."""
