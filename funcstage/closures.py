@@ -1053,7 +1053,7 @@ def _explaining(given: dict[str, PyTree], higher: bool) -> Iterator[None]:
     except (AttributeError, RuntimeError) as error:
         if not higher and "backward() called inside a functorch transform" in str(error):
             raise inner_gradients.TakesGradients from None
-        refusal = _refusal(error) or _sparse(error, given)
+        refusal = _refusal(error) or _sparse(error, given) or _compressed(error)
         if refusal is None:
             raise
         raise refusal from error
@@ -1073,6 +1073,16 @@ def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:
     return None
 
 
+def _compressed(error: Exception) -> StageError | None:
+    layout, found, _ = str(error).partition(" tensors do not have strides")
+    if not found:
+        return None
+    return StageError(
+        f"The stage reads a tensor of a compressed sparse layout ({layout}), which the levels of torch.func "
+        "cannot look into. Keep it as tensor.to_sparse_coo(), or dense."
+    )
+
+
 def _refusal(error: Exception) -> StageError | None:
     """Translate what torch says about functions that cannot be transformed; None for users' errors."""
     message = str(error)
@@ -1090,6 +1100,11 @@ def _refusal(error: Exception) -> StageError | None:
         return StageError(
             "The stage makes a nested tensor, which the levels of torch.func cannot look into. Compute on "
             "padded tensors with a mask, or on the packed values with their offsets."
+        )
+    if "Cannot access data pointer" in message:
+        return StageError(
+            "The stage reads the memory of a tensor that is differentiated (by NumPy, for one), which the "
+            "levels of torch.func cannot look into. Make what reads it a torch.library.custom_op."
         )
     if "C++ torch::autograd::Function" in message:
         return StageError(

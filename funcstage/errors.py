@@ -32,4 +32,4 @@ class WrittenError(PurityError):
 
 
 class TraceError(StageError, RuntimeError):
-    """The stage function cannot be traced into a graph; uncompiled, it works."""
+    """The stage function cannot be traced into a graph."""

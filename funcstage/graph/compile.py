@@ -21,6 +21,7 @@ from funcstage._functorch import current_level
 from funcstage.eager import first_dtensor
 from funcstage.errors import StructureError, TraceError
 from funcstage.graph import _torch as tt
+from funcstage.graph.blame import failed, tried_uncompiled
 from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
@@ -66,8 +67,13 @@ class CompiledStage:
         if found is None:
             return self.apply(params, buffers, *args, **kwargs)
         programs, tensors = found
-        output, new_buffers, _ = programs.linearize(tensors)
-        return output, new_buffers
+        try:
+            output, new_buffers, _ = programs.linearize(tensors)
+        except Exception as caught:
+            error = caught
+        else:
+            return output, new_buffers
+        raise failed(error, self.apply, params, buffers, args, kwargs, None)
 
     def linearize(
         self,
@@ -82,7 +88,11 @@ class CompiledStage:
         if found is None:
             return closures.linearize(self.apply, params, buffers, args, kwargs, diff)
         programs, tensors = found
-        return programs.linearize(tensors)
+        try:
+            return programs.linearize(tensors)
+        except Exception as caught:
+            error = caught
+        raise failed(error, self.apply, params, buffers, args, kwargs, diff)
 
     def plan(
         self,
@@ -200,7 +210,17 @@ class CompiledStage:
         _refuse_dtensors(params, args)
         decompositions, lower = _backend(self.backend)
         with lent(self.module), tt.one_at_a_time:  # in this order, as a stage may run within another
-            joint = trace(self.apply, params, buffers, args, kwargs, diff, {**DECOMPOSED, **decompositions})
+            given = self.apply, params, buffers, args, kwargs, diff
+            try:
+                joint = trace(*given, {**DECOMPOSED, **decompositions})
+            except TraceError as refusal:
+                error, cause = tried_uncompiled(refusal, *given), refusal.__cause__
+            else:
+                error = None
+        if error is not None:
+            if isinstance(error, TraceError):
+                raise error from cause
+            raise error
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
         slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None
         joint = separate(joint)

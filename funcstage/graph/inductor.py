@@ -15,7 +15,6 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.exc import InductorError
 from torch._inductor.ir import ConcatKernel, TensorBox
 from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import BoxedBool
@@ -70,7 +69,7 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
             compiled = compile_fx_inner(
                 GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
             )
-    except InductorError as error:
+    except Exception as error:  # of many types, by where it fails
         # F may have run already, and what it holds fits either way of running I and W.
         warnings.warn(
             f"TorchInductor cannot compile a program of this stage, which therefore runs operation by "

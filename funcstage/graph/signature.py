@@ -65,7 +65,7 @@ def signature_of(
         found += map(_leaf, leaves)
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
-        raise TraceError(f"{name} is {error}, or use the uncompiled `apply`.") from None
+        raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
     return Signature(structure, tuple(found), argnums, Surroundings.now(module, diff is not None))
 
 

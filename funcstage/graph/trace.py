@@ -36,6 +36,7 @@ from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
 from funcstage.graph import norms
 from funcstage.graph._fx import recording, unpatch
+from funcstage.graph.blame import is_raised_by_stage, line_of
 from funcstage.inner_gradients import BACKWARD_CALLED
 from funcstage.trees import Buffers, Params
 
@@ -192,7 +193,10 @@ def trace(
             raise
         except Exception as error:
             if overwritten or _LEAF_WRITTEN not in str(error):
-                raise _refusal(apply, error) from error
+                refusal = _refusal(apply, error)
+                if refusal is error:
+                    raise
+                raise refusal from error
             traced = None
     if traced is None:
         return trace(apply, params, buffers, args, kwargs, diff, decompositions, overwritten=True)
@@ -274,9 +278,7 @@ def _refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
     node = first
     while node.op != "output":
         if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
-            raise TraceError(
-                f"{_name(apply)} draws random numbers in its backward ({node.target}). {_UNCOMPILED}"
-            )
+            raise TraceError(f"{_name(apply)} draws random numbers in its backward ({node.target}).")
         node = node.next
 
 
@@ -377,16 +379,16 @@ def _check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
             raise TraceError(
                 f"{_name(apply)} keeps a tensor of an earlier call and reads it in this one, which a pure "
-                f"function cannot do. Return the value as a buffer. {_UNCOMPILED}"
+                f"function cannot do. Return the value as a buffer."
             )
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise TraceError(f"{_name(apply)} calls {node.target}, which writes in place. {_UNCOMPILED}")
+            raise TraceError(f"{_name(apply)} calls {node.target}, which writes in place.")
         for value in tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 layout = str(value.layout).removeprefix("torch.")
                 raise TraceError(
                     f"{_name(apply)} makes a tensor of {layout} layout ({node.target}), whose gradients a "
-                    f"trace loses. {_UNCOMPILED}"
+                    f"trace loses."
                 )
         if node.target is torch.ops.aten._efficientzerotensor.default:
             node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
@@ -406,25 +408,25 @@ def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     name = control_flow.operator_behind(error)
     if name is not None:
         return TraceError(control_flow.refusal(_name(apply), name))
-    where = None
+    if is_raised_by_stage(error):
+        return error
+    where = line_of(error)
     owner = _name(apply)
     names = {
         m: f"{owner}.{n}" if n else owner for n, m in getattr(apply, "module", nn.Module()).named_modules()
     }
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        owner = (
-            names.get(frame.f_locals.get("self"), owner) if _is_module(frame.f_locals.get("self")) else owner
-        )
-        if package not in ("torch", "funcstage"):
-            where = f"{frame.f_code.co_filename}:{line}"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        holder = frame.f_locals.get("self")
+        owner = names.get(holder, owner) if _is_module(holder) else owner
     reason = str(error).partition("\n")[0] or type(error).__name__
     if any(sign in reason for sign in ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     if isinstance(error, tt.UNTRACEABLE):
         reason = f"it reads the value of a tensor ({reason})"
+        if torch.is_anomaly_enabled() and where is None:
+            reason = "anomaly mode looks at the values of gradients; turn it off around compiled stages"
     at = "" if where is None else f", at {where}"
-    return TraceError(f"{owner} cannot be traced{at}: {reason}. {_UNCOMPILED}")
+    return TraceError(f"{owner} cannot be traced{at}: {reason}.")
 
 
 def _is_module(value: object) -> bool:
@@ -482,7 +484,6 @@ CHECKPOINTED = "checkpointed"
 _REGION = "region"
 _OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
 _LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message
-_UNCOMPILED = "The uncompiled `apply` works: pass it to stage_vjp as it is."
 _RECURRENT = {
     torch.lstm: recurrent.stacked(recurrent.lstm_step),
     torch.gru: recurrent.stacked(recurrent.gru_step),
