@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mutation.__main__ import read_accepted, reason_for
+from mutation.operators import Mutant
+from mutation.trial import Outcome
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,11 +32,15 @@ def countdown(n):
         time.sleep(0.01)
     return (n, "done")
 
+def elsewhere():
+    return 1
+
 def unused():
     return 1
 '''
 
 TESTS = """
+import subprocess, sys
 from toy.core import countdown, first_positive
 
 def test_the_first_positive_value_is_found():
@@ -40,6 +48,10 @@ def test_the_first_positive_value_is_found():
 
 def test_a_countdown_ends():
     assert countdown(3) == (0, "done")
+
+def test_what_another_process_runs():
+    command = "import toy.core; assert toy.core.elsewhere() == 1"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 def test_that_fails_anyway():
     assert False
@@ -76,7 +88,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
-    names = ["test_the_first_positive_value_is_found", "test_a_countdown_ends"]
+    names = [
+        "test_the_first_positive_value_is_found",
+        "test_a_countdown_ends",
+        "test_what_another_process_runs",
+    ]
     assert found["tests"] == [f"tests/test_core.py::{name}" for name in names]
 
 
@@ -93,8 +109,20 @@ def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
         ("countdown | n -> (not (n))", "killed"),
         ("countdown | n -= 1 -> pass", "timed out"),
         ("countdown | (n, 'done') -> (n,)", "killed"),
+        ("elsewhere | 1 -> (2)", "killed"),
         ("unused | 1 -> (None)", "unreached"),
     ],
 )
 def test_what_becomes_of_a_fault(place: str, status: str, found: dict) -> None:
     assert found["outcomes"][f"toy/core.py | {place}"] == status
+
+
+def test_a_survivor_is_accepted_for_a_reason_that_names_it_or_all_like_it() -> None:
+    accepted = read_accepted("# a comment\na.py | f | 1 -> (2)\na.py | g | *cuda* -> *\n    Why.\n")
+    reasons = {}
+    for name in ("f | 1 -> (2)", "f | 1 -> (22)", "g | x.is_cuda -> (not x.is_cuda)", "g | 1 -> (2)"):
+        function, old, new = re.fullmatch(r"(.*) \| (.*) -> (.*)", name).groups()
+        mutant = Mutant("a.py", function, old, new, (1, 1), (0, 1))
+        reasons[name] = reason_for(Outcome(mutant, "survived"), accepted)
+    assert list(reasons.values()) == ["Why.", None, "Why.", None]
+    assert reason_for(Outcome(mutant, "killed"), accepted) is None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from .operators import Mutant, mutants_of, sample
 from .reach import Reach
@@ -16,6 +15,7 @@ from .targets import PACKAGE, ROOT, files_of_tests, target_files
 from .trial import Outcome, collect, outcomes
 
 NOTES = ROOT / "build" / "mutation.json"
+Accepted = list[tuple[re.Pattern[str], str]]
 ACCEPTED = Path(__file__).with_name("accepted.txt")
 
 
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
     parser.add_argument("--collect", action="store_true", help="note anew which tests run which lines")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which torch reads when it is imported
     mutants = [m for file in target_files() for m in mutants_of(file, (ROOT / file).read_text())]
     mutants = [mutant for mutant in mutants if options.only in mutant.name]
     if options.sample is not None:
@@ -45,36 +46,40 @@ def main() -> None:
     found: list[Outcome] = []
     for outcome in outcomes(mutants, ROOT / PACKAGE, reach, options.budget, options.jobs):
         found.append(outcome)
-        status = "accepted" if is_accepted(outcome, accepted) else outcome.status
+        reason = reason_for(outcome, accepted)
+        status = "accepted" if reason else outcome.status
         print(f"{len(found):4} {status:9} {outcome.seconds:5.0f} s  {outcome.mutant.name}", flush=True)
-        print(f"{'':24}{outcome.said}", flush=True)
+        print(f"{'':24}{reason or outcome.said}", flush=True)
     print(table(found, accepted))
 
 
-def read_accepted(text: str) -> dict[str, str]:
-    """The mutants that are no faults, with the reasons: a line for each mutant, then an indented one."""
-    found: dict[str, str] = {}
-    names: list[str] = []
+def read_accepted(text: str) -> Accepted:
+    """Read which mutants are no faults: lines with names, then an indented one with the reason.
+
+    `*` stands for any text.
+    """
+    found, names = [], []
     for line in text.splitlines():
         if line.startswith(" "):
-            found |= dict.fromkeys(names, line.strip())
+            found += [(name, line.strip()) for name in names]
             names = []
         elif line and not line.startswith("#"):
-            names.append(line)
+            names.append(re.compile(re.escape(line).replace(r"\*", ".*")))
     return found
 
 
-def is_accepted(outcome: Outcome, accepted: dict[str, str]) -> bool:
-    return outcome.status in ("survived", "unreached") and outcome.mutant.name in accepted
+def reason_for(outcome: Outcome, accepted: Accepted) -> str | None:
+    """Why a survivor is no fault."""
+    survived = outcome.status in ("survived", "unreached")
+    return next((why for name, why in accepted if survived and name.fullmatch(outcome.mutant.name)), None)
 
 
-def table(found: Iterable[Outcome], accepted: dict[str, str]) -> str:
+def table(found: Iterable[Outcome], accepted: Accepted) -> str:
     """The score of each file, and the survivors."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     survivors: list[Mutant] = []
     for outcome in found:
-        excused = is_accepted(outcome, accepted)
-        status = "accepted" if excused else outcome.status
+        status = "accepted" if reason_for(outcome, accepted) else outcome.status
         for file in (outcome.mutant.file, "all"):
             counts[file][status] += 1
         if status in ("survived", "unreached"):

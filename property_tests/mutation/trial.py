@@ -158,6 +158,7 @@ def _run(copy: Path, root: Path, tests: Iterable[str], plugin: Any, options: Ite
     sys.path[:0] = [str(copy), str(root)]
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(sys.path[:2]),
+        "PYTHONSAFEPATH": "1",  # else the working directory comes first
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(copy / "hypothesis"),
         "TORCHINDUCTOR_CACHE_DIR": str(copy / "inductor"),
