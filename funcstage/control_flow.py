@@ -1,4 +1,4 @@
-"""Control flow as operators (`torch.cond`, `scan`), which no engine can split: refused by name."""
+"""Control flow as operators (`torch.cond`, `scan`), refused by name where no engine splits them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ def operator_name(operator: Any) -> str | None:
     return name if name in _OPERATORS else None
 
 
-def refusal(owner: str, name: str) -> str:
+def refusal(owner: str, name: str, otherwise: str = "") -> str:
     """What to say, and to do instead."""
     return (
         f"{owner} calls the higher-order operator {name}, whose branches or steps have gradients that cannot "
-        "be split. Write it in plain Python (an if, a loop), which the uncompiled `apply` follows."
+        f"be split here. Write it in plain Python (an if, a loop), which the uncompiled `apply` follows"
+        f"{otherwise}."
     )
+
+
+COMPILED = ", or compile the stage, which takes cond, map and scan from torch 2.14 on"

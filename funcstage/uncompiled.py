@@ -39,7 +39,7 @@ def linearize(
         name = control_flow.operator_behind(error)
         if name is None:
             raise
-        raise StageError(control_flow.refusal("The stage", name)) from error
+        raise StageError(control_flow.refusal("The stage", name, control_flow.COMPILED)) from error
 
 
 def _linearize(apply: Callable[..., Any], params: Params, *given: Any) -> Any:

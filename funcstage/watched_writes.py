@@ -36,7 +36,7 @@ class WatchedWrites(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if (name := control_flow.operator_name(func)) is not None:
-            raise StageError(control_flow.refusal("The stage", name))
+            raise StageError(control_flow.refusal("The stage", name, control_flow.COMPILED))
         if not isinstance(func, HigherOrderOperator):
             for i, argument in enumerate(func._schema.arguments):
                 if _is_written(argument, args):

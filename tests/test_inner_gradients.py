@@ -644,13 +644,45 @@ def cond_beside_a_gradient(s: Energy, x: Tensor) -> Tensor:
     return cond(s, torch.func.grad(s.energy)(x))
 
 
-@pytest.mark.supports("`torch.cond`, `while_loop`, `scan`", "refused: plain Python", "refused: plain Python")
+def mapped(s: Energy, x: Tensor) -> Tensor:
+    from torch._higher_order_ops.map import map
+
+    return map(lambda row, weight: (row @ weight,), x, s.out.weight)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.supports("`torch.cond`, `map`, `scan`", "refused: plain Python", "from torch 2.14 on")
 @ARGNUMS
-@ENGINES
-@pytest.mark.parametrize("case", [cond, while_loop, scan, cond_beside_a_gradient])
+@pytest.mark.parametrize("case", [cond, mapped, scan, cond_beside_a_gradient])
+def test_compiled_stages_have_control_flow_operators(case: Any, argnums: Any) -> None:
+    module, x = made(case)
+    apply, params, buffers = staged(module, "aten")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14) and case is not mapped:
+        with pytest.raises(fs.TraceError, match=r"higher-order operator.*plain Python"):
+            fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+        return
+    for x in (x.abs(), -x.abs()):  # noqa: B020
+        expected, dx, grads, _ = eager_gradients(copy.deepcopy(module), x, argnums)
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+        (found,), weight_pullback = pullback(torch.ones_like(output))
+        torch.testing.assert_close(output, expected)
+        assert_same_gradients({"x": found, **weight_pullback()}, {"x": dx, **grads})
+
+
+@ARGNUMS
+@pytest.mark.parametrize(
+    ("case", "engine"),
+    [
+        (cond, "closures"),
+        (mapped, "closures"),
+        (scan, "closures"),
+        (cond_beside_a_gradient, "closures"),
+        (while_loop, "closures"),
+        (while_loop, "aten"),
+    ],
+)
 def test_control_flow_operators_are_refused_by_name(case: Any, engine: str, argnums: Any) -> None:
     module, x = made(case)
-    name = case.__name__.partition("_beside")[0]
+    name = {mapped: "map", cond_beside_a_gradient: "cond"}.get(case, case.__name__)
     apply, params, buffers = staged(module, engine)
     for _ in range(2):
         with pytest.raises(fs.StageError, match=f"higher-order operator {name}.*plain Python"):
