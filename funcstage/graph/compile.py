@@ -26,7 +26,7 @@ from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.graph.programs import Lower, Programs, run_as_python
-from funcstage.graph.replay import replay
+from funcstage.graph.replay import draws_in_graphs, replay
 from funcstage.graph.separate import DECOMPOSED, separate
 from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
 from funcstage.graph.trace import trace
@@ -222,7 +222,8 @@ class CompiledStage:
                 raise error from cause
             raise error
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
-        slots = SlotPool() if self.cuda_graphs and on_cuda and diff is not None else None
+        replayed = self.cuda_graphs and on_cuda and diff is not None and draws_in_graphs(joint)
+        slots = SlotPool() if replayed else None
         joint = separate(joint)
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)

@@ -84,11 +84,13 @@ class Slot:
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
         for mine, theirs in zip(inputs, given, strict=True):
             mine.copy_(theirs)
+        generator = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             program(state, (*kept, *inputs))  # kernels are loaded and tuned outside the capture
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(generator)  # the first replay draws what this drew
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = list(program(state, (*kept, *inputs)))

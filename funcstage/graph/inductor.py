@@ -5,6 +5,7 @@ All of torch's private Inductor API is imported here.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from torch.fx.graph import CodeGen
 
 from funcstage.graph.partition import is_cheap, is_view
 from funcstage.graph.programs import Runner, run_as_python
+from funcstage.graph.trace import is_random
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -45,7 +47,11 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     """
     graph = Graph()
     results = graph.graph_copy(module.graph, {})
-    graph.output(results)
+    assert isinstance(results, tuple)
+    n_results = len(results)
+    # Inductor leaves out what nobody reads, but a draw moves the generator on.
+    unread = [_first_result(node) for node in graph.nodes if is_random(node) and not node.users]
+    graph.output((*results, *unread))
     graph.set_codegen(CodeGen())
     (output,) = graph.find_nodes(op="output")
     visible = [i for i, result in enumerate(output.args[0]) if result is not None]
@@ -77,14 +83,24 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
             stacklevel=2,
         )
         return run_as_python(module, donated)
-    if not constants:
+    if not constants and not unread:
         return compiled
 
     def run(inputs: list[Tensor]) -> Any:
         inputs += constants
-        return compiled(inputs)
+        return compiled(inputs)[:n_results]
 
     return run
+
+
+def _first_result(node: Node) -> Node:
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return node
+    with node.graph.inserting_after(node):
+        first = node.graph.call_function(operator.getitem, (node, 0))
+    first.meta["val"] = value[0]
+    return first
 
 
 def _as_inputs(graph: Graph, module: GraphModule) -> list[Tensor]:

@@ -142,7 +142,10 @@ def partition(joint: Joint, remat: Remat) -> Partition:
     given = placeholders[: joint.n_state]
     args = placeholders[joint.n_state : joint.n_state + joint.n_args]
     anywhere = set(early) | deferred
-    forward = _extract(joint, constants, [*given, *args], anywhere, [*outputs, *new_buffers, *after_forward])
+    draws = [node for node in joint.module.graph.nodes if is_random(node) and node not in late]
+    forward = _extract(
+        joint, constants, [*given, *args], anywhere, [*outputs, *new_buffers, *after_forward], draws
+    )
     input_grad = _extract(
         joint, constants, [*given, *after_forward, *cotangents], late, [*input_grads, *from_input]
     )
@@ -351,9 +354,12 @@ def _extract(
     inputs: Iterable[Node],
     prompt: set[Node],
     results: Sequence[Node | None],
+    draws: Sequence[Node] = (),
     own: bool = False,
 ) -> Program:
     """Build the program that computes `results` from those of `inputs` that they need.
+
+    It draws all of `draws`, in order, whether anybody reads them or not: what is drawn next depends on it.
 
     The operations of `prompt` run in the order of the joint graph; all others, which are recomputations,
     run when they are first read, so that not all of them are alive together, and results among them as
@@ -363,7 +369,7 @@ def _extract(
     copies: dict[Node, Node] = {}
     boundary = {*constants, *inputs}
     wanted = set()
-    stack = [node for node in results if node is not None]
+    stack = [*draws, *(node for node in results if node is not None)]
     while stack:
         node = stack.pop()
         if node not in wanted:

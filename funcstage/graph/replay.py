@@ -10,7 +10,9 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch import Tensor
 from torch.fx import Graph
+from torch.utils._pytree import tree_leaves
 
 from funcstage.graph import _torch as tt
 from funcstage.graph.trace import CHECKPOINTED, Joint, is_random
@@ -60,3 +62,15 @@ def drawn_once(graph: Graph) -> None:
             first.meta = dict(again.meta)
             again.replace_all_uses_with(first)
             graph.erase_node(again)
+
+
+def draws_in_graphs(joint: Joint) -> bool:
+    """Tell whether CUDA graphs draw as the stage does: on the device, from its default generator."""
+    return not any(
+        is_random(node)
+        and (
+            node.kwargs.get("generator") is not None
+            or any(isinstance(value, Tensor) and value.is_cpu for value in tree_leaves(node.meta.get("val")))
+        )
+        for node in joint.module.graph.nodes
+    )

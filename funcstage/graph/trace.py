@@ -34,7 +34,7 @@ from funcstage.errors import PurityError, StageError, TraceError
 from funcstage.flex import is_flex_attention
 from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
-from funcstage.graph import norms
+from funcstage.graph import generators, norms
 from funcstage.graph._fx import recording, unpatch
 from funcstage.graph.blame import is_raised_by_stage, line_of
 from funcstage.inner_gradients import BACKWARD_CALLED
@@ -185,7 +185,12 @@ def trace(
             )
             return tuple([_unwrapped(leaf) for leaf in part] for part in parts)
 
-    with tt.without_modes(), tt.own_autocast_cache(), _recording(diff is not None):
+    with (
+        tt.without_modes(),
+        tt.own_autocast_cache(),
+        _recording(diff is not None),
+        generators.left_alone(_name(apply)),
+    ):
         try:
             with fake_mode, recording():
                 traced = tt.make_fx(joint, decomposition_table=dict(decompositions or {}) | _OWN)(*fakes)
@@ -445,6 +450,8 @@ class _Separable(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            generators.check_kept(kwargs["generator"], kwargs)
         if func in (F.batch_norm, F.instance_norm):
             body = opened(func)
             assert body is not None
