@@ -10,7 +10,8 @@ On several machines, the same command on each; `host` is any one of them:
         examples/train_distributed.py --device cuda
 
 With checkpoints, in a folder that all machines share. When a process dies the others stop too, torchrun
-starts all of them anew, and they go on from the last checkpoint as if nothing had happened:
+starts all of them anew, and they go on from the last checkpoint as if nothing had happened (or from the one
+before, if the last one turns out to be damaged):
 
     torchrun --nproc-per-node=2 --max-restarts=3 examples/train_distributed.py --checkpoint saved --every 10
 
@@ -20,6 +21,7 @@ A later run with the same `--checkpoint` goes on from where this one ended.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -199,32 +201,95 @@ def clip_over_all_stages(mine: nn.ModuleDict, loss: Tensor) -> float:
 
 
 def save(folder: Path, mine: nn.ModuleDict, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    """Write a checkpoint; one that is cut short leaves the last complete one in force."""
+    """Write a checkpoint, then its checksums, then the name of it; what is cut short is never in force.
+
+    The one before stays, to go on from should this one be damaged later.
+    """
     name = f"step-{len(losses)}"
     dcp.save(checkpoint_state(mine, optimizer, losses), checkpoint_id=folder / name)
+    own = [folder / name / ".metadata"] if dist.get_rank() == 0 else []
+    own += (folder / name).glob(f"__{dist.get_rank()}_*")
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {file.name: checksum(file) for file in own})
     if dist.get_rank() == 0:  # by now all ranks have written their part
+        sums = {file: value for part in parts for file, value in part.items()}
+        write(folder / name / CHECKSUMS, json.dumps(sums))
+        before = [old for old in checkpoints(folder, pointed_to(folder)) if old != name]
         write(folder / "latest", name)
         for old in folder.glob("step-*"):
-            if old.name != name:
+            if old.name not in (name, *before[:1]):
                 shutil.rmtree(old)
 
 
 def load(folder: Path, mine: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Read the last complete checkpoint, if there is one, and return the losses so far."""
+    """Read the last checkpoint that is whole, if there is one, and return the losses so far."""
+    # Rank 0 speaks for all: a network file system may show the others older files.
+    found = [checkpoints(folder, pointed_to(folder)) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    for name in found[0]:
+        if damage := damage_of(folder / name):
+            if dist.get_rank() == 0:
+                print(f"{folder / name} is damaged: {damage}; looking for the one before", flush=True)
+            continue
+        state = checkpoint_state(mine, optimizer, [])
+        dcp.load(state, checkpoint_id=folder / name)
+        parameters, moments = state["model"], state["optimizer"]
+        set_state_dict(
+            mine, optimizer, model_state_dict=parameters, optim_state_dict=moments, options=BY_NAME
+        )
+        if dist.get_rank() == 0:
+            if name != pointed_to(folder):
+                write(folder / "latest", name)  # those that are damaged are passed over for good
+            print(f"going on from {folder / name}", flush=True)
+        return state["losses"]
+    if found[0]:
+        raise ValueError(f"No checkpoint in {folder} is whole. Move the folder away to train from the start.")
+    return []
+
+
+CHECKSUMS = "checksums.json"
+"""Written after everything else in a checkpoint; without it, one has been cut short."""
+
+
+def checkpoints(folder: Path, latest: str | None) -> list[str]:
+    """Name the checkpoints that were once whole, newest first; none that is newer than the latest."""
+    steps = {path.name: step_of(path.name) for path in folder.glob("step-*") if (path / CHECKSUMS).exists()}
+    if latest is not None:
+        steps[latest] = step_of(latest)
+    newest = float("inf") if latest is None else step_of(latest)
+    return sorted((name for name, step in steps.items() if step <= newest), key=step_of, reverse=True)
+
+
+def pointed_to(folder: Path) -> str | None:
+    """Read the name of the latest checkpoint; `None` if there is none, or it cannot be read."""
     pointer = folder / "latest"
-    # Rank 0 speaks for all: a network file system may show the others an older file.
-    names = [pointer.read_text() if dist.get_rank() == 0 and pointer.exists() else None]
-    dist.broadcast_object_list(names, device=torch.device("cpu"))
-    if names[0] is None:
-        return []
-    state = checkpoint_state(mine, optimizer, [])
-    dcp.load(state, checkpoint_id=folder / names[0])
-    set_state_dict(
-        mine, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME
-    )
-    if dist.get_rank() == 0:
-        print(f"going on from {folder / names[0]}", flush=True)
-    return state["losses"]
+    name = pointer.read_text(errors="replace") if pointer.exists() else ""
+    return name if step_of(name) >= 0 else None
+
+
+def step_of(name: str) -> int:
+    """Read the step from a checkpoint's name; -1 if it is no such name."""
+    number = name.removeprefix("step-")
+    return int(number) if name.startswith("step-") and number.isascii() and number.isdigit() else -1
+
+
+def damage_of(checkpoint: Path) -> str:
+    """Say what is wrong with a checkpoint, on all ranks the same; each reads its share of the files."""
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        files = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+        wrong = [name for name in files if checksum(checkpoint / name) != sums[name]]
+    except (OSError, ValueError, TypeError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, wrong)
+    return ", ".join(name for part in parts for name in part)
+
+
+def checksum(file: Path) -> str:
+    """Compute the checksum of a file, without reading all of it into memory."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -240,7 +305,10 @@ def checkpoint_state(mine: nn.ModuleDict, optimizer: torch.optim.Optimizer, loss
 def write(file: Path, content: str) -> None:
     """Write a file so that it is never seen, nor left behind, half written."""
     part = file.with_name(file.name + ".part")
-    part.write_text(content)
+    with part.open("w") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())  # else the name could be on the disk before the content
     os.replace(part, file)
 
 

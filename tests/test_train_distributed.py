@@ -130,7 +130,22 @@ def test_a_run_whose_ranks_are_killed_ends_like_one_that_nothing_happened_to(
             wait_for(lambda resumed=resumed: resumed in output(tmp_path), process, tmp_path)
         assert process.wait(SECONDS) == 0, output(tmp_path)
     assert losses(tmp_path) == undisturbed
-    assert sorted(path.name for path in saved.iterdir()) == ["latest", f"step-{STEPS}"]
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", f"step-{STEPS - 1}", f"step-{STEPS}"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    for steps, damaged in ((4, True), (STEPS, False)):
+        with running(torchrun(*options(tmp_path, checkpoint=saved, every=2, steps=steps)), tmp_path) as run:
+            assert run.wait(SECONDS) == 0, output(tmp_path)
+        if damaged:
+            shard = saved / "step-4" / "__1_0.distcp"
+            shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{saved / 'step-4'} is damaged: __1_0.distcp" in output(tmp_path)
+    assert f"going on from {saved / 'step-2'}" in output(tmp_path)
+    assert losses(tmp_path) == undisturbed
 
 
 def test_without_restarts_the_whole_job_fails(tmp_path: Path) -> None:
