@@ -26,7 +26,6 @@ every rank it reaches raises the same error instead of waiting for a message tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +37,7 @@ from torch.distributed.pipelining import _utils as torch_utils
 from torch.distributed.pipelining import stage as torch_stage
 
 from funcstage.errors import LeafError, StageError, StructureError
+from funcstage.pipelining.failures import Failure
 from funcstage.trees import is_differentiable
 
 __all__ = [
@@ -57,19 +57,6 @@ EVERY_INPUT_RETURNS_A_GRADIENT = not hasattr(torch_utils, "_StageForwardMeta")
 
 _CHUNKS_HAVE_STATES = hasattr(torch_stage, "_ForwardChunkState")
 """From torch 2.15 on what is to be sent lies there, and a receive buffer is taken once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a stage cannot be prepared; sent to the other stages in place of what they wait for.
-
-    Attributes:
-        kind: the error to raise.
-        message: what it says, on every rank the same.
-    """
-
-    kind: type[StageError]
-    message: str
 
 
 class ExchangingStage(PipelineStage):
@@ -107,7 +94,9 @@ class ExchangingStage(PipelineStage):
     def raise_failure(self) -> None:
         """Raise what this stage, or one that told it so, failed with."""
         if self._failure is not None:
-            raise self._failure.kind(self._failure.message) from self._cause
+            error = self._failure.kind(self._failure.message)
+            error.known_to_all = not EVERY_INPUT_RETURNS_A_GRADIENT  # type: ignore[attr-defined]
+            raise error from self._cause
 
     def _infer(self, received: Any, kwargs: dict[str, Any] | None) -> Failure | Examples:
         self._failure = self._cause = None
@@ -186,6 +175,19 @@ class ExchangingStage(PipelineStage):
         """The group for messages between two stages; in torch 2.15 each pair of ranks may have its own."""
         stage: Any = self
         return stage._get_p2p_group(source, target) if hasattr(stage, "_get_p2p_group") else self.group
+
+    def _groups(self) -> set[dist.ProcessGroup | None]:
+        """The groups that messages to and from the neighbours go through."""
+        stage: Any = self
+        found = {getattr(stage, name, self.group) for name in ("_downstream_group", "_upstream_group")}
+        for other in (self.stage_index - 1, self.stage_index + 1):
+            peer = self.stage_index_to_group_rank.get(other, self.group_rank)
+            if peer != self.group_rank:
+                found |= {
+                    self._edge_group(self.stage_index, other),
+                    self._edge_group(other, self.stage_index),
+                }
+        return found | {self.group}
 
     # torch 2.11: a message down the pipeline, a tuple of meta tensors.
 

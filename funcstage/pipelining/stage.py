@@ -25,7 +25,7 @@ from funcstage.errors import LeafError, StructureError
 from funcstage.graph import _torch as tt
 from funcstage.graph import compile as compile_stage
 from funcstage.parameter_hooks import hooked, with_hooks_on_accumulators
-from funcstage.pipelining import hooks
+from funcstage.pipelining import failures, hooks
 from funcstage.pipelining._torch import (
     EVERY_INPUT_RETURNS_A_GRADIENT,
     Examples,
@@ -182,7 +182,12 @@ class FunctionalPipelineStage(ExchangingStage):
         self._upstream.clear()
         if self._replicas is not None:
             self._replicas.drop(self)
-        self._read_state()
+        try:
+            failures.watch_caller(self, self._groups)
+            self._read_state()
+        except Exception as error:
+            failures.share(self, self._groups(), error)
+            raise
         if self.has_backward:
             self._hooks_of_accumulators = with_hooks_on_accumulators(self._parameters)
 
