@@ -5,6 +5,9 @@ its connections, so that whoever waits for it wakes up, looks there, and does li
 each rank also writes down its plan (which schedule, how many stages and microbatches), and compares it with
 those that are there already: of two ranks that disagree, the later one sees it.
 
+Private names of torch that this stands on: of a schedule `_PipelineSchedule`, `_step_microbatches`,
+`_n_microbatches`, `_has_backward`, `_stages` and `_stage`, and `_get_default_store`.
+
 Nothing of this costs anything in a step that goes well. Connections are broken off where they are gloo's; on
 a GPU the others wait for at most the group's timeout.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_PRODUCTS = {
+_PRODUCTS: dict[Any, tuple[int, ...]] = {
     _aten.mm: (0, 1),
     _aten.addmm: (0, 1, 2),
     _aten.bmm: (0, 1),
