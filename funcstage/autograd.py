@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from funcstage._tape import Edge, Site, call_node, conform, during_backward, output_shapes, param_groups_of
 from funcstage.errors import ConsumedError, LeafError, StructureError
+from funcstage.group_norm import edges_to_ask_for
 
 __all__ = ["Site", "stage_backward", "stage_backward_input", "stage_backward_weight"]
 
@@ -221,7 +222,9 @@ def stage_backward_weight(
     arrived = [(site, cotangents) for site, cotangents in arrived if site.weight_edges]
     if arrived:
         # one run for all sites: a checkpointed region is recomputed once per run
-        during_backward([edge for site, _ in arrived for _, edge in site.weight_edges], call_sites)
+        edges = [edge for site, _ in arrived for _, edge in site.weight_edges]
+        edges += [edge for site, _ in arrived for edge in edges_to_ask_for(site.node)]
+        during_backward(edges, call_sites)
     if begins:
         torch.autograd.backward(
             tuple(GradientEdge(*edge) for edge in begins),

@@ -42,6 +42,7 @@ from funcstage.composites import decomposed, opened
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
+from funcstage.group_norm import contiguous_group_norm, crashes
 from funcstage.residuals import (
     Home,
     Residual,
@@ -483,6 +484,9 @@ class _Split(TorchFunctionMode):
         if self.before_write is not None and func in _WRITERS:
             for statistics in _WRITERS[func](args):
                 self.before_write(statistics, func)
+        if crashes(func, args, kwargs):
+            with self:
+                return contiguous_group_norm(func, args, kwargs)
         if is_flex_attention(func):
             with self:
                 return attend(func, args)

@@ -37,6 +37,7 @@ from funcstage.graph import _torch as tt
 from funcstage.graph import generators, norms
 from funcstage.graph._fx import recording, unpatch
 from funcstage.graph.blame import is_raised_by_stage, line_of
+from funcstage.group_norm import contiguous_group_norm, crashes
 from funcstage.inner_gradients import BACKWARD_CALLED
 from funcstage.trees import Buffers, Params
 
@@ -452,6 +453,8 @@ class _Separable(TorchFunctionMode):
         kwargs = kwargs or {}
         if kwargs.get("generator") is not None:
             generators.check_kept(kwargs["generator"], kwargs)
+        if crashes(func, args, kwargs):
+            return contiguous_group_norm(func, args, kwargs)
         if func in (F.batch_norm, F.instance_norm):
             body = opened(func)
             assert body is not None
