@@ -19,6 +19,7 @@ from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.html import table
 from funcstage.locks import lent, look_over
 from funcstage.parameter_hooks import check_no_hooks
+from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
 
@@ -156,7 +157,14 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
             "`output, buffers` where the function updates no buffer; modules become stage functions by "
             "funcstage.functionalize(module)."
         )
-    if not any(isinstance(leaf, Tensor) for leaf in flatten(result[0])[0]):
+    leaves, spec = flatten(result[0])
+    for i, leaf in enumerate(leaves):
+        if type(leaf) is not Tensor and holds_tensor(leaf):
+            raise StructureError(
+                f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}, in which there are "
+                f"tensors that no engine looks for. {WAY_OUT}."
+            )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise StructureError(
             f"{name}: the output holds no tensor, got {describe(result[0])}; there is nothing to "
             "differentiate. Return the tensors that the next stage or the loss needs."

@@ -22,6 +22,7 @@ from funcstage.errors import ConsumedError, LeafError, StageError, StructureErro
 from funcstage.functional import FunctionalStage, check_leaves
 from funcstage.grad_mode import outside_inference_mode, with_gradients_on
 from funcstage.html import table
+from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -264,7 +265,7 @@ class Pullback(_Linear[InputTape]):
     As a pytree (namespace "funcstage") its leaves are the residuals of I and W.
     """
 
-    __slots__ = ("_args_spec", "_output_metas", "_output_spec", "_params", "_params_spec")
+    __slots__ = ("_args_spec", "_output_fixed", "_output_metas", "_output_spec", "_params", "_params_spec")
 
     def __init__(
         self,
@@ -276,8 +277,10 @@ class Pullback(_Linear[InputTape]):
         params_spec: optree.PyTreeSpec,
         params: Sequence[Any],
         watches: tuple[Watch, ...],
+        output_fixed: dict[int, Any],
     ) -> None:
         super().__init__(tape, stage, watches)
+        self._output_fixed = output_fixed  # leaves that are no tensors, which a cotangent may repeat
         self._output_spec = output_spec
         self._output_metas = output_metas
         self._args_spec = args_spec
@@ -338,6 +341,9 @@ class Pullback(_Linear[InputTape]):
                 f"output_grads of {self.stage} must have the structure of its output, {self._output_spec}; "
                 f"got {spec}. Pass None at a leaf whose cotangent is zero."
             )
+        for i, fixed in self._output_fixed.items():
+            if type(leaves[i]) is type(fixed) and (leaves[i] is fixed or leaves[i] == fixed):
+                leaves[i] = None
         for i, (leaf, meta) in enumerate(zip(leaves, self._output_metas, strict=True)):
             if leaf is not None:
                 self._check_leaf(i, leaf, meta)
@@ -384,6 +390,7 @@ class Pullback(_Linear[InputTape]):
             self._params_spec,
             self._params,
             self._watches,
+            self._output_fixed,
         )
 
 
@@ -432,6 +439,7 @@ def stage_vjp(
     _check_callable(apply)
     check_leaves("(args, kwargs)", (args, kwargs))
     diff = differentiated_leaves(args, argnums)
+    arg_leaves, args_spec = trees.flatten(args)  # now: the output may make a type known that is a leaf here
     linearize = getattr(apply, "linearize", None)
     tape: InputTape
     if linearize is not None:
@@ -443,7 +451,6 @@ def stage_vjp(
     output_leaves, output_spec = trees.flatten(output)
     check_leaves("output", output)
     param_leaves, params_spec = trees.flatten(params)
-    arg_leaves, args_spec = trees.flatten(args)
     watch = tape.watch
     if watch is None:
         watch = Watch.over(
@@ -464,6 +471,7 @@ def stage_vjp(
         params_spec,
         param_leaves,
         (watch,),
+        {i: leaf for i, leaf in enumerate(output_leaves) if not (leaf is None or isinstance(leaf, Tensor))},
     )
     return output, new_buffers, pullback
 
@@ -654,7 +662,14 @@ def _check_callable(apply: object) -> None:
 def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
     """Return the indices, among all leaves of `args`, of those that `argnums` differentiates."""
     if argnums is None:
-        return [i for i, leaf in enumerate(trees.flatten(args)[0]) if trees.is_differentiable(leaf)]
+        leaves, spec = trees.flatten(args)
+        for i, leaf in enumerate(leaves):
+            if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
+                raise StructureError(
+                    f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, whose tensors "
+                    f"would not be differentiated. {WAY_OUT}; or say by argnums which arguments are."
+                )
+        return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
     chosen = _checked_argnums(argnums, len(args))
     diff: list[int] = []
     offset = 0

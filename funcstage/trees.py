@@ -1,7 +1,8 @@
 """Pytrees: the one way in which funcstage flattens, compares and names the leaves of structures.
 
 Everything goes through optree with `None` as a leaf (an absent cotangent has a place of its own) and
-with the namespace "funcstage", which also sees whatever users registered globally.
+with the namespace "funcstage", which also sees whatever users registered globally. Types that optree does
+not know are registered there when `flatten` first meets them (`registration`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import optree
 import torch
 from torch.nn.parameter import is_lazy
 
-NAMESPACE = "funcstage"
+from funcstage.registration import LEAVES, NAMESPACE, has_new
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
@@ -22,7 +23,10 @@ Buffers: TypeAlias = Any
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves of `tree` and its structure, `None` counting as a leaf."""
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    if not LEAVES.issuperset(map(type, leaves)) and has_new(leaves):
+        return flatten(tree)
+    return leaves, spec
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> PyTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from funcstage import trees
 from funcstage.errors import TraceError
 from funcstage.graph import _torch as tt
+from funcstage.registration import attributes_of
 
 
 class Surroundings(NamedTuple):
@@ -154,6 +156,10 @@ def _leaf(leaf: Any) -> Hashable:
     try:
         hash(leaf)
     except TypeError:
+        if dataclasses.is_dataclass(leaf):
+            fields = attributes_of(leaf)
+            values, structure = trees.flatten([*fields.values()])
+            return type(leaf), tuple(fields), structure, *map(_leaf, values)
         raise _UnfitError(
             f"of type {type(leaf).__name__}, neither a tensor nor hashable, so that a later change of it "
             "would go unnoticed. Pass its tensors instead"
