@@ -220,6 +220,7 @@ class InputTape:
     shared: bool
     home: Home
     watch: ClassVar = None
+    higher: ClassVar = True
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool

@@ -190,6 +190,7 @@ class InputTape:
     shared: bool
     home: Home
     watch: ClassVar = None
+    higher: ClassVar = False
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool

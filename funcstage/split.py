@@ -60,7 +60,10 @@ class InputTape(Tape, Protocol):
 
     Attributes:
         watch: over what I and W may read of what the caller holds; None where that may be anything.
+        higher: whether what I and W yield can be differentiated in turn, or transformed.
     """
+
+    higher: ClassVar[bool]
 
     @property
     def watch(self) -> Watch | None: ...
@@ -309,10 +312,13 @@ class Pullback(_Linear[InputTape]):
                 its midst counts.
             WrittenError: if something that it reads was written in place after F.
             StructureError: if `output_grads` has another structure than the output.
-            LeafError: if a cotangent has another shape, dtype or device than its output.
+            LeafError: if a cotangent has another shape, dtype or device than its output, or is to be
+                differentiated or transformed and the stage is compiled or runs on DTensors.
         """
         tape = self._live()
         cotangents = self._checked(output_grads)
+        if not tape.higher and closures.is_differentiated(cotangents):
+            self._refuse_differentiated(cotangents)
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
         try:
             grads, weight_tape, left = tape.pull(cotangents, retain)
@@ -364,6 +370,16 @@ class Pullback(_Linear[InputTape]):
         raise LeafError(
             f"{name} of {self.stage} must match its output, {meta}; got {describe(leaf)}. Reshape, cast or "
             "move the cotangent first."
+        )
+
+    def _refuse_differentiated(self, cotangents: Sequence[Tensor | None]) -> None:
+        leaves = enumerate(cotangents)
+        i = next((i for i, leaf in leaves if leaf is not None and leaf.requires_grad), 0)
+        name = trees.leaf_names(self._output_spec, "output_grads")[i] if cotangents else "output_grads"
+        raise LeafError(
+            f"{name} of {self.stage} requires grad, or a transform of torch.func is active, but gradients "
+            "of a stage that is compiled or runs on DTensors cannot be differentiated in turn. Detach the "
+            "cotangent, or give stage_vjp the uncompiled `apply`."
         )
 
     def _one(self) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -303,6 +303,7 @@ class InputTape:
     watch: Watch
     shared: bool = False
     intact: bool = True
+    higher: ClassVar = False
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool

@@ -36,7 +36,7 @@ UNRELATED = {
         "mutation",
         "notebooks",
     ),
-    *("operators", "readme", "schedules", "search", "soak", "timeline", "train_distributed"),
+    *("operators", "readme", "schedules", "search", "timeline", "train_distributed"),
 }
 """Test files that no trial runs, without `test_` and `.py`."""
 
