@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcstage as fs
 from funcstage import trees
@@ -18,7 +19,10 @@ from funcstage.testing import check_stage, strategies
 from funcstage.testing.stages import Stage
 
 FACTOR = 2.0
-"""How many times as far from float64 as eager in the same precision a result may be."""
+"""How many times as far from float64 as eager in the same precision a result may be, in the mean square."""
+
+DRAWS = 16
+"""Of parameters, inputs and cotangents: one result may be luckier than another, all of them are not."""
 
 LEAST = 4
 """Roundings of a leaf's largest magnitude that eager's error counts as at least: chance may make it none."""
@@ -51,8 +55,8 @@ class First(nn.Module):
         return pair[0]
 
 
-def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
+def made(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
     return MODULES[name]().to(dtype), torch.randn(2, 3, 4).to(dtype)
 
 
@@ -92,7 +96,8 @@ def test_gradients_of_gradients_are_those_of_finite_differences(name: str) -> No
         return dx, *weight_pullback().values()
 
     inputs = [tensor.clone().requires_grad_() for tensor in (x, *params.values())]
-    assert torch.autograd.gradcheck(gradients, inputs)
+    with sdpa_kernel(SDPBackend.MATH):  # no other attention has second derivatives; torch 2.14 prefers others
+        assert torch.autograd.gradcheck(gradients, inputs)
 
 
 @pytest.mark.parametrize("engine", [None, "aten", "inductor"])
@@ -101,20 +106,34 @@ def test_gradients_of_gradients_are_those_of_finite_differences(name: str) -> No
 def test_in_low_precision_no_result_is_further_from_float64_than_eagers(
     name: str, dtype: torch.dtype, engine: str | None
 ) -> None:
-    module, x = made(name, dtype)
-    apply, params, buffers = fs.functionalize(module)
+    apply, _, _ = fs.functionalize(made(name, dtype)[0])
     if engine is not None:
         apply = fs.compile(apply, backend=engine)
+    errors = torch.stack([roundings(apply, name, dtype, seed) for seed in range(DRAWS)])
+    ours, eagers = errors.square().mean(0).sqrt()
+    assert (ours <= FACTOR * eagers.clamp(min=LEAST)).all(), (
+        f"{ours.tolist()} against eager's {eagers.tolist()}"
+    )
+
+
+def roundings(apply: Any, name: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """How many roundings of its largest magnitude each result is off: a row of ours, one of eager's."""
+    module, x = made(name, dtype, seed)
+    _, params, buffers = fs.functionalize(module)
     output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
     grad = torch.randn(output.shape).to(dtype)
     (dx,), weight_pullback = pullback(grad)
-    found = [output, dx, *weight_pullback().values()]
-    eager = differentiated(module, x, grad)
     exact = differentiated(copy.deepcopy(module).double(), x.double(), grad.double())
-    for ours, eagers, reference in zip(found, eager, exact, strict=True):
-        error, eagers_error = (float((value.double() - reference).abs().max()) for value in (ours, eagers))
-        least = LEAST * torch.finfo(dtype).eps * float(reference.abs().max())
-        assert error <= FACTOR * max(eagers_error, least)
+    rows = ([output, dx, *weight_pullback().values()], differentiated(module, x, grad))
+    return torch.tensor(
+        [
+            [
+                float((value.double() - right).abs().max() / right.abs().max()) / torch.finfo(dtype).eps
+                for value, right in zip(row, exact, strict=True)
+            ]
+            for row in rows
+        ]
+    )
 
 
 def differentiated(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:

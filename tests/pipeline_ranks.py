@@ -1,8 +1,8 @@
 """Processes for the tests of pipelines on torch.distributed: a pool for each world size, which stays up.
 
 A job is a function of a module that the ranks can import. It runs on every rank at once, with a process
-group of its own, so that one that fails leaves nothing behind for the next. Whoever does not answer in
-time is killed, and the pool is started anew when it is next needed.
+group of its own, so that one that fails leaves nothing behind for the next; the group ends when all have
+answered. Whoever does not answer in time is killed, and the pool is started anew when it is next needed.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class Ranks:
             if not ready:
                 self.stop()
                 raise TimeoutError(f"{job.__name__}: no answer from rank(s) {sorted(silent.values())}.")
+        for pipe in self._pipes:
+            pipe.send(None)
         return [answers[rank] for rank in range(self.world_size)]
 
     def stop(self) -> None:
@@ -135,5 +137,6 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             kinds = tuple(kind.__name__ for kind in type(error).__mro__)
             notes = "\n".join(getattr(error, "__notes__", ()))
             answer = Raised(kinds, f"{kinds[0]}: {error}\n{notes}".strip())
-        dist.destroy_process_group(group)
         pipe.send(answer)
+        pipe.recv()  # all have answered: until then a rank may be reading what this one has sent
+        dist.destroy_process_group(group)

@@ -25,7 +25,7 @@ from pipeline_cases import (
     uneven,
     with_everything,
 )
-from pipeline_ranks import Raised, ranks, run
+from pipeline_ranks import GROUP_SECONDS, Raised, ranks, run
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.nn import functional
@@ -40,6 +40,9 @@ ATEN = {"backend": "aten"}
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 ANSWERS_UPSTREAM = not private.EVERY_INPUT_RETURNS_A_GRADIENT
 """Whether a failure is told to the stages before it, or those wait until the group's timeout."""
+
+PATIENCE = GROUP_SECONDS if ANSWERS_UPSTREAM else 15
+"""The timeout where a rank may wait for one that has failed: time enough for a busy machine."""
 
 
 def stages_for(schedule: str, world_size: int) -> int:
@@ -325,7 +328,7 @@ def thaws_a_stage(rank: int, group: dist.ProcessGroup, case: Case) -> None:
 
 
 def test_a_stage_that_needed_no_gradients_cannot_be_trained_by_the_same_schedule() -> None:
-    answers = ranks(2).run(thaws_a_stage, Case("1F1B", 2, 2), group_seconds=3)
+    answers = ranks(2).run(thaws_a_stage, Case("1F1B", 2, 2), group_seconds=15)
     if ANSWERS_UPSTREAM:  # in torch 2.11 gradients are sent whether they are needed or not
         assert "StructureError" in answers[0].kinds
         assert "Make a new schedule" in answers[0].message
@@ -458,7 +461,7 @@ def trains_with(
 def assert_all_refuse(
     world_size: int, case: Case, message: str, given: dict[int, dict[str, Any]] | None = None, **options: Any
 ) -> None:
-    answers = ranks(world_size).run(trains_with, case, given or {}, group_seconds=3, **options)
+    answers = ranks(world_size).run(trains_with, case, given or {}, group_seconds=PATIENCE, **options)
     heard = [answer for answer in answers if isinstance(answer, Raised) and "StageError" in answer.kinds]
     assert all(isinstance(answer, Raised) for answer in answers), answers
     assert all(message in answer.message for answer in heard), answers
@@ -485,7 +488,7 @@ def test_a_missing_target_is_refused() -> None:
         if ANSWERS_UPSTREAM:
             assert_all_refuse(2, case, "got no target", target=False)
         else:  # torch 2.11 fails on the last rank, without having asked the stage
-            answers = ranks(2).run(trains_with, case, {}, target=False, group_seconds=3)
+            answers = ranks(2).run(trains_with, case, {}, target=False, group_seconds=PATIENCE)
             assert all(isinstance(answer, Raised) for answer in answers)
 
 
@@ -514,7 +517,7 @@ def uneven_batch(num_stages: int, batch: int) -> Model:
 
 
 def test_a_batch_that_does_not_divide_evenly_is_refused() -> None:
-    answers = ranks(2).run(trains_with, Case("GPipe", 2, 4, uneven_batch), {}, group_seconds=3)
+    answers = ranks(2).run(trains_with, Case("GPipe", 2, 4, uneven_batch), {}, group_seconds=15)
     assert "LeafError" in answers[0].kinds
     assert "let their number divide the batch" in answers[0].message
     assert isinstance(answers[1], Raised)
@@ -547,7 +550,7 @@ def keyword_requires_grad(rank: int, group: dist.ProcessGroup, case: Case) -> No
 
 def test_a_keyword_argument_that_requires_grad_is_refused() -> None:
     case = Case("GPipe", 2, 4, with_everything, size=3)
-    answers = ranks(2).run(keyword_requires_grad, case, group_seconds=3)
+    answers = ranks(2).run(keyword_requires_grad, case, group_seconds=PATIENCE)
     for answer in answers if ANSWERS_UPSTREAM else answers[:1]:
         assert "only positional ones are differentiated" in answer.message
 

@@ -10,8 +10,8 @@
 - 2.11: `_get_init_p2p_neighbors_ops`, `_shape_inference`, `inputs_meta`, `_configure_outputs_meta`;
 - up to 2.14: `fwd_cache`;
 - from 2.12 on: `_forward_metadata_inference`, `_backward_metadata_inference`,
-  `_post_metadata_inference_cleanup`, `_stage_meta`, `_TensorMeta`, `_StageForwardMeta`,
-  `_StageBackwardMeta`, `_derive_grad_metas`;
+  `_post_metadata_inference_cleanup`, `_create_grad_send_info`, `_stage_meta`,
+  `_TensorMeta`, `_StageForwardMeta`, `_StageBackwardMeta`, `_derive_grad_metas`;
 - from 2.14 on: `_pre_metadata_inference_backup`;
 - from 2.15 on: `_forward_chunk_states`, `_make_forward_chunk_state`, `take_buffer` of a received input,
   `_get_p2p_group`, `_forward_contexts`, `_call_with_forward_context`, `PipelineStageInfo`;
@@ -284,6 +284,14 @@ class ExchangingStage(PipelineStage):
 
     def _pre_metadata_inference_backup(self) -> None:
         """Since 2.14 torch writes the buffers back that its forward changed; ours changes none."""
+
+    def _create_grad_send_info(self, args_recv_info: Any) -> list[int | None]:
+        # torch 2.12 would send a gradient of every input, but waits for none of those that have none.
+        sent = super()._create_grad_send_info(args_recv_info)
+        if EVERY_INPUT_RETURNS_A_GRADIENT:
+            return sent
+        pairs = zip(sent, self._input_examples, strict=True)
+        return [stage if example.requires_grad else None for stage, example in pairs]
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()
