@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from pipeline_cases import (
 )
 from pipeline_ranks import GROUP_SECONDS, Raised, ranks, run
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.nn import functional
 
 import funcstage as fs
@@ -553,56 +551,3 @@ def test_a_keyword_argument_that_requires_grad_is_refused() -> None:
     answers = ranks(2).run(keyword_requires_grad, case, group_seconds=PATIENCE)
     for answer in answers if ANSWERS_UPSTREAM else answers[:1]:
         assert "only positional ones are differentiated" in answer.message
-
-
-# The private parts of torch.
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_check_chunk_id",
-        "_get_init_p2p_neighbors_ops",
-        "_prepare_backward_infra",
-        "_prepare_forward_infra",
-        "_retrieve_recv_grads",
-        "backward_one_chunk",
-        "backward_weight_one_chunk",
-        "clear_runtime_states",
-        "forward_one_chunk",
-        "get_fwd_recv_ops",
-        "get_fwd_send_ops",
-        "set_local_fwd_input",
-        *(
-            ("_configure_outputs_meta", "_shape_inference")
-            if private.EVERY_INPUT_RETURNS_A_GRADIENT
-            else (
-                "_backward_metadata_inference",
-                "_forward_metadata_inference",
-                "_post_metadata_inference_cleanup",
-            )
-        ),
-    ],
-)
-def test_torch_still_has_the_private_methods_that_stages_stand_on(name: str) -> None:
-    assert hasattr(PipelineStage, name), (
-        f"torch {torch.__version__} has moved PipelineStage.{name}, on which funcstage/pipelining/_torch.py "
-        "stands: find its successor and update that file."
-    )
-
-
-def test_torch_still_has_the_private_attributes_that_stages_stand_on() -> None:
-    source = "".join(inspect.getsource(kind) for kind in PipelineStage.__mro__[:-1])
-    for name in (
-        "args_recv_info",
-        "bwd_cache",
-        "_forward_chunk_states" if private._CHUNKS_HAVE_STATES else "fwd_cache",
-        "group_rank",
-        "output_chunks",
-        "stage_index_to_group_rank",
-        "inputs_meta" if private.EVERY_INPUT_RETURNS_A_GRADIENT else "_stage_meta",
-    ):
-        assert f"self.{name}" in source, (
-            f"torch {torch.__version__} has moved PipelineStage.{name}, on which "
-            "funcstage/pipelining/_torch.py stands."
-        )
