@@ -39,6 +39,7 @@ from funcstage._interception import intercepting
 from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
+from funcstage.copies import Unpicklable
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
@@ -113,7 +114,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightTape:
+class WeightTape(Unpicklable):
     """What W needs: places on the inner tape with the cotangents that arrived there.
 
     Attributes:
@@ -197,7 +198,7 @@ class RegionTape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputTape:
+class InputTape(Unpicklable):
     """What the forward pass retains: the outer tape for I, and the inner one for W.
 
     Attributes:

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage.copies import CopiedByLeaves
 from funcstage.errors import LeafError, StructureError
 from funcstage.split import Meta, Pullback, stage_vjp
 from funcstage.trees import Params, PyTree, describe
 
 
-class DerivedPullback:
+class DerivedPullback(CopiedByLeaves):
     """From gradients of derived parameters to those of the parameters. Returned by `derive`.
 
     Linear like the pullbacks of a stage: used once, unless asked to be retained. As a pytree (namespace

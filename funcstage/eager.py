@@ -25,6 +25,7 @@ from funcstage import _functorch as ft
 from funcstage import autograd, trees
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
+from funcstage.copies import Unpicklable
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import ModuleState, checked_result, holding, lent_again
 from funcstage.inner_gradients import BACKWARD_CALLED
@@ -90,7 +91,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightTape:
+class WeightTape(Unpicklable):
     """What W needs.
 
     Attributes:
@@ -173,7 +174,7 @@ def _again(grads: Sequence[Tensor | None] | None, instead: Any) -> tuple[Tensor 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputTape:
+class InputTape(Unpicklable):
     """What the forward pass retains.
 
     Attributes:

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from funcstage import trees
 from funcstage.closures import WeightTape, reverse
+from funcstage.copies import Unpicklable
 from funcstage.errors import LeafError
 from funcstage.residuals import nodes_behind, residuals_of
 
@@ -38,7 +39,7 @@ _SHAPED = {
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Site(Unpicklable):
     """One operation that reads parameters, with a differentiated activation beside them.
 
     Attributes:
@@ -83,6 +84,9 @@ class Site:
                 f"{trees.describe(wanted)}; got {trees.describe(cotangent)}."
             )
         return self._pull(cotangent)
+
+    def __copy__(self) -> Site:
+        return self
 
     def __repr__(self) -> str:
         inputs = ", ".join(str(list(tensor.shape)) for tensor in self.inputs)

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees, uncompiled
+from funcstage.copies import CopiedByLeaves
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
 from funcstage.grad_mode import outside_inference_mode, with_gradients_on
@@ -94,7 +95,7 @@ class Meta(NamedTuple):
 AnyTape = TypeVar("AnyTape", bound=Tape)
 
 
-class _Linear(Generic[AnyTape]):
+class _Linear(CopiedByLeaves, Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
     __slots__ = ("_failed", "_tape", "_watches", "stage")

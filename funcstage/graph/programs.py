@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from funcstage import _functorch as ft
 from funcstage import trees
+from funcstage.copies import Unpicklable
 from funcstage.flex import is_flex_attention_backward, run_dense_backward
 from funcstage.graph import _torch as tt
 from funcstage.graph.absent import without
@@ -285,7 +286,7 @@ class Backward:
 
 
 @dataclass(slots=True, eq=False)
-class InputTape:
+class InputTape(Unpicklable):
     """What F retains for I and W.
 
     Attributes:
@@ -364,7 +365,7 @@ class InputTape:
 
 
 @dataclass(slots=True, eq=False)
-class WeightTape:
+class WeightTape(Unpicklable):
     """What F and I retain for W.
 
     Attributes:

@@ -1,0 +1,97 @@
+"""Copies of pullbacks: used apart from the original, or refused in a sentence."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+
+ENGINES = ("closures", "none", "min_cut", "full")
+
+
+class Regions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False)
+        return self.last(y)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "layers": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)),
+    "regions": Regions,
+}
+
+
+def split(module: nn.Module, engine: str, x: Tensor) -> fs.Pullback:
+    apply, params, buffers = fs.functionalize(module)
+    if engine != "closures":
+        apply = fs.compile(apply, backend="aten", remat=engine)  # type: ignore[arg-type]
+    return fs.stage_vjp(apply, params, buffers, x)[2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_and_originals_are_used_apart(copied: Any, name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    module, x, grad = MODULES[name](), torch.randn(5, 3), torch.randn(5, 2)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(module(leaf), [leaf, *module.parameters()], grad)
+
+    def check(dx: Any, weight_pullback: fs.WeightPullback) -> None:
+        torch.testing.assert_close([dx, *weight_pullback().values()], [*expected])
+
+    pullback = split(module, engine, x)
+    pullbacks = [copied(pullback), pullback, copied(pullback)]
+    halves = []
+    for one in pullbacks:
+        (dx,), weight_pullback = one(grad)
+        halves += [(dx, copied(weight_pullback)), (dx, weight_pullback)]
+    for dx, weight_pullback in halves:
+        check(dx, weight_pullback)
+        assert weight_pullback.consumed
+    assert copied(pullback).consumed
+
+
+def test_a_deep_copy_has_residuals_of_its_own() -> None:
+    for engine in ENGINES:
+        x = torch.randn(5, 3)
+        pullback = split(nn.Linear(3, 2), engine, x)
+        shallow, deep = copy.copy(pullback), copy.deepcopy(pullback)
+        x.zero_()
+        deep(torch.ones(5, 2))[1]()
+        with pytest.raises(fs.WrittenError):
+            shallow(torch.ones(5, 2))[1]()
+
+
+def test_copies_of_derived_pullbacks_are_used_apart() -> None:
+    params = {"w": torch.randn(3)}
+    _, pullback = fs.derive(lambda p: {"w": p["w"] * p["w"]}, params)
+    for one in (copy.copy(pullback), copy.deepcopy(pullback), pullback):
+        torch.testing.assert_close(one({"w": torch.ones(3)})["w"], 2 * params["w"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pickling_is_refused_in_a_sentence_and_consumes_nothing(engine: str) -> None:
+    pullback = split(nn.Linear(3, 2), engine, torch.randn(5, 3))
+    tape = pullback._tape
+    (_, weight_pullback) = pullback(torch.ones(5, 2), retain=True)
+    values: list[Any] = [pullback, weight_pullback, fs.derive(lambda p: p * 1, torch.ones(2))[1], tape]
+    values += weight_pullback.sites if engine == "closures" else ()
+    for value in values:
+        with pytest.raises(fs.StageError, match=r"cannot be pickled.*pickle the gradients"):
+            pickle.dumps(value)
+    with pytest.raises(fs.StageError, match="cannot be pickled"):
+        copy.deepcopy(tape)
+    assert not weight_pullback.consumed
