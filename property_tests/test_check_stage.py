@@ -27,8 +27,8 @@ class Tape:
         self.spoil = spoil
         self.keeps = keeps
 
-    def leaves(self) -> list[Tensor]:
-        return self.tape.leaves()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tape, name)
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Tape:
         return Tape(self.tape.with_leaves(leaves), self.spoil, self.keeps)
