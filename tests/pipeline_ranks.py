@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-JOB_SECONDS = 120
+JOB_SECONDS = 400
 """How long a job may take."""
 
-GROUP_SECONDS = 60
+GROUP_SECONDS = 150
 """How long a rank waits for another one."""
 
 

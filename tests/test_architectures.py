@@ -488,7 +488,7 @@ def train_tied(rank: int, group: dist.ProcessGroup, schedule: str, compile: Any)
 
 
 @pytest.mark.supports("weights tied within a stage or over stages")
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 def test_embeddings_tied_over_ranks_or_on_one_train_as_the_tied_model(schedule: str, compile: Any) -> None:

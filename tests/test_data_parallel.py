@@ -18,7 +18,7 @@ import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage
 from funcstage.pipelining import replicas as replicas_module
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 WIDTHS = (4, 7, 5, 6, 3)
 MICROBATCHES = 4

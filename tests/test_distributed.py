@@ -32,7 +32,7 @@ import funcstage as fs
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
 from funcstage.pipelining import _torch as private
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 ATEN = {"backend": "aten"}
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -498,7 +498,7 @@ def trained_by_eager(rank: int, group: dist.ProcessGroup) -> Seen:
     return Seen(grads, state)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])
 def test_float32_parameters_train_in_bfloat16_under_a_schedule_as_in_eager(

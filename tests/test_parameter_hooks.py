@@ -23,7 +23,7 @@ import funcstage as fs
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
 from funcstage.pipelining import _torch as private
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 ATEN = {"backend": "aten"}
 ENGINES = pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])

@@ -78,7 +78,7 @@ def test_a_limit_that_nothing_keeps_to_is_refused_with_the_least_that_works(stag
 def test_the_integer_program_finds_an_order_no_longer_than_any_other(limit: int | None) -> None:
     pytest.importorskip("scipy")
     costs = [Costs(1.0, 2.0, 1.5, 10, 4), Costs(2.0, 1.0, 0.5, 10, 4)]
-    order = find_schedule(costs, 2, 2, limit, seconds=30)
+    order = find_schedule(costs, 2, 2, limit, seconds=600)
     assert_complete(order, 2, 2)
     each = [itertools.permutations([Action(k, s, m) for k in "FIW" for m in range(2)]) for s in range(2)]  # type: ignore[arg-type]
     valid = [[ranks for ranks in orders if in_turn(ranks)] for orders in each]

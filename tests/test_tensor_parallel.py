@@ -19,7 +19,7 @@ from torch.nn import functional
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage, pipeline_order
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 WIDTH, HIDDEN, ROWS = 4, 8, 6
 STAGES, MICROBATCHES, STEPS = 4, 4, 2

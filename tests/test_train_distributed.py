@@ -28,9 +28,9 @@ from funcstage.demo import model, text
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_distributed.py"
 STEPS, MICROBATCHES = 7, 4
-SECONDS = 120  # that anything may take on a busy machine
+SECONDS = 240  # that anything may take on a busy machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def options(folder: Path, **more: Any) -> list[str]:
@@ -152,7 +152,7 @@ def test_without_restarts_the_whole_job_fails(tmp_path: Path) -> None:
     with running(torchrun("--max-restarts=0", *options(tmp_path, steps=10**6)), tmp_path) as process:
         wait_for(lambda: losses(tmp_path), process, tmp_path)
         os.kill(workers(process.pid)[1], signal.SIGKILL)
-        assert process.wait(SECONDS / 2) != 0
+        assert process.wait(SECONDS) != 0
 
 
 @pytest.mark.parametrize("killed", [0, 1])

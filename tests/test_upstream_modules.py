@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 ATEN = {"backend": "aten"}
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
