@@ -295,7 +295,7 @@ ROWS = torch.randn(3, 4)
 SEQUENCES = torch.randn(2, 3, 4)
 
 
-@stands_on("_functorch.py", "closures.py", "composites.py", "functional.py")
+@stands_on("_functorch.py", "closures.py", "composites.py", "functional.py", "group_norm.py")
 def levels() -> None:
     for module in (Attention(), convolutional(), Recurrent(), Recurrent(packed=True)):
         assert_split_as_eager(module, SEQUENCES)
@@ -389,6 +389,18 @@ def the_eager_tape() -> None:
     torch.testing.assert_close(view.detach(), output.detach().flatten())
 
 
+class Joined(nn.Module):
+    """A sum of what its parts make, for which there is no sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) + y
+
+
 class GradientInside(nn.Module):
     """A penalty on a gradient, and a tangent."""
 
@@ -404,7 +416,7 @@ class GradientInside(nn.Module):
         return torch.func.grad(squares)(x) + value * tangent
 
 
-@stands_on("inner_gradients.py", "eager.py")
+@stands_on("inner_gradients.py", "eager.py", "_functorch.py")
 def gradients_inside() -> None:
     for engine in (None, "aten"):
         assert_split_as_eager(GradientInside(), ROWS, engine=engine)
@@ -416,6 +428,7 @@ def gradients_inside() -> None:
     "graph/trace.py",
     "graph/partition.py",
     "graph/separate.py",
+    "group_norm.py",
     "residuals.py",
 )
 def traces() -> None:
@@ -597,9 +610,14 @@ def messages_between_ranks() -> None:
 def cutting() -> None:
     from funcstage.pipelining import cut
 
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    first, second = cut(model, ["1"], example=(ROWS,))
-    torch.testing.assert_close(second(first(ROWS)), copy.deepcopy(model)(ROWS))
+    for model, at in ((nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "1"), (Joined(), "second")):
+        wanted = model(ROWS)
+        stages = cut(model, [at], example=(ROWS,))
+        found: Any = (ROWS,)
+        for stage in stages:
+            found = stage(*found)
+            found = found if isinstance(found, tuple) else (found,)
+        torch.testing.assert_close(found, (wanted,))
 
 
 @stands_on("flex.py")
