@@ -120,12 +120,35 @@ class ModuleFunction:
         self._frozen = frozen
         self._param_shapes = {name: p.shape for name, p in params.items()}
         self._buffer_shapes = {name: b.shape for name, b in buffers.items()}
-        self._aliases = _tied_names(module)
-        self._recurrent = {prefix: m for prefix, m in module.named_modules() if isinstance(m, nn.RNNBase)}
-        look_over(module)
+        self._look_at_parts()
+
+    def _look_at_parts(self) -> None:
+        """Read what the module is made of."""
+        self._aliases = _tied_names(self.module)
+        named = dict(self.module.named_modules())
+        self._recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
+        self._parts = [(part, *_contents(part)) for part in named.values()]
+        look_over(self.module)
+
+    def _check_parts(self) -> None:
+        """Refuse a module that has other parameters than it had, which would get no gradients."""
+        if all(_contents(part) == (kinds, parts) for part, kinds, parts in self._parts):
+            return
+        check_unwrapped(self.module)
+        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        known = set(self._param_shapes.keys() | self._frozen | self._aliases.keys())
+        known -= {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+        if names != known:
+            differ = sorted(names ^ known)
+            raise StructureError(
+                f"{self.__qualname__}: the module was changed after functionalize, and {differ[0]!r} is "
+                f"{'new' if differ[0] in names else 'no parameter of it any more'}. Call functionalize again."
+            )
+        self._look_at_parts()
 
     def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
         module = self.module
+        self._check_parts()
         with torch._C.DisableTorchFunction():
             _check(module, "params", params, self._param_shapes)
             _check(module, "buffers", buffers, self._buffer_shapes)
@@ -142,6 +165,12 @@ class ModuleFunction:
 
     def __repr__(self) -> str:
         return f"<stage function of {self.__qualname__}>"
+
+
+def _contents(part: nn.Module) -> tuple[tuple[Any, ...], list[nn.Module | None]]:
+    """What a module is and has: its class, the names of its parameters, and its submodules."""
+    own = tuple([name for name, parameter in part._parameters.items() if parameter is not None])
+    return (type(part), own), list(part._modules.values())
 
 
 def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:

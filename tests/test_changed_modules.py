@@ -409,6 +409,95 @@ def test_a_buffer_may_be_registered_in_the_forward() -> None:
     assert_trains_through(Registering(), [None, None], {})
 
 
+class Decaying(nn.Module):
+    """A factor that the backward reads again, and the forward writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("factor", torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) * self.factor
+        self.factor = self.factor * 0.5
+        return y
+
+
+@pytest.mark.parametrize(
+    "compile", [False, ATEN, ATEN | {"remat": "none"}, ATEN | {"remat": "full"}], ids=str
+)
+def test_each_microbatch_goes_backward_with_the_buffers_that_it_went_forward_with(compile: Any) -> None:
+    torch.manual_seed(0)
+    reference, module = Decaying(), Decaying()
+    module.load_state_dict(reference.state_dict())
+    x, target = torch.randn(8, 4), torch.randn(8, 4)
+    schedule = ScheduleGPipe(
+        FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile), 4, loss_fn=functional.mse_loss
+    )
+    for _ in range(2):
+        module.zero_grad()
+        reference.zero_grad()
+        schedule.step(x, target=target)
+        for part, wanted in zip(x.chunk(4), target.chunk(4), strict=True):
+            (functional.mse_loss(reference(part), wanted) / 4).backward()
+        torch.testing.assert_close(module.layer.weight.grad, reference.layer.weight.grad)
+        torch.testing.assert_close(module.factor, reference.factor)
+
+
+# The module of a functional stage, which lends its code alone.
+
+
+OTHER_PARAMETERS = [
+    attribute_replaced,
+    appended_to_a_sequential,
+    appended_to_a_list,
+    inserted_into_a_list,
+    deleted_from_a_list,
+    put_into_a_dict,
+    submodule_wrapped,
+    low_rank_adapters,
+    parametrized,
+    weight_norm,
+    old_weight_norm,
+]
+
+
+@OPTIONS
+@pytest.mark.parametrize("change", OTHER_PARAMETERS, ids=lambda change: change.__name__)
+def test_a_functional_stage_refuses_a_module_that_has_got_other_parameters(
+    change: Change, options: dict[str, Any]
+) -> None:
+    module = net()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **options["compile"]) if options else apply
+    x = torch.randn(8, 4)
+    fs.stage_vjp(stage, params, buffers, x)
+    change(module)
+    with pytest.raises(fs.StructureError, match=r"changed after functionalize.* Call functionalize again"):
+        fs.stage_vjp(stage, params, buffers, x)
+    apply, params, buffers = fs.functionalize(module)
+    output, _, _ = fs.stage_vjp(
+        fs.compile(apply, **options["compile"]) if options else apply, params, buffers, x
+    )
+    torch.testing.assert_close(output, module(x).detach())
+
+
+@OPTIONS
+@pytest.mark.parametrize("change", [by_one_of_the_same_names, parameter_replaced, activation_replaced])
+def test_a_functional_stage_takes_the_code_of_a_module_that_has_the_same_parameters(
+    change: Change, options: dict[str, Any]
+) -> None:
+    module = net()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **options["compile"]) if options else apply
+    x = torch.randn(8, 4)
+    fs.stage_vjp(stage, params, buffers, x)
+    change(module)
+    output, _, _ = fs.stage_vjp(stage, params, buffers, x)
+    expected = torch.func.functional_call(module, {**params, **{n: b.clone() for n, b in buffers.items()}}, x)
+    torch.testing.assert_close(output, expected)
+
+
 # Refusals.
 
 
