@@ -1,4 +1,7 @@
-"""Any schedule, cut and batch on torch.distributed is the whole model under plain eager autograd."""
+"""Any schedule, cut and batch on torch.distributed is the whole model under plain eager autograd.
+
+So it is with hooks of parameters, an encoder that feeds the pipeline, and modules that change between steps.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from funcstage.pipelining import SCHEDULES, ScheduleError, pipeline_order
 
@@ -31,6 +36,35 @@ pytestmark = pytest.mark.timeout(300)
 WORLD_SIZE = 2
 
 
+def freeze(module: nn.Module) -> None:
+    next(module.first.parameters()).requires_grad_(False)
+
+
+def thaw(module: nn.Module) -> None:
+    module.requires_grad_(True)
+
+
+def append(module: nn.Module) -> None:
+    width = module.first.out_features
+    module.rest.append(nn.Linear(width, width).double())
+
+
+def replace(module: nn.Module) -> None:
+    module.first = nn.Linear(module.first.in_features, module.first.out_features, bias=False).double()
+
+
+def replace_parameters(module: nn.Module) -> None:
+    module.load_state_dict({name: t * 0.5 for name, t in module.state_dict().items()}, assign=True)
+
+
+def parametrized(module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module.first):
+        parametrizations.weight_norm(module.first)
+
+
+CHANGES = [freeze, thaw, append, replace, replace_parameters, parametrized]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     schedule = draw(st.sampled_from(SCHEDULES), label="schedule")
@@ -49,7 +83,10 @@ def cases(draw: st.DrawFn) -> Case:
         size=draw(st.integers(1, 3), label="size of a microbatch"),
         compile=draw(st.sampled_from([False, False, False, {"backend": "aten"}]), label="compile"),
         folded=draw(st.booleans(), label="folded"),
-        steps=draw(st.integers(1, 2), label="steps"),
+        steps=draw(st.integers(1, 3), label="steps"),
+        hooks=draw(st.booleans(), label="hooks"),
+        encoder=draw(st.booleans(), label="encoder"),
+        changes=tuple(draw(st.lists(st.sampled_from(CHANGES), max_size=2), label="changes")),
     )
 
 

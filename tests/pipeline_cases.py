@@ -171,6 +171,9 @@ class Case:
         backwards: how many steps of the schedule before one of the optimizer.
         options: of the schedule.
         evals: whether to evaluate after each step.
+        hooks: whether parameters have hooks that change their gradients.
+        encoder: whether the inputs come out of a module outside of the pipeline.
+        changes: what is done to the modules before a step after the first.
     """
 
     schedule: str | tuple[str, ...]
@@ -186,9 +189,27 @@ class Case:
     backwards: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     evals: bool = False
+    hooks: bool = False
+    encoder: bool = False
+    changes: tuple[Callable[[nn.Module], None], ...] = ()
 
     def build(self) -> Model:
-        return self.model(self.num_stages, self.size * self.num_microbatches)
+        model = self.model(self.num_stages, self.size * self.num_microbatches)
+        for parameter in (p for module in model.modules for p in module.parameters() if self.hooks):
+            parameter.register_hook(lambda grad: grad.sign() * grad.square() + 0.125)
+        return model
+
+    def make_encoder(self, model: Model) -> nn.Module | None:
+        torch.manual_seed(1)
+        width = model.inputs[0].shape[-1]
+        return nn.Sequential(nn.Linear(width, width), nn.Tanh()).double() if self.encoder else None
+
+    def change(self, step: int, modules: Sequence[nn.Module]) -> None:
+        """Do to the modules what is to be done before a step."""
+        if 0 < step <= len(self.changes):
+            for module in modules:
+                torch.manual_seed(step)
+                self.changes[step - 1](module)
 
     def stages_of(self, rank: int, world_size: int) -> list[int]:
         if self.schedule in V_SHAPED:
@@ -254,16 +275,18 @@ def train(rank: int, group: dist.ProcessGroup, case: Case) -> list[Step]:
     mine = [stage.stage_index for stage in stages]
     ours = next((stage for stage in stages if isinstance(stage, FunctionalPipelineStage)), None)
     schedule = make_schedule(case, stages, ours.loss_fn if case.folded and ours else model.loss_fn)
-    args = model.inputs if 0 in mine else ()
+    encoder = case.make_encoder(model) if 0 in mine else None
     target = model.target if case.num_stages - 1 in mine else None
     optimizers = optimizers_of([model.modules[i] for i in mine])
     done = []
-    for _ in range(case.steps):
+    for step in range(case.steps):
+        case.change(step, [model.modules[i] for i in mine])
         losses: list[Tensor] = []
         for _ in range(case.backwards):
+            args = () if 0 not in mine else model.inputs if encoder is None else (encoder(*model.inputs),)
             output = schedule.step(*args, target=target, losses=losses, **model.kwargs)
         outputs = [] if output is None else [output]
-        grads = grads_of(model, mine)
+        grads = grads_of(model, mine) | taken_from(encoder)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -279,22 +302,24 @@ def expected(case: Case) -> list[Step]:
     model = case.build()
     every = range(case.num_stages)
     optimizers = optimizers_of(model.modules)
+    encoder = case.make_encoder(model)
     divisor = case.num_microbatches if case.options.get("scale_grads", True) else 1
     done = []
-    for _ in range(case.steps):
+    for step in range(case.steps):
+        case.change(step, model.modules)
         for _ in range(case.backwards):
             losses, outputs = [], []
-            for output, target in forward(model, case.num_microbatches):
+            for output, target in forward(model, case.num_microbatches, encoder):
                 loss = model.loss_fn(output, target)
                 loss.backward()
                 losses.append(loss.detach())
                 outputs.append(output.detach())
-            for module in model.modules:
+            for module in (*model.modules, encoder or nn.Module()):
                 for parameter in module.parameters():
                     if parameter.grad is not None:
                         parameter.grad /= divisor
         outputs = [torch.cat(outputs)]
-        grads = grads_of(model, every)
+        grads = grads_of(model, every) | taken_from(encoder)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -306,10 +331,12 @@ def expected(case: Case) -> list[Step]:
     return done
 
 
-def forward(model: Model, num_microbatches: int) -> Iterator[tuple[Tensor, Tensor]]:
+def forward(
+    model: Model, num_microbatches: int, encoder: nn.Module | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     chunks = [tensor.chunk(num_microbatches) for tensor in (*model.inputs, model.target)]
     for *values, target in zip(*chunks, strict=True):
-        value: Any = tuple(values)
+        value: Any = tuple(values) if encoder is None else encoder(*values)
         for module in model.modules:
             value = module(*(value if isinstance(value, tuple) else (value,)), **model.kwargs)
         yield value, target
@@ -325,6 +352,15 @@ def grads_of(model: Model, stages: Sequence[int]) -> dict[str, Tensor | None]:
         for i in stages
         for name, parameter in model.modules[i].named_parameters()
     }
+
+
+def taken_from(encoder: nn.Module | None) -> dict[str, Tensor | None]:
+    """Take the gradients of the encoder, which no optimizer trains."""
+    if encoder is None:
+        return {}
+    grads = {f"encoder.{name}": p.grad for name, p in encoder.named_parameters()}
+    encoder.zero_grad()
+    return grads
 
 
 def state_of(model: Model, stages: Sequence[int]) -> dict[str, Tensor]:
