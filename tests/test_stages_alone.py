@@ -1,0 +1,210 @@
+"""Pipelines of one process, which is all ranks: what schedules and users do to stages, against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pipeline_cases import (
+    ONE_STAGE_A_RANK,
+    V_SHAPED,
+    Case,
+    assert_same,
+    expected,
+    growing,
+    train,
+    with_everything,
+)
+from torch import Tensor, nn
+from torch.distributed.pipelining import ScheduleGPipe
+from torch.nn import functional
+
+import funcstage as fs
+from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
+
+ATEN = {"backend": "aten"}
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+ENGINES = pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group() -> Iterator[Any]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def stages_for(schedule: str) -> int:
+    return 1 if schedule in ONE_STAGE_A_RANK else 2 if schedule in V_SHAPED else 3
+
+
+@ENGINES
+@pytest.mark.parametrize("folded", [False, True], ids=["", "folded"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_steps_of_an_optimizer_are_eagers(schedule: str, folded: bool, compile: Any, group: Any) -> None:
+    case = Case(schedule, stages_for(schedule), 4, compile=compile, folded=folded, steps=2, evals=True)
+    assert_same(train(0, group, case), expected(case), **CLOSE)
+
+
+@ENGINES
+@pytest.mark.parametrize("model", [with_everything, growing])
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble"])
+def test_whatever_a_stage_may_have_is_trained(schedule: str, model: Any, compile: Any, group: Any) -> None:
+    case = Case(schedule, 3, 4, model, size=3, compile=compile, steps=2, backwards=2, folded=True)
+    assert_same(train(0, group, case), expected(case), **CLOSE)
+
+
+@ENGINES
+@pytest.mark.parametrize("scale_grads", [True, False])
+def test_gradients_add_up_to_what_is_there_and_are_scaled_with_it_as_torch_scales(
+    scale_grads: bool, compile: Any, group: Any
+) -> None:
+    case = Case(
+        "InterleavedZeroBubble", 3, 4, compile=compile, backwards=3, options={"scale_grads": scale_grads}
+    )
+    assert_same(train(0, group, case), expected(case), **CLOSE)
+
+
+def alone(module: nn.Module, group: Any, loss: Any, microbatches: int = 2, **options: Any) -> Any:
+    """A schedule of one stage, and that stage."""
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", group=group, **options)
+    return ScheduleGPipe(stage, microbatches, loss_fn=loss or stage.loss_fn), stage
+
+
+@pytest.mark.parametrize("loss", [1.0, None, "loss"], ids=repr)
+def test_a_loss_that_is_no_tensor_is_refused(loss: Any, group: Any) -> None:
+    schedule, _ = alone(nn.Linear(4, 2), group, lambda output, target: loss)
+    message = r"stage 0 of 1 \(Linear\): the schedule's loss must be a tensor"
+    with pytest.raises(fs.StructureError, match=message):
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+
+
+@ENGINES
+@pytest.mark.parametrize("folded", [False, True], ids=["", "folded"])
+def test_a_loss_that_does_not_read_the_output_leaves_no_gradients(
+    folded: bool, compile: Any, group: Any
+) -> None:
+    factor = torch.ones((), requires_grad=True)
+    options: dict[str, Any] = {"loss_fn": functional.mse_loss} if folded else {}
+    module = nn.Linear(4, 2)
+    schedule, _ = alone(module, group, lambda output, target: factor * 3, compile=compile, **options)
+    output = schedule.step(torch.ones(4, 4), target=torch.randn(4, 2))
+    torch.testing.assert_close(output, module(torch.ones(4, 4)))
+    assert factor.grad == 6.0
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+@ENGINES
+def test_the_loss_of_a_stage_may_be_used_inside_of_another_function(compile: Any, group: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    x, target = torch.randn(4, 4), torch.randn(4, 3)
+    stage = FunctionalPipelineStage(
+        module, 0, 1, "cpu", group=group, compile=compile, loss_fn=functional.mse_loss
+    )
+    seen = []
+
+    def scaled(output: Tensor, target: Tensor) -> Tensor:
+        seen.append((output.shape, output.dtype, repr(output)))
+        return stage.loss_fn(output, target) * 8 + output.square().sum()
+
+    ScheduleGPipe(stage, 2, loss_fn=scaled).step(x, target=target)
+    assert seen == [(torch.Size([2, 3]), torch.float32, seen[0][2])] * 2
+    assert seen[0][2] == "<output of stage 0 of 1 (Sequential), not yet computed>"
+    losses = [functional.mse_loss(y := module(a), b) * 8 + y.square().sum() for a, b in halves(x, target)]
+    grads = torch.autograd.grad(sum(losses) / 2, list(module.parameters()))
+    for parameter, grad in zip(module.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def halves(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+
+
+@ENGINES
+@pytest.mark.parametrize("reads_it_twice", [False, True])
+def test_a_loss_may_compute_with_the_output_of_a_stage_that_has_one_of_its_own(
+    reads_it_twice: bool, compile: Any, group: Any
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(4, 3)
+    x, target = torch.randn(4, 4), torch.randn(4, 3)
+
+    def plain(output: Tensor, target: Tensor) -> Tensor:
+        loss = (output - target).abs().sum()
+        return loss * output.mean() if reads_it_twice else loss
+
+    schedule, _ = alone(module, group, plain, compile=compile, loss_fn=functional.mse_loss)
+    losses: list[Tensor] = []
+    schedule.step(x, target=target, losses=losses)
+    wanted = [plain(module(a), b) for a, b in halves(x, target)]
+    torch.testing.assert_close(losses, wanted)
+    grads = torch.autograd.grad(sum(wanted) / 2, list(module.parameters()))
+    for parameter, grad in zip(module.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+class Picky(nn.Module):
+    """Takes one microbatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        if self.seen > 1:
+            raise KeyError("x")
+        return self.linear(x)
+
+
+def test_an_error_of_a_forward_says_which_stage_and_microbatch_it_was(group: Any) -> None:
+    schedule, _ = alone(Picky(), group, functional.mse_loss)
+    with pytest.raises(Exception, match="x") as caught:
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+    chain = [caught.value, caught.value.__cause__, caught.value.__context__]
+    notes = [note for error in chain for note in getattr(error, "__notes__", ())]
+    assert any("This was stage 0 of 1 (Picky), in F of microbatch 1." in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "value", [lambda loss: loss.expand(1), lambda loss: loss.long(), float, lambda loss: (loss, loss)]
+)
+def test_a_folded_loss_that_is_no_real_scalar_is_refused(value: Any, group: Any) -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Any:
+        return value(functional.mse_loss(output, target))
+
+    schedule, _ = alone(nn.Linear(4, 2), group, None, loss_fn=loss_fn)
+    with pytest.raises(fs.LeafError, match=r"loss_fn must return a real scalar.*Take the mean"):
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("outputs", [torch.empty(2, 3), torch.empty(3, 2), (torch.empty(2, 2),) * 2])
+def test_output_args_that_the_stage_does_not_return_are_refused(outputs: Any, group: Any) -> None:
+    schedule, _ = alone(nn.Linear(4, 2), group, functional.mse_loss, output_args=outputs)
+    with pytest.raises(fs.LeafError, match=r"its output is .*, but output_args says .*Correct output_args"):
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+
+
+def test_params_and_grads_are_those_of_the_module(group: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2).requires_grad_(False))
+    schedule, stage = alone(module, group, functional.mse_loss)
+    assert list(stage.params) == list(stage.grads) == ["0.weight", "0.bias"]
+    assert set(stage.grads.values()) == {None}
+    schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+    for name, parameter in module[0].named_parameters(prefix="0"):
+        assert stage.grads[name] is parameter.grad
+        assert stage.params[name].data_ptr() == parameter.data_ptr()
+        assert not stage.params[name].requires_grad
+
+
+def test_a_w_without_its_i_is_refused(group: Any) -> None:
+    schedule, stage = alone(nn.Linear(4, 2), group, functional.mse_loss)
+    schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+    with pytest.raises(fs.StructureError, match="W of microbatch 1 has no I before it"):
+        stage.backward_weight_one_chunk(1)
