@@ -317,6 +317,13 @@ def levels_within_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(grads)(ROWS), ROWS[:, None].expand(3, 2, 4))
 
 
+@stands_on("group_norm.py")
+def group_norms() -> None:
+    images = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    for engine in (None, "aten"):
+        assert_split_as_eager(nn.GroupNorm(2, 4), images, engine=engine)
+
+
 @stands_on("autocast.py", "graph/_torch.py")
 def autocast() -> None:
     for engine in (None, "aten"):
