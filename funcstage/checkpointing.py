@@ -35,6 +35,7 @@ from funcstage import _functorch as ft
 from funcstage import trees
 from funcstage.errors import StageError
 from funcstage.functional import lending, state_of
+from funcstage.kept import undone
 from funcstage.locks import lent
 
 
@@ -125,6 +126,8 @@ class Region:
         with ExitStack() as stack:
             stack.enter_context(self._surroundings.restored())
             stack.enter_context(lent(self._owner))
+            owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
+            stack.enter_context(undone(owners))
             stack.enter_context(lending(self._modules))
             stack.enter_context(self._second)
             if self._operations is not None:

@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
-from funcstage import custom_functions, inner_gradients, trees
+from funcstage import custom_functions, inner_gradients, kept, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.autocast import cast_first
@@ -337,6 +337,7 @@ def linearize(
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
+        stack.enter_context(kept.taken_out(getattr(apply, "module", None)))
         stack.enter_context(_explaining(given, higher or rerun))
         transformed = ft.current_level() > 0
         if transformed:

@@ -140,7 +140,7 @@ def _flatten_dict(instance: Any) -> tuple[Iterable[Any], Any, Any]:
 
 def _unflatten_dict(kind: Any, own: _Entries, children: Iterable[Any]) -> Any:
     values = list(children)
-    new = kind.__new__(kind)
+    new: Any = kind.__new__(kind)
     put: Any = OrderedDict.__setitem__ if issubclass(kind, OrderedDict) else dict.__setitem__
     n = len(own.attributes)
     _set(new, own.attributes, values[:n])
@@ -166,7 +166,7 @@ def _unflatten_items(kind: Any, names: tuple[str, ...], children: Iterable[Any])
     values = list(children)
     n = len(values) - len(names)
     if issubclass(kind, tuple):
-        new = tuple.__new__(kind, values[:n])
+        new: Any = tuple.__new__(kind, values[:n])
     else:
         new = kind.__new__(kind)
         list.extend(new, values[:n])
@@ -210,7 +210,7 @@ def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True
         *getattr(leaf, "__dict__", {}).values(),
         *(getattr(leaf, name, None) for name in slots if name not in ("__dict__", "__weakref__")),
     ]
-    inside = optree.tree_leaves(values, namespace=NAMESPACE)  # type: ignore[arg-type]  # a list is a tree
+    inside: list[Any] = optree.tree_leaves(values, namespace=NAMESPACE)  # type: ignore[arg-type]
     return any(
         is_wanted(value)
         if isinstance(value, Tensor)

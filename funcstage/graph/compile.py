@@ -143,6 +143,10 @@ class CompiledStage:
         parts = programs.partition
         return StagePrograms(parts.forward.module, parts.input_grad.module, parts.weight_grad.module)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, pickled ones too, are of the stage function, and trace anew."""
+        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs)
+
     def __repr__(self) -> str:
         remat = self.remat if isinstance(self.remat, str) else getattr(self.remat, "__name__", "policy")
         return (
@@ -214,7 +218,8 @@ class CompiledStage:
             try:
                 joint = trace(*given, {**DECOMPOSED, **decompositions})
             except TraceError as refusal:
-                error, cause = tried_uncompiled(refusal, *given), refusal.__cause__
+                error: Exception | None = tried_uncompiled(refusal, *given)
+                cause = refusal.__cause__
             else:
                 error = None
         if error is not None:
@@ -228,6 +233,8 @@ class CompiledStage:
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)
         programs = Programs(joint, partition(joint, self.remat), lower, slots)
+        # Tensors that an earlier call has kept and this trace reads are known by now.
+        signature = signature_of(leaves, structure, diff, self._module_state)
         self._traced[signature] = programs
         if len(self._traced) > WARN_SIGNATURES and not self._warned:
             self._warned = True

@@ -109,6 +109,9 @@ class Programs:
             leaves[i] = constant
         output = trees.unflatten(joint.output_spec, leaves[:n])
         new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
+        if joint.changes is not None:
+            new_buffers, kept = new_buffers
+            joint.changes.make(kept)
         residuals: Any = tuple(results[end:])
         if "F" not in self._made:
             others = [*tensors, *results[:end]]

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from funcstage import trees
 from funcstage.errors import TraceError
 from funcstage.graph import _torch as tt
+from funcstage.kept import MARK
 from funcstage.registration import attributes_of
 
 
@@ -287,6 +288,8 @@ def _content(value: Any, seen: set[int]) -> Hashable:
     """What an attribute says; of what was `seen` in another place already, which one it is."""
     if isinstance(value, _PLAIN):
         return _exactly(value)
+    if isinstance(value, Tensor) and hasattr(value, MARK):
+        return MARK, _leaf(value)
     if id(value) in seen:
         return _Same(value)
     seen.add(id(value))

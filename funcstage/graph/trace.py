@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from funcstage import control_flow, recurrent, trees
+from funcstage import closures, control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
@@ -39,6 +39,7 @@ from funcstage.graph._fx import recording, unpatch
 from funcstage.graph.blame import is_raised_by_stage, line_of
 from funcstage.group_norm import contiguous_group_norm, crashes
 from funcstage.inner_gradients import BACKWARD_CALLED
+from funcstage.kept import Changes, State
 from funcstage.trees import Buffers, Params
 
 
@@ -58,6 +59,8 @@ class Joint:
         output_spec: the structure of the output.
         buffers_spec: the structure of the new buffers.
         constants: leaves of output and new buffers that are no tensors, by position among both.
+        changes: what F does to the module, if anything; the new buffers are then a pair, of which the second
+            part is the tensors that stay on the module.
         given: what the placeholders of state and arguments are called by those who gave them.
     """
 
@@ -69,6 +72,7 @@ class Joint:
     buffers_spec: optree.PyTreeSpec
     constants: dict[int, Any]
     given: tuple[str, ...]
+    changes: Changes | None = None
 
     @property
     def placeholders(self) -> list[Node]:
@@ -124,6 +128,7 @@ def trace(
     with tt.without_modes():
         fakes = [tt.fake_like(fake_mode, leaves[i]) for i in places]
     note: dict[str, Any] = {}
+    state = State(getattr(apply, "module", None))
     regions = _Regions()
     module: nn.Module | None = getattr(apply, "module", None)
 
@@ -132,7 +137,7 @@ def trace(
 
     def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         unpatch()
-        with _Functionalization(), _Separable():
+        with _Functionalization(), _Separable(_name(apply)):
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(leaves)
             for i, tensor in zip(places, given, strict=True):
@@ -153,6 +158,9 @@ def trace(
             if any(leaf.grad is not None for leaf in marked.values()):
                 raise PurityError(BACKWARD_CALLED)
             outputs, note["output"] = trees.flatten(output)
+            note["changes"] = state.changes(_name(apply))
+            if note["changes"] is not None:
+                new_buffers = new_buffers, note["changes"][1]
             fresh, note["buffers"] = trees.flatten(new_buffers)
             results = [*outputs, *fresh]
             note["constants"] = {i: r for i, r in enumerate(results) if not isinstance(r, Tensor)}
@@ -201,9 +209,19 @@ def trace(
             if overwritten or _LEAF_WRITTEN not in str(error):
                 refusal = _refusal(apply, error)
                 if refusal is error:
+                    state.restore(tensors_only=True)  # as eager, which has run up to here
+                    state = State(None)
                     raise
                 raise refusal from error
             traced = None
+        else:
+            assert traced is not None
+            read = [
+                getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")
+            ]
+            state.read(_name(apply), [value for value in read if isinstance(value, Tensor)])
+        finally:
+            state.restore()
     if traced is None:
         return trace(apply, params, buffers, args, kwargs, diff, decompositions, overwritten=True)
     _name_placeholders(traced, n_state)
@@ -222,6 +240,7 @@ def trace(
         note["buffers"],
         note["constants"],
         _names_of(state_spec, args_spec, places),
+        note["changes"][0] if note["changes"] else None,
     )
 
 
@@ -407,6 +426,13 @@ def _impure(apply: Callable[..., Any]) -> PurityError:
     )
 
 
+def _captured(owner: str, which: str) -> PurityError:
+    return PurityError(
+        f"{owner} writes in place into a tensor that it has captured from outside ({which}), which a program "
+        "would not do again. Register the tensor as a buffer, or update a clone of it."
+    )
+
+
 def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     """Say where the trace stopped; errors that the stage itself raises are passed on."""
     if isinstance(error, RuntimeError) and _LEAF_WRITTEN in str(error):
@@ -414,6 +440,8 @@ def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     name = control_flow.operator_behind(error)
     if name is not None:
         return TraceError(control_flow.refusal(_name(apply), name))
+    if "mutating a non-functional tensor" in str(error):
+        return _captured(_name(apply), f"at {line_of(error)}")
     if is_raised_by_stage(error):
         return error
     where = line_of(error)
@@ -447,10 +475,18 @@ class _Separable(TorchFunctionMode):
     norm is traced without cuDNN, whose operation writes the running statistics and does not say so.
     """
 
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if closures._is_in_place(func, kwargs):
+            target = kwargs.get("out", args[0] if args else None)
+            if isinstance(target, Tensor) and not isinstance(target, (tt.FunctionalTensor, tt.FakeTensor)):
+                raise _captured(self.owner, trees.describe(target))  # which is real, and would be written
         if kwargs.get("generator") is not None:
             generators.check_kept(kwargs["generator"], kwargs)
         if crashes(func, args, kwargs):
