@@ -111,7 +111,7 @@ def _flatten_object(instance: Any) -> tuple[Iterable[Any], Any, Any]:
 
 
 def _unflatten_object(kind: type, names: tuple[str, ...], children: Iterable[Any]) -> Any:
-    new = object.__new__(kind)
+    new: Any = object.__new__(kind)
     _set(new, names, children)
     return new
 
