@@ -773,7 +773,6 @@ class _Split(TorchFunctionMode):
             captured.outer = stack.enter_context(ft.grad_level())
             stack.enter_context(torch.enable_grad())
             captured.inner = stack.enter_context(ft.grad_level())
-            stack.enter_context(torch.enable_grad())
             nested = _Split(captured.outer, captured.inner, {}, [])
             nested.alone = self.alone
             nested.before_write = captured.before_write
