@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .operators import Mutant, mutants_of, sample
@@ -44,12 +45,13 @@ def main() -> None:
         print(f"{file} has changed since it was noted which tests run its lines: --collect does it anew.")
     accepted = read_accepted(ACCEPTED.read_text())
     found: list[Outcome] = []
-    for outcome in outcomes(mutants, ROOT / PACKAGE, reach, options.budget, options.jobs):
-        found.append(outcome)
-        reason = reason_for(outcome, accepted)
-        status = "accepted" if reason else outcome.status
-        print(f"{len(found):4} {status:9} {outcome.seconds:5.0f} s  {outcome.mutant.name}", flush=True)
-        print(f"{'':24}{reason or outcome.said}", flush=True)
+    with suppress(KeyboardInterrupt):  # which ends it early
+        for outcome in outcomes(mutants, ROOT / PACKAGE, reach, options.budget, options.jobs):
+            found.append(outcome)
+            reason = reason_for(outcome, accepted)
+            status = "accepted" if reason else outcome.status
+            print(f"{len(found):4} {status:9} {outcome.seconds:5.0f} s  {outcome.mutant.name}", flush=True)
+            print(f"{'':24}{reason or outcome.said}", flush=True)
     print(table(found, accepted))
 
 

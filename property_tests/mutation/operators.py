@@ -72,10 +72,9 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
 
 
 def sample(mutants: Iterable[Mutant], n: int, seed: int) -> list[Mutant]:
-    """Draw `n` mutants, the same for the same seed, in the order given."""
+    """Draw `n` mutants, the same for the same seed, in any order."""
     mutants = list(mutants)
-    chosen = set(random.Random(seed).sample(range(len(mutants)), min(n, len(mutants))))
-    return [mutant for i, mutant in enumerate(mutants) if i in chosen]
+    return random.Random(seed).sample(mutants, min(n, len(mutants)))
 
 
 class Place(NamedTuple):

@@ -19,7 +19,7 @@ TARGETS = (
 )
 """Globs of the files that faults are planted in."""
 
-ON_A_GPU_ONLY = ("funcstage/graph/cuda_graphs.py",)
+ON_A_GPU_ONLY = ("funcstage/graph/cuda_graphs.py", "funcstage/graph/norms.py")
 """Files among these that do nothing without one."""
 
 TESTS = ("tests/test_*.py", "property_tests/test_*.py")
