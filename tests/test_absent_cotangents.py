@@ -61,3 +61,30 @@ def test_a_sum_without_one_of_its_terms_is_what_it_is_with_a_zero(name: str, pre
         _, _, pullback = fs.stage_vjp(stage, params, {}, x)
         (dx,), weight_pullback = pullback(tuple(cotangents))
         torch.testing.assert_close([dx, weight_pullback()["w"]], list(wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("patterns", [((1, 1), (1, 0), (0, 1)), ((0, 1), (1, 1)), ((1, 0), (0, 1), (1, 0))])
+def test_sums_over_microbatches_with_different_absent_cotangents_are_eagers(patterns: Any) -> None:
+    torch.manual_seed(0)
+
+    def function(params: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x @ params["a"]).tanh() @ params["b"], x @ params["a"] @ params["c"]
+
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return function(params, x), buffers
+
+    params = {"a": torch.randn(4, 4), "b": torch.randn(4, 3), "c": torch.randn(4, 2)}
+    ends = {name: p.clone().requires_grad_() for name, p in params.items()}
+    stage = fs.compile(apply, backend="aten")
+    total: Any = {name: torch.zeros_like(p) for name, p in params.items()}
+    for present in patterns:
+        x = torch.randn(5, 4)
+        outputs = function(ends, x)
+        cotangents = [torch.randn_like(o) if on else None for o, on in zip(outputs, present, strict=True)]
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+        torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs])
+        _, _, pullback = fs.stage_vjp(stage, params, {}, x)
+        total = fs.stage_backward_weight(pullback(tuple(cotangents))[1], accumulate=total)
+    for name, end in ends.items():
+        wanted = torch.zeros_like(end) if end.grad is None else end.grad
+        torch.testing.assert_close(total[name], wanted)

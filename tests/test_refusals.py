@@ -304,3 +304,23 @@ def test_weight_pullbacks_that_do_not_belong_together_are_refused() -> None:
     fs.stage_backward_weight(one)
     with pytest.raises(fs.ConsumedError, match="used before"):
         fs.stage_backward_weight(one)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [(torch.ones(3, dtype=torch.long), r"it is int64\[3\]"), ((1, 2), "a tuple of 2 leaves")],
+)
+def test_an_argnum_of_nothing_to_differentiate_says_what_is_there(argument: Any, said: str) -> None:
+    with pytest.raises(fs.StructureError, match=said):
+        fs.stage_vjp(lambda p, b, x, y: (x, b), {}, {}, torch.ones(2), argument, argnums=1)
+
+
+def test_a_warning_of_many_signatures_says_in_a_word_that_the_structure_differed() -> None:
+    fast = fs.compile(lambda p, b, xs: (sum(xs) * p["w"], b), backend="aten")
+
+    def run() -> None:
+        for n in range(1, 11):
+            fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, [torch.ones(2)] * n, argnums=())
+
+    with pytest.warns(UserWarning, match=r"(?m)^  2: structure$"):
+        run()

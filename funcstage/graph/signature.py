@@ -125,9 +125,9 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
     fields = (*Signature._fields[:-1], *Surroundings._fields)
     pairs = zip((*old[:-1], *old.surroundings), (*new[:-1], *new.surroundings), strict=True)
     for field, (before, after) in zip(fields, pairs, strict=True):
-        if before == after:
+        if before == after or (field == "leaves" and old.structure != new.structure):
             continue
-        if field != "leaves" or old.structure != new.structure:
+        if field != "leaves":
             yield field if field == "structure" else f"{field} {before} -> {after}"
             continue
         names = trees.leaf_names(new.structure, "")

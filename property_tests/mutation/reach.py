@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,18 @@ class Reach:
         return cls(read["seconds"], lines, read["modules"], read["hashes"])
 
     def tests_for(self, mutant: Mutant, budget: float) -> list[str]:
-        """The tests that may see a mutant, the quickest first, as many as take `budget` seconds."""
+        """The tests that may see a mutant, of each file the quickest first, as many as take `budget`."""
         lines = self.lines.get(mutant.file, {})
         first, last = mutant.lines
         found = functools.reduce(int.__or__, (lines.get(n, 0) for n in range(first, last + 1)), 0)
         chosen = [test for i, test in enumerate(self.seconds) if found >> i & 1]
         chosen.sort(key=self.seconds.__getitem__)
+        earlier: Counter[str] = Counter()  # one test of every file, then another of every file
+        turns = {}
+        for test in chosen:
+            turns[test] = earlier[file := test.partition("::")[0]]
+            earlier[file] += 1
+        chosen.sort(key=turns.__getitem__)
         spent = 0.0
         for i, test in enumerate(chosen):
             spent += self.seconds[test]
