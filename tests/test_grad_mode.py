@@ -178,3 +178,14 @@ def test_programs_of_inductor_serve_every_mode() -> None:
             (dx,), weight_pullback = pullback(output.cos())
             for mine, grad in zip((dx, *weight_pullback().values()), wanted, strict=True):
                 torch.testing.assert_close(mine, grad)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_compiled_forward_alone_sees_the_callers_grad_mode(enabled: bool) -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return x * params["w"] * (2 if torch.is_grad_enabled() else 3), buffers
+
+    params, x = {"w": torch.randn(3)}, torch.randn(3)
+    fast = fs.compile(apply, backend="aten")
+    with torch.set_grad_enabled(enabled):
+        torch.testing.assert_close(fast(params, {}, x)[0], apply(params, {}, x)[0])
