@@ -11,32 +11,42 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
+class uncompiled:  # no generator: see `funcstage.undone`
     """Let compiled functions run as they were written, in this thread."""
-    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing is compiled; the import takes a second
-        yield
-        return
-    before = _set_eager(True)
-    try:
-        yield
-    finally:
-        _set_eager(before)
+
+    _eager = True
+
+    def __enter__(self) -> None:
+        self._before = runs_eagerly()
+        run_eagerly(self._eager)
+
+    def __exit__(self, *error: object) -> None:
+        run_eagerly(self._before)
 
 
-@contextmanager
-def compiled_again() -> Iterator[None]:
+class compiled_again(uncompiled):
     """Let torch.compile work within `uncompiled`."""
-    before = _set_eager(False)
-    try:
-        yield
-    finally:
-        _set_eager(before)
+
+    _eager = False
+
+
+def runs_eagerly() -> bool:
+    """Tell whether compiled functions of this thread run as they were written."""
+    return _is_loaded() and bool(getattr(_setting(), "depth", 0))
+
+
+def run_eagerly(eager: bool) -> None:
+    """Let them, or not."""
+    if _is_loaded():
+        _setting().depth = int(eager)
+
+
+def _is_loaded() -> bool:
+    return "torch._dynamo.eval_frame" in sys.modules  # else nothing is compiled; the import takes a second
 
 
 class _OfThread(threading.local):
@@ -45,14 +55,6 @@ class _OfThread(threading.local):
 
 _own = _OfThread()
 _install_lock = threading.Lock()
-
-
-def _set_eager(eager: bool) -> bool:
-    """Tell compiled functions of this thread whether to run as they were written; return what held before."""
-    setting = _setting()
-    before = bool(getattr(setting, "depth", 0))
-    setting.depth = int(eager)
-    return before
 
 
 def _setting() -> Any:

@@ -8,8 +8,7 @@ sends every operation through the ones that it concerns, which takes these funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch import _is_functional_tensor as is_functionalized
 from torch._C._functorch import (
     TransformType,
+    _grad_decrement_nesting,
+    _grad_increment_nesting,
     _wrap_for_grad,
     get_interpreter_stack,
     get_unwrapped,
@@ -39,13 +40,14 @@ from torch._C._functorch import (
 from torch._C._functorch import (
     unwrap_if_dead as _unwrap_if_dead,
 )
-from torch._functorch.eager_transforms import grad_increment_nesting as grad_level
 from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
+    "close_to",
     "current_level",
     "differentiating_above",
     "down_to",
+    "drop_saving_hooks",
     "grad_level",
     "innermost",
     "is_dead",
@@ -55,7 +57,11 @@ __all__ = [
     "one_level_down",
     "pop_layer",
     "push_layer",
+    "refuse_saving",
+    "refusing_to_save",
     "requires_grad",
+    "saving_hooks",
+    "saving_refused",
     "saving_through",
     "storage_key",
     "under_one_dead_wrapper",
@@ -97,17 +103,72 @@ def wrap(tensor: Tensor, level: int) -> Tensor:
     return _wrap_for_grad(tensor, level)
 
 
-@contextmanager
-def down_to(level: int) -> Iterator[None]:
+# These are no generators: one that is broken off while it is entered ends later, when nobody expects it.
+
+
+class grad_level:  # used as torch's
+    """Open a level; entering tells its number."""
+
+    def __enter__(self) -> int:
+        self._level: int = _grad_increment_nesting()
+        return self._level
+
+    def __exit__(self, *error: object) -> None:
+        close_to(self._level - 1)
+
+
+class down_to:
     """Leave the levels above `level` for a while."""
-    layers = []
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+        self._layers: list[Any] = []
+
+    def __enter__(self) -> None:
+        while current_level() > self._level:
+            self._layers.append(pop_layer())
+
+    def __exit__(self, *error: object) -> None:
+        while self._layers:
+            push_layer(self._layers.pop())
+
+
+class refusing_to_save:
+    """Refuse saved-tensor hooks with a message.
+
+    Raises:
+        RuntimeError: where there are some.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._before = saving_refused()
+
+    def __enter__(self) -> None:
+        refuse_saving(self._message)
+
+    def __exit__(self, *error: object) -> None:
+        refuse_saving(self._before)
+
+
+def close_to(level: int) -> None:
+    """Close the levels above `level`, which were left open."""
     while current_level() > level:
-        layers.append(pop_layer())
-    try:
-        yield
-    finally:
-        for layer in reversed(layers):
-            push_layer(layer)
+        _grad_decrement_nesting()
+
+
+def saving_refused() -> str | None:
+    """What is said to those who ask for saved-tensor hooks, where they are refused."""
+    message: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return message
+
+
+def refuse_saving(message: str | None) -> None:
+    """Refuse saved-tensor hooks with this message, or none."""
+    if message is None:
+        torch._C._autograd._saved_tensors_hooks_enable()
+    else:
+        torch._C._autograd._saved_tensors_hooks_disable(message)
 
 
 def requires_grad(tensor: Tensor) -> bool:
@@ -151,17 +212,32 @@ def under_one_dead_wrapper(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def saving_through(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]) -> Iterator[None]:
+class saving_through:
     """Let saved tensors go through hooks, also inside the transforms that torch.func refuses them in."""
-    refusal = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-    torch._C._autograd._saved_tensors_hooks_enable()
-    try:
-        with saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        if refusal is not None:
-            torch._C._autograd._saved_tensors_hooks_disable(refusal)
+
+    def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]) -> None:
+        self._hooks = saved_tensors_hooks(pack, unpack)
+        self._before = saving_refused()
+
+    def __enter__(self) -> None:
+        refuse_saving(None)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__()
+        if self._before is not None:
+            refuse_saving(self._before)
+
+
+def saving_hooks() -> Any:
+    """The innermost hooks of saved tensors."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def drop_saving_hooks(down_to: Any) -> None:
+    """Take away the hooks of saved tensors within these."""
+    while (top := saving_hooks()) is not None and top != down_to:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd import Function
@@ -33,17 +32,37 @@ class Interceptor(Protocol):
         """Apply a custom autograd function; `apply` is its own."""
 
 
-@contextmanager
-def intercepting(interceptor: Interceptor) -> Iterator[None]:
+class intercepting:
     """Ask `interceptor` about the calls of this thread."""
-    before = current_interceptor()
-    _current.interceptor = interceptor
-    _patches.enter()
-    try:
-        yield
-    finally:
-        _patches.leave()
-        _current.interceptor = before
+
+    def __init__(self, interceptor: Interceptor) -> None:
+        self._interceptor = interceptor
+        self._before = current()
+
+    def __enter__(self) -> None:
+        _current.interceptor = self._interceptor
+        _patches.hold(self._before.depth + 1)
+
+    def __exit__(self, *error: object) -> None:
+        restore(self._before)
+
+
+class Current(NamedTuple):
+    """Who is asked in this thread, and how many have asked to be."""
+
+    interceptor: Interceptor | None
+    depth: int
+
+
+def current() -> Current:
+    """What holds in this thread."""
+    return Current(current_interceptor(), _patches.depth())
+
+
+def restore(before: Current) -> None:
+    """Let it hold again."""
+    _patches.hold(before.depth)
+    _current.interceptor = before.interceptor
 
 
 def current_interceptor() -> Interceptor | None:
@@ -62,26 +81,39 @@ class _Patches:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
+        self._depths: dict[int, int] = {}  # by thread
+        self._in_place: bool | None = False  # None while that changes
         self._checkpoint: Any = None
 
-    def enter(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._checkpoint = getattr(_BODY, _DISABLED, None)
-                setattr(_BODY, _DISABLED, self._asked_checkpoint())
-                _set_apply(asked=True)
+    @property
+    def _users(self) -> int:
+        return sum(self._depths.values())
 
-    def leave(self) -> None:
+    def depth(self) -> int:
+        """How deep this thread is in stages."""
+        return self._depths.get(threading.get_ident(), 0)
+
+    def hold(self, depth: int) -> None:
+        """Be in place as long as any thread holds them; may be broken off anywhere, and called again."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                if self._checkpoint is None:
-                    delattr(_BODY, _DISABLED)
-                else:
-                    setattr(_BODY, _DISABLED, self._checkpoint)
-                _set_apply(asked=False)
+            if depth:
+                self._depths[threading.get_ident()] = depth
+            else:
+                self._depths.pop(threading.get_ident(), None)
+            wanted = bool(self._depths)
+            if self._in_place is wanted:
+                return
+            if self._in_place is False:
+                self._checkpoint = getattr(_BODY, _DISABLED, None)
+            self._in_place = None
+            if wanted:
+                setattr(_BODY, _DISABLED, self._asked_checkpoint())
+            elif self._checkpoint is not None:
+                setattr(_BODY, _DISABLED, self._checkpoint)
+            elif hasattr(_BODY, _DISABLED):
+                delattr(_BODY, _DISABLED)
+            _set_apply(asked=wanted)
+            self._in_place = wanted
 
     def _asked_checkpoint(self) -> Callable[..., Any]:
         original = self._checkpoint

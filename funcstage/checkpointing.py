@@ -34,7 +34,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from funcstage import _functorch as ft
 from funcstage import trees
 from funcstage.errors import StageError
-from funcstage.functional import lending, state_of
+from funcstage.functional import hold, lending, state_of
 from funcstage.kept import undone
 from funcstage.locks import lent
 
@@ -123,17 +123,21 @@ class Region:
         """Run the function on what stands in for the captured tensors."""
         leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
         args, kwargs = trees.unflatten(self._spec, leaves)
-        with ExitStack() as stack:
-            stack.enter_context(self._surroundings.restored())
-            stack.enter_context(lent(self._owner))
+        with self._surroundings.restored(), lent(self._owner):
+            before = state_of([state.module for state in self._modules])
             owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
-            stack.enter_context(undone(owners))
-            stack.enter_context(lending(self._modules))
-            stack.enter_context(self._second)
-            if self._operations is not None:
-                stack.enter_context(self._operations.cut_short())
-            stack.enter_context(StandIns(functools.partial(self.stand_in, stand_ins)))
-            return self._function(*args, **kwargs)
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(undone(owners))
+                    stack.enter_context(lending(self._modules))
+                    stack.enter_context(self._second)
+                    if self._operations is not None:
+                        stack.enter_context(self._operations.cut_short())
+                    stack.enter_context(StandIns(functools.partial(self.stand_in, stand_ins)))
+                    return self._function(*args, **kwargs)
+            except BaseException:
+                hold(before)  # an interrupt may come between leaving and what that does
+                raise
 
     def forget(self, saved: Any) -> None:
         """Keep nothing of what the first run saves for a backward, except that it does."""

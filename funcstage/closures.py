@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, Node, disable_saved_tensors_hooks, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcstage import _functorch as ft
@@ -1034,7 +1034,7 @@ def _unshared(grads: Iterable[Tensor | None], cotangents: Iterable[Tensor]) -> I
 
 def _refuse_saved_tensor_hooks(stack: ExitStack) -> None:
     try:
-        stack.enter_context(disable_saved_tensors_hooks(_HOOKS_REFUSED))
+        stack.enter_context(ft.refusing_to_save(_HOOKS_REFUSED))
     except RuntimeError as error:
         raise StageError(_HOOKS_REFUSED) from error
 

@@ -128,6 +128,8 @@ class ModuleFunction:
         named = dict(self.module.named_modules())
         self._recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
         self._parts = [(part, *_contents(part)) for part in named.values()]
+        held = [own for part in named.values() for own in (part._parameters, part._buffers)]
+        self._places = [(own, name) for own in held for name in own]
         look_over(self.module)
 
     def _check_parts(self) -> None:
@@ -158,8 +160,15 @@ class ModuleFunction:
         for alias, name in self._aliases.items():
             state[alias] = state[name]
         with lent(module), _flat_weights(self._recurrent, state):
-            # The ties are resolved above, once, rather than in every call.
-            output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
+            before = [held.get(name) for held, name in self._places]
+            try:
+                # The ties are resolved above, once, rather than in every call.
+                output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
+            except BaseException:  # an interrupt may come while the tensors are exchanged
+                for (held, name), tensor in zip(self._places, before, strict=True):
+                    if name in held:
+                        held[name] = tensor
+                raise
         # functional_call writes buffers that the module re-assigned back into `state`.
         return output, {name: state[name] for name in buffers}
 
@@ -299,8 +308,7 @@ def lending(states: Iterable[ModuleState]) -> Iterator[None]:
             _hold(state)
         yield
     finally:
-        for state in before:
-            _hold(state)
+        hold(before)
 
 
 @contextmanager
@@ -311,6 +319,12 @@ def lent_again(states: Sequence[ModuleState]) -> Iterator[None]:
         return
     with lent(states[0].module), lending(states):
         yield
+
+
+def hold(states: Sequence[ModuleState]) -> None:
+    """Let modules hold again what they held, for good."""
+    for state in states:
+        _hold(state)
 
 
 def _hold(state: ModuleState) -> None:

@@ -27,6 +27,7 @@ from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.undone import undone_if_interrupted
 from funcstage.writes import Part, Watch, refuse_written, versions
 
 
@@ -174,6 +175,7 @@ class WeightPullback(_Linear[WeightTape]):
         self._params_spec = params_spec
         self._params = params  # the tape has them too
 
+    @undone_if_interrupted
     @outside_inference_mode
     def __call__(self, *, retain: bool = False) -> Params:
         """Compute the gradients of the parameters.
@@ -291,6 +293,7 @@ class Pullback(_Linear[InputTape]):
         self._params_spec = params_spec
         self._params = params
 
+    @undone_if_interrupted
     @outside_inference_mode
     def __call__(
         self, output_grads: PyTree = None, *, retain: bool = False
@@ -412,6 +415,7 @@ class Pullback(_Linear[InputTape]):
 
 
 @outside_inference_mode
+@undone_if_interrupted
 @with_gradients_on
 def stage_vjp(
     apply: Callable[..., Any],

@@ -303,6 +303,22 @@ def levels() -> None:
     assert_split_as_eager(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()), ROWS)
 
 
+@stands_on("undone.py")
+def a_forward_that_is_interrupted() -> None:
+    import funcstage as fs
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.overrides.BaseTorchFunctionMode().__enter__()
+            raise KeyboardInterrupt
+
+    apply, params, buffers = fs.functionalize(Broken())
+    with pytest.raises(KeyboardInterrupt):
+        fs.stage_vjp(apply, params, buffers, ROWS)
+    assert torch.overrides._len_torch_function_stack() == 0
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
 @stands_on("_functorch.py")
 def levels_within_transforms() -> None:
     import funcstage as fs
