@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +185,10 @@ def _applied_to_wrappers(function: type[Function], args: Sequence[Any]) -> Any:
         return here.apply(*args)
 
 
+class HasOwnTape:
+    """Marks a function of ours that keeps a tape from its forward, and goes back over that alone."""
+
+
 class _Bridge(Function):
     """A function whose forward takes `ctx`, in the form that `torch.func` can transform."""
 
@@ -200,8 +205,10 @@ class _Bridge(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         context = ctx.context.at(ctx)
-        with inner_gradients.Refusing(context._function.__name__):
-            found = context._function.backward(context, *grads)
+        function = context._function
+        has_own_tape = issubclass(function, HasOwnTape)
+        with nullcontext() if has_own_tape else inner_gradients.Refusing(function.__name__):
+            found = function.backward(context, *grads)
         return None, *(found if isinstance(found, tuple) else (found,))
 
     @staticmethod

@@ -83,7 +83,7 @@ class _Call:
                 tensors.update({name: instead.get(id(tensor), tensor) for name, tensor in tensors.items()})
         score_mod, mask_mod = (_with_cells(function, instead) for function in self._functions)
         with lending(states):
-            return _run_compiled(
+            return run_compiled(
                 self._operator,
                 query,
                 key,
@@ -95,7 +95,7 @@ class _Call:
             )
 
 
-def _run_compiled(operator: Any, *args: Any, backend: str) -> Any:
+def run_compiled(operator: Any, *args: Any, backend: str) -> Any:
     """Run the operator through Dynamo, which finds what `score_mod` and `mask_mod` read."""
 
     def attention(*args: Any) -> Any:  # as Dynamo takes no operator
@@ -119,7 +119,7 @@ def run_dense_backward(operator: Any, *args: Any) -> Any:
     return operator(*rest, tuple(marked), constant)
 
 
-class _Attention(Function):
+class _Attention(custom_functions.HasOwnTape, Function):
     """Attention with its own tape, which stays until the levels' tapes go."""
 
     @staticmethod

@@ -58,7 +58,7 @@ for dim, engine, argnums, kind in itertools.product((4, 5), engines, ((0,), ()),
         output, _, pullback = fs.stage_vjp(stage, params, buffers, x, argnums=argnums)
         (dx,), weight_pullback = pullback(grad)
         grads = weight_pullback().values()
-    assert output.is_contiguous(memory_format=forms[dim])
+    assert output.stride() == expected.stride()
     torch.testing.assert_close([*grads], [*wanted[1:]])
     torch.testing.assert_close(dx, wanted[0]) if dx is not None else None
 """

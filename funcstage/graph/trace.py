@@ -31,7 +31,7 @@ from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
 from funcstage.composites import opened
 from funcstage.errors import PurityError, StageError, TraceError
-from funcstage.flex import is_flex_attention
+from funcstage.flex import is_flex_attention, run_compiled
 from funcstage.functional import checked_result
 from funcstage.graph import _torch as tt
 from funcstage.graph import generators, norms
@@ -501,7 +501,7 @@ class _Separable(TorchFunctionMode):
         if func is torch.instance_norm:
             return norms.instance_norm(*args, **kwargs)
         if is_flex_attention(func):
-            return func(*args[:7])  # what `score_mod` and `mask_mod` read is found while it is recorded
+            return run_compiled(func, *args, backend="eager")
         if func in _RECURRENT:
             return _RECURRENT[func](*args, **kwargs)
         return func(*args, **kwargs)
