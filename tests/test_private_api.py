@@ -439,6 +439,33 @@ class GradientInside(nn.Module):
         return torch.func.grad(squares)(x) + value * tangent
 
 
+class Keeping(nn.Module):
+    """Keeps an auxiliary loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        self.kept = y.square().mean()
+        return y
+
+
+@stands_on("kept.py", "_functorch.py")
+def kept_tensors() -> None:
+    import funcstage as fs
+
+    for engine in (None, "aten"):
+        module = Keeping()
+        apply, params, buffers = fs.functionalize(module)
+        stage = apply if engine is None else fs.compile(apply, backend=engine)
+        output, _, _ = fs.stage_vjp(stage, params, buffers, ROWS)
+        assert type(module.kept) is Tensor
+        torch.testing.assert_close(module.kept, output.square().mean())
+
+
 @stands_on("inner_gradients.py", "eager.py", "_functorch.py")
 def gradients_inside() -> None:
     for engine in (None, "aten"):

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from funcstage import _functorch as ft
 from funcstage import closures, control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
@@ -485,7 +486,7 @@ class _Separable(TorchFunctionMode):
         kwargs = kwargs or {}
         if closures._is_in_place(func, kwargs):
             target = kwargs.get("out", args[0] if args else None)
-            if isinstance(target, Tensor) and not isinstance(target, (tt.FunctionalTensor, tt.FakeTensor)):
+            if isinstance(target, Tensor) and not isinstance(ft.innermost(target), _TRACED):
                 raise _captured(self.owner, trees.describe(target))  # which is real, and would be written
         if kwargs.get("generator") is not None:
             generators.check_kept(kwargs["generator"], kwargs)
@@ -528,6 +529,7 @@ CHECKPOINTED = "checkpointed"
 """Tells, in a node's `meta`, whether the stage wants it to be computed again for the backward, or held."""
 
 _REGION = "region"
+_TRACED = (tt.FunctionalTensor, tt.FakeTensor)
 _OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
 _LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message
 _RECURRENT = {

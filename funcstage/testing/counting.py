@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -36,6 +37,8 @@ class FlopCounter(TorchDispatchMode):
         formula = flop_registry.get(function if higher else function._overloadpacket)
         if formula is None and higher:
             return function(*map(self._counting, args), **kwargs)
+        if function is torch.ops.prim.device.default:  # a question of fake tensors, which has no parts
+            return function(*args, **kwargs)
         if formula is None:
             with self:
                 # NotImplemented by operations that are not made of others.
