@@ -1,0 +1,93 @@
+"""What a situation is: how it changes a stage, those who drive it, and plain eager autograd beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+VERBS = ("F", "I", "W")
+"""Forward, input gradient and weight gradient."""
+
+
+@dataclass
+class World:
+    """What a caller can reach between two passes of a microbatch.
+
+    Attributes:
+        module: the module whose stage is run.
+        args: the tensors among its arguments.
+        params: the parameters that it computes with.
+        buffers: the buffers that it is given.
+        cotangents: the tensors among the cotangents.
+        output: the tensors that it returned last.
+        input_grads: the gradients that I returned last.
+    """
+
+    module: nn.Module
+    args: list[Tensor]
+    params: list[Tensor]
+    buffers: list[Tensor]
+    cotangents: list[Tensor]
+    output: list[Tensor]
+    input_grads: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Nothing out of the ordinary; the others override what they change."""
+
+    refusable: ClassVar[tuple[str, ...]] = ()
+    """The engines that may refuse it."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # how Hypothesis shows a failing example
+
+    def build(self, module: nn.Module) -> nn.Module:
+        """Wrap the module, or change it, before it becomes a stage."""
+        return module
+
+    def stage(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """Change the stage function, which eager does not have."""
+        return apply
+
+    def around(self, verb: str) -> AbstractContextManager[object]:
+        """What is entered around a pass."""
+        return nullcontext()
+
+    def around_eager(self, verb: str) -> AbstractContextManager[object]:
+        """The same for eager."""
+        return self.around(verb)
+
+    def after(self, verb: str, world: World) -> None:
+        """What the caller does after a pass."""
+
+    def between(self, module: nn.Module) -> None:
+        """What the caller changes between two microbatches."""
+
+    def observed(self, module: nn.Module) -> list[Any]:
+        """What is left behind beside results."""
+        return []
+
+    def opened(self, output: Any) -> Any:
+        """The output as a pytree that everybody knows."""
+        return output
+
+    def closed(self, cotangents: Any) -> Any:
+        """Cotangents for the output as the stage returned it, given those for the opened one."""
+        return cotangents
+
+
+class Around(nn.Module):
+    """A module around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.module = inner
+        self.train(inner.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)

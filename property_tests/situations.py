@@ -1,0 +1,74 @@
+"""Situations: what a module, its parameters or its callers may do around a stage, one concept each.
+
+A situation changes how a stage is built and driven, and does the same to plain eager autograd beside it;
+`driven` runs both and compares. Like a generated `Stage`, a situation is frozen and prints
+as the expression that makes it.
+"""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from of_callers import MODES, WRITTEN, Copied, Interrupt, Mode, SavedTensorHooks, Write
+from of_modules import (
+    HOOKS,
+    PACKS,
+    READS,
+    WRAPPERS,
+    Changed,
+    Draws,
+    Kept,
+    ModuleHook,
+    ParameterHook,
+    Raised,
+    Returned,
+    Wrapped,
+)
+from situation import VERBS, Situation
+
+_UNWATCHED = (
+    "a global",
+    "a cell",
+    "a class attribute",
+    "a default argument",
+    "a deque",
+    "an array",
+    "an object's class",
+)
+"""What compiled stages read once and for all; to be drawn as soon as they notice that it changes."""
+
+SITUATIONS: dict[str, tuple[Situation, ...]] = {
+    "mode": tuple(Mode(name, verbs) for name in MODES for verbs in ("FIW", "F", "I", "W", "IW")),
+    "saved-tensor hooks": (SavedTensorHooks(),),
+    "interrupt": tuple(Interrupt(verb, at) for verb in VERBS for at in (0, 1, 2, 3, 5, 8, 13, 21)),
+    "write": tuple(
+        Write(what, verb, place) for verb in WRITTEN for what in WRITTEN[verb] for place in range(4)
+    ),
+    "parameter hook": tuple(ParameterHook(late, place) for late in (False, True) for place in range(3)),
+    "module hook": tuple(ModuleHook(kind, place) for kind in HOOKS for place in range(5)),
+    "wrapper": tuple(map(Wrapped, WRAPPERS)),
+    "kept tensor": tuple(map(Kept, Kept.HOWS)),
+    "change": tuple(Changed(where) for where in READS if where not in _UNWATCHED),
+    "type": tuple(map(Returned, PACKS)),
+    "draw": (Draws(),),
+    "error": (Raised(),),
+    "copy": tuple(map(Copied, Copied.HOWS)),
+}
+"""The situations that there are, by kind."""
+
+
+@st.composite
+def situations(draw: st.DrawFn, kind: str, most: int = 3) -> tuple[Situation, ...]:
+    """Draw situations for a stage to be in, each of another kind.
+
+    Args:
+        draw: passed by Hypothesis.
+        kind: one that there is to be.
+        most: how many there are at most.
+    """
+    others = draw(st.lists(st.sampled_from(tuple(SITUATIONS)), max_size=most - 1, unique=True))
+    kinds = dict.fromkeys([kind, *others])
+    if "copy" in kinds:  # a copy has attributes of its own
+        kinds = {name: None for name in kinds if name in ("copy", "mode", "write")}
+    # A type of the user's is what the outermost wrapper returns.
+    ordered = sorted(kinds, key=lambda name: name == "type")
+    return tuple(draw(st.sampled_from(SITUATIONS[name])) for name in ordered)
