@@ -337,7 +337,8 @@ def linearize(
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
-        stack.enter_context(kept.taken_out(getattr(apply, "module", None)))
+        handed = kept.objects_among((*arg_leaves, *trees.flatten(kwargs)[0]))
+        stack.enter_context(kept.taken_out(getattr(apply, "module", None), handed))
         stack.enter_context(_explaining(given, higher or rerun))
         transformed = ft.current_level() > 0
         if transformed:

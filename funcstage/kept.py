@@ -39,9 +39,14 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def taken_out(module: nn.Module | None) -> Iterator[None]:
-    """Take what a forward keeps out of the levels, once they are closed."""
-    if module is None:
+def taken_out(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[None]:
+    """Take what a forward keeps out of the levels, once they are closed.
+
+    Args:
+        module: on which it may keep something.
+        handed: objects among its arguments, such as caches, in which it may keep something too.
+    """
+    if module is None and not handed:
         yield
         return
     with lent(module):
@@ -49,8 +54,14 @@ def taken_out(module: nn.Module | None) -> Iterator[None]:
             yield
         finally:
             with torch._C.DisableTorchFunction():
-                for holder in holders(module):
-                    _replace(holder, _alive)
+                for root in (*handed, *(() if module is None else (module,))):
+                    for holder in holders(root):
+                        _replace(holder, _alive)
+
+
+def objects_among(leaves: Iterable[Any]) -> list[Any]:
+    """The leaves of arguments that are objects of the user's, which a forward may write into."""
+    return [leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in _INERT]
 
 
 def _alive(value: Any) -> Any:
@@ -207,14 +218,17 @@ def _refill(holder: Any, contents: Any) -> None:
 class State:
     """What a module holds before it is traced."""
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, handed: Sequence[Any] = ()) -> None:
         self._holders = [] if module is None else [*holders(module)]
+        own = {*map(id, self._holders)}
+        others = [holder for root in handed for holder in holders(root) if id(holder) not in own]
+        self._handed = [(holder, copy.copy(holder)) for holder in others]
         self._contents = [copy.copy(holder) for holder in self._holders]
         self._modules = [] if module is None else [*module.modules()]
 
     def restore(self, *, tensors_only: bool = False) -> None:
         """Put back what has changed, or of this what has got tensors."""
-        for holder, contents in zip(self._holders, self._contents, strict=True):
+        for holder, contents in (*zip(self._holders, self._contents, strict=True), *self._handed):
             if _differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
                 _refill(holder, contents)
 
@@ -224,6 +238,11 @@ class State:
         Raises:
             TraceError: if something was left that cannot be made anew.
         """
+        if any(_differs(*pair) for pair in self._handed):
+            raise TraceError(
+                f"{owner} writes into an object that it is handed as an argument, such as a cache, which a "
+                "compiled stage would do in its first call alone. Pass the tensors and return the new ones."
+            )
         pairs = [*zip(self._holders, self._contents, strict=True)]
         changed = [i for i, pair in enumerate(pairs) if _differs(*pair)]
         if not changed:

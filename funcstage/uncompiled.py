@@ -6,6 +6,7 @@ module go back to what they were, and it runs again. From then on it runs on the
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from funcstage import closures, control_flow, eager, trees
 from funcstage.errors import StageError
 from funcstage.functional import lent
 from funcstage.inner_gradients import TakesGradients
+from funcstage.kept import holders, objects_among
 from funcstage.trees import Buffers, Params, PyTree
 
 
@@ -76,7 +78,7 @@ class Before(NamedTuple):
     Attributes:
         generators: generators with their states.
         attributes: modules with their attributes.
-        contents: lists, dicts and the like among those, with what they held.
+        contents: lists, dicts and the like among those and among arguments, with what they held.
     """
 
     generators: list[tuple[torch.Generator, Tensor]]
@@ -94,7 +96,8 @@ class Before(NamedTuple):
         return cls(
             [(generator, generator.get_state()) for generator in generators],
             [(m, dict(vars(m))) for m in modules],
-            [(v, v.copy()) for m in modules for v in vars(m).values() if type(v) in _CONTAINERS],
+            [(v, v.copy()) for m in modules for v in vars(m).values() if type(v) in _CONTAINERS]
+            + [(h, copy.copy(h)) for root in objects_among(leaves) for h in holders(root)],
         )
 
     def restore(self) -> None:

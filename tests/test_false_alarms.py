@@ -297,3 +297,24 @@ def test_arguments_that_are_not_the_modules_come_with_advice(args: Any, kwargs: 
     with pytest.raises(fs.StructureError, match=re.escape(message)) as caught:
         check_stage(nn.Linear(3, 2), *args, **kwargs)
     assert "check_stage(module, x, mask=mask) runs module(x, mask=mask)" in str(caught.value)
+
+
+class Cache:
+    """As caches of keys and values are: an object that a forward writes into and reads."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+
+class Cached(nn.Linear):
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        cache.layers.append(super().forward(x))
+        return torch.stack(cache.layers).sum(0) * len(cache.layers)
+
+
+def test_an_object_that_the_forward_writes_into_is_the_same_for_every_run_and_left_alone() -> None:
+    cache = Cache()
+    report = check_stage(Cached(3, 3), torch.randn(4, 3), engines=BOTH, cache=cache)
+    assert isinstance(report.refusals["aten"], fs.TraceError)
+    assert "writes into an object that it is handed as an argument" in str(report.refusals["aten"])
+    assert not cache.layers

@@ -40,7 +40,7 @@ from funcstage.graph._fx import recording, unpatch
 from funcstage.graph.blame import is_raised_by_stage, line_of
 from funcstage.group_norm import contiguous_group_norm, crashes
 from funcstage.inner_gradients import BACKWARD_CALLED
-from funcstage.kept import Changes, State
+from funcstage.kept import Changes, State, objects_among
 from funcstage.trees import Buffers, Params
 
 
@@ -129,7 +129,7 @@ def trace(
     with tt.without_modes():
         fakes = [tt.fake_like(fake_mode, leaves[i]) for i in places]
     note: dict[str, Any] = {}
-    state = State(getattr(apply, "module", None))
+    state = State(getattr(apply, "module", None), objects_among(arg_leaves))
     regions = _Regions()
     module: nn.Module | None = getattr(apply, "module", None)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage.errors import StageError
+from funcstage.kept import holders, objects_among
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -113,10 +114,12 @@ def left_alone(module: nn.Module | None, args: Any) -> Iterator[None]:
 
     Args:
         module: its submodules' attributes, the contents of lists, dicts and sets among these included.
-        args: a pytree, for its `torch.Generator`s.
+        args: a pytree, for what objects in it hold, and its `torch.Generator`s.
     """
     parts = [] if module is None else list(module.modules())
     restore: list[Callable[[], object]] = [_restoring(part) for part in parts]
+    handed = [(h, copy.copy(h)) for root in objects_among(trees.flatten(args)[0]) for h in holders(root)]
+    restore += [functools.partial(_refill, holder, before) for holder, before in handed]
     held = [value for part in parts for value in vars(part).values()]
     for generator in [*trees.flatten(args)[0], *trees.flatten(held)[0]]:
         if isinstance(generator, torch.Generator):
@@ -136,7 +139,11 @@ def _restoring(part: nn.Module) -> Callable[[], None]:
         vars(part).clear()
         vars(part).update(attributes)
         for value, before in contents:
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(before)
+            _refill(value, before)
 
     return put_back
+
+
+def _refill(value: Any, before: Any) -> None:
+    value.clear()
+    (value.extend if isinstance(value, (list, deque)) else value.update)(before)
