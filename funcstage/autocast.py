@@ -9,7 +9,7 @@ Private: the dispatch keys and `OpOverload.redispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,15 @@ _COMPOSITES: dict[Any, Any] = {
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "hpu": "AutocastHPU"}
 
 
-def cast_first(function: Any, args: Sequence[Any]) -> Callable[..., Any]:
+def cast_first(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """Return `function`, or under autocast the autocast kernel of a composite that needs it."""
     if not torch._C._is_any_autocast_enabled():
         return function
     overload = _COMPOSITES.get(function)
-    if overload is None or not isinstance(args[0], Tensor):
+    operand = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if overload is None or operand is None:
         return function
-    device_type = args[0].device.type
+    device_type = operand.device.type
     key = _KEYS.get(device_type)
     if key is None or not torch.is_autocast_enabled(device_type):
         return function

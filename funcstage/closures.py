@@ -40,6 +40,7 @@ from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
 from funcstage.copies import Unpicklable
+from funcstage.effects import refuse_effects
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
@@ -439,6 +440,7 @@ class _Split(TorchFunctionMode):
         paused: whether another split is at work, in a region.
         alone: whether nobody differentiates the stage in turn.
         marked: whether the stage has marked tensors of its own as requiring grad.
+        had_tapes: whether regions were among them in which autograd keeps a tape, as reentrant ones do not.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
     """
@@ -462,6 +464,7 @@ class _Split(TorchFunctionMode):
         self.paused = False
         self.alone = False
         self.marked = False
+        self.had_tapes = False
         self.had_regions = False
         self.before_write: Callable[[Any, Any], None] | None = None
 
@@ -473,6 +476,7 @@ class _Split(TorchFunctionMode):
             return func(*args, **kwargs)
         if inner_gradients.takes_gradients(func):
             self.take_gradients(func.__name__)
+        refuse_effects(func, args, kwargs)
         if func in _MARKS:
             return self.mark(*args, **kwargs)
         body = opened(func)
@@ -504,13 +508,14 @@ class _Split(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that mutates nothing."""
-        func = cast_first(func, args)
+        func = cast_first(func, args, kwargs)
         splits = self.splits()
         is_site = splits and self.reads_weights(args, kwargs)
-        body = decomposed(func, args, is_site)
-        if body is not None:
+        found = decomposed(func, args, kwargs, is_site)
+        if found is not None:
+            body, operands = found
             with self:
-                return body(*args, **kwargs)
+                return body(*operands)
         if not splits:
             return func(*args, **kwargs)
         if not is_site:
@@ -637,14 +642,19 @@ class _Split(TorchFunctionMode):
     def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that writes into its first operand, or into `out`."""
         out = kwargs.get("out")
-        target = args[0] if out is None else out
+        target = out if out is not None else args[0] if args else next(iter(kwargs.values()))
         targets = target if isinstance(target, (tuple, list)) else (target,)
         for tensor in targets:
             if self.before_write is not None:
                 self.before_write(tensor, func)
             owner = self.owner(tensor)
             if owner is not None:
-                if tensor is not target or out is not None or not any(tensor is a for a in self.arguments):
+                if (
+                    tensor is not target
+                    or out is not None
+                    or not args
+                    or not any(tensor is a for a in self.arguments)
+                ):
                     raise _impure(owner, func)
                 # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
                 copy = self.call(torch.clone, (tensor,), {})
@@ -686,11 +696,9 @@ class _Split(TorchFunctionMode):
         if moved is not None:
             return moved[1]
         if self.had_regions and isinstance(leaf, Tensor) and ft.is_dead(leaf):
-            raise StageError(
-                f"The stage reads a tensor ({trees.describe(leaf)}) that was made inside of a checkpointed "
-                "region, and that the region did not return: it has no gradient outside. Let the "
-                "checkpointed function return it."
-            )
+            if ft.requires_grad(leaf) and self.had_tapes:
+                raise inner_gradients.TakesGradients  # on a plain tape it is a value as any other
+            return ft.without_dead_wrappers(leaf)  # a constant
         return leaf
 
     def owner(self, tensor: Tensor) -> str | None:
@@ -746,6 +754,7 @@ class _Split(TorchFunctionMode):
             return asked.run()
         region = Region(asked, board.module)
         self.had_regions = True
+        self.had_tapes = self.had_tapes or not asked.reentrant
         captured = _Captured(region, self)
         exits, spec = self._first_run(region, captured)
         with torch._C.DisableTorchFunction():

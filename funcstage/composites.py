@@ -62,16 +62,26 @@ def opened(function: Any) -> Callable[..., Any] | None:
     return _OPENED.setdefault(function, body)
 
 
-def decomposed(function: Any, args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
-    """Return a C++ composite's computation in Python, or None where it runs as it is.
+def decomposed(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], split: bool
+) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """Return a C++ composite's computation in Python with its operands, or None where it runs as it is.
 
     Args:
         function: what is called.
         args: its positional arguments.
+        kwargs: its keyword arguments.
         split: whether it is a site, both of whose gradients are wanted apart.
     """
     choose = _DECOMPOSED.get(function)
-    return None if choose is None else choose(args, split)
+    if choose is None:
+        return None
+    if kwargs:
+        names = next(names for names in _SIGNATURES if kwargs.keys() <= {*names})
+        rest = names[len(args) :]
+        args += tuple(kwargs.get(name) for name in rest[: max(map(rest.index, kwargs)) + 1])
+    body = choose(args, split)
+    return None if body is None else (body, args)
 
 
 def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = False) -> Callable[..., Tensor]:
@@ -120,13 +130,14 @@ def _lstm(args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
         supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
         if supported and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
             return recurrent.lstm_by_layer if args[4] > 1 else None  # oneDNN runs a layer as one kernel
-    return _LSTM if split or data.is_cuda else None
+    # A level would wrap batch sizes, which the kernels read by address.
+    return _LSTM if split or data.is_cuda or not is_sequence else None
 
 
 def _layers(step: recurrent.Cell) -> Callable[..., Any]:
     body = recurrent.stacked(step)
     # cuDNN's layers read their weights by address, which wrapped tensors do not have.
-    return lambda args, split: body if split or args[0].is_cuda else None
+    return lambda args, split: body if split or args[0].is_cuda or isinstance(args[2], Tensor) else None
 
 
 def _cell(step: recurrent.Cell) -> Callable[..., Any]:
@@ -175,6 +186,13 @@ _OPENED: dict[Any, Callable[..., Any] | None] = {
     torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
     torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, in_place=True),
 }
+_OPTIONS = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
+_SIGNATURES = (
+    ("input", "hx", "params", *_OPTIONS, "batch_first"),
+    ("data", "batch_sizes", "hx", "params", *_OPTIONS),
+    ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
+)
+"""What the parameters of recurrent layers, of those over packed sequences, and of cells are called."""
 _LSTM = recurrent.stacked(recurrent.lstm_step)
 _DECOMPOSED: dict[Any, Callable[[tuple[Any, ...], bool], Callable[..., Any] | None]] = {
     torch.lstm: _lstm,

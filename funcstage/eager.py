@@ -26,9 +26,11 @@ from funcstage import autograd, trees
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
 from funcstage.copies import Unpicklable
+from funcstage.effects import RefusedEffects
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import ModuleState, checked_result, holding, lent_again
 from funcstage.inner_gradients import BACKWARD_CALLED
+from funcstage.reentrant import Leftovers
 from funcstage.residuals import (
     Home,
     Residual,
@@ -269,8 +271,10 @@ def linearize(
     stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
     stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
+    regions = _AsTheyCome()
+    modes = WatchedWrites(given), RefusedEffects(regions.leftovers)
     try:
-        with torch.enable_grad(), intercepting(_AsTheyCome()), WatchedWrites(given):
+        with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
             result = apply(stage_params, buffers, *trees.unflatten(args_spec, stage_args), **kwargs)
     except RuntimeError as error:
         if _LEAF_WRITTEN in str(error):
@@ -307,12 +311,15 @@ def _held(leaf: Any) -> Any:
 class _AsTheyCome:
     """Runs checkpointed regions and custom functions as they are."""
 
+    def __init__(self) -> None:
+        self.leftovers = Leftovers()
+
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         asked = Call.of(call)
         if asked.is_constant(lambda tensor: tensor.requires_grad):
             with torch.no_grad():
                 return asked.run()
-        return asked.run()
+        return self.leftovers.run(asked.run) if asked.reentrant else asked.run()
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)

@@ -31,6 +31,7 @@ from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
 from funcstage.composites import opened
+from funcstage.effects import refuse_effects
 from funcstage.errors import PurityError, StageError, TraceError
 from funcstage.flex import is_flex_attention, run_compiled
 from funcstage.functional import checked_result
@@ -41,6 +42,7 @@ from funcstage.graph.blame import is_raised_by_stage, line_of
 from funcstage.group_norm import contiguous_group_norm, crashes
 from funcstage.inner_gradients import BACKWARD_CALLED
 from funcstage.kept import Changes, State, objects_among
+from funcstage.reentrant import Leftovers
 from funcstage.trees import Buffers, Params
 
 
@@ -138,7 +140,7 @@ def trace(
 
     def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         unpatch()
-        with _Functionalization(), _Separable(_name(apply)):
+        with _Functionalization(), _Separable(_name(apply), regions.leftovers):
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(leaves)
             for i, tensor in zip(places, given, strict=True):
@@ -333,6 +335,7 @@ class _Regions:
     def __init__(self) -> None:
         self._policies: list[tt.Policy | None] = []
         self._open = False
+        self.leftovers = Leftovers()
 
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         asked = Call.of(call)
@@ -347,7 +350,7 @@ class _Regions:
         self._open = True
         try:
             with nullcontext() if policy else context:
-                result = asked.run()
+                result = self.leftovers.run(asked.run) if asked.reentrant else asked.run()
         finally:
             self._open = False
         node = tt.last_recorded()
@@ -476,14 +479,16 @@ class _Separable(TorchFunctionMode):
     norm is traced without cuDNN, whose operation writes the running statistics and does not say so.
     """
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, leftovers: Leftovers) -> None:
         super().__init__()
         self.owner = owner
+        self._leftovers = leftovers
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = self._leftovers.cut((args, kwargs or {}))
+        refuse_effects(func, args, kwargs)
         if closures._is_in_place(func, kwargs):
             target = kwargs.get("out", args[0] if args else None)
             if isinstance(target, Tensor) and not isinstance(ft.innermost(target), _TRACED):

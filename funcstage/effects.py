@@ -1,0 +1,52 @@
+"""What a stage does to tensors behind the back of autograd, refused by every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcstage import trees
+from funcstage.errors import PurityError, StageError
+from funcstage.reentrant import Leftovers
+
+
+def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse an operation that no engine would give its effect.
+
+    Raises:
+        PurityError: if it assigns to a tensor's `.data`.
+        StageError: if it asks for a `.grad` of a tensor that no backward of the user's will reach.
+    """
+    if func not in _EFFECTS:
+        return
+    tensor = trees.describe(args[0] if args else next(iter(kwargs.values()), None))
+    if func == _ASSIGN_DATA:
+        raise PurityError(
+            f"The stage assigns to the `.data` of a tensor ({tensor}), which no gradient would know of. "
+            "Compute a new tensor; what is to last from call to call is a buffer."
+        )
+    raise StageError(
+        f"The stage calls retain_grad() on a tensor ({tensor}), whose `.grad` a split backward does not "
+        "fill. Return the tensor as an output, or put a hook on it by register_hook."
+    )
+
+
+class RefusedEffects(TorchFunctionMode):
+    """Refuses them while a stage runs under no other mode, and cuts off what reentrant regions have left."""
+
+    def __init__(self, leftovers: Leftovers) -> None:
+        super().__init__()
+        self._leftovers = leftovers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = self._leftovers.cut((args, kwargs or {}))
+        refuse_effects(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+_ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_EFFECTS = {_ASSIGN_DATA, Tensor.retain_grad}

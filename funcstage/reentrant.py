@@ -1,0 +1,54 @@
+"""Reentrant checkpoints where they run as they come: what they keep besides their results is a constant.
+
+Torch runs such a region without autograd at first. Its results get a gradient afterwards, but not what it has
+left in lists or on modules. Here it runs with autograd, once, so that what it leaves must be cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcstage import trees
+
+
+class Leftovers:
+    """What the reentrant regions of a run have made and not returned."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+
+    def run(self, region: Callable[[], Any]) -> Any:
+        """Run a region, and note what it makes."""
+        made: dict[int, Tensor] = {}
+        with _Noting(made):
+            result = region()
+        for leaf in trees.flatten(result)[0]:
+            made.pop(id(leaf), None)
+        self._tensors |= made
+        return result
+
+    def cut(self, operands: Any) -> Any:
+        """The operands of an operation, those of them without history that a region has left."""
+        if not self._tensors:
+            return operands
+        return trees.map_leaves(lambda x: x.detach() if id(x) in self._tensors else x, operands)
+
+
+class _Noting(TorchFunctionMode):
+    def __init__(self, made: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._made = made
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id(leaf) for leaf in trees.flatten((args, kwargs))[0]}
+        for leaf in trees.flatten(result)[0]:
+            if isinstance(leaf, Tensor) and not leaf.is_leaf and id(leaf) not in given:
+                self._made[id(leaf)] = leaf
+        return result
