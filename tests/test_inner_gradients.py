@@ -346,7 +346,8 @@ def eager_gradients(module: nn.Module, x: Tensor, argnums: Any) -> tuple[Tensor,
     after = torch.get_rng_state()
     module.zero_grad()
     leaf.grad = None
-    output.backward(torch.ones_like(output))
+    if output.requires_grad:  # a reentrant checkpoint of what requires none is a constant
+        output.backward(torch.ones_like(output))
     return output.detach(), leaf.grad, {name: p.grad for name, p in module.named_parameters()}, after
 
 
