@@ -76,12 +76,18 @@ def decomposed(
     choose = _DECOMPOSED.get(function)
     if choose is None:
         return None
-    if kwargs:
-        names = next(names for names in _SIGNATURES if kwargs.keys() <= {*names})
-        rest = names[len(args) :]
-        args += tuple(kwargs.get(name) for name in rest[: max(map(rest.index, kwargs)) + 1])
+    args = in_order(args, kwargs)
     body = choose(args, split)
     return None if body is None else (body, args)
+
+
+def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All operands of a recurrent layer or cell by position."""
+    if not kwargs:
+        return args
+    names = next(names for names in _SIGNATURES if kwargs.keys() <= {*names})
+    rest = names[len(args) :]
+    return args + tuple(kwargs.get(name) for name in rest[: max(map(rest.index, kwargs)) + 1])
 
 
 def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = False) -> Callable[..., Tensor]:

@@ -30,7 +30,7 @@ from funcstage import closures, control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
 from funcstage.checkpointing import Call
-from funcstage.composites import opened
+from funcstage.composites import in_order, opened
 from funcstage.effects import refuse_effects
 from funcstage.errors import PurityError, StageError, TraceError
 from funcstage.flex import is_flex_attention, run_compiled
@@ -509,7 +509,7 @@ class _Separable(TorchFunctionMode):
         if is_flex_attention(func):
             return run_compiled(func, *args, backend="eager")
         if func in _RECURRENT:
-            return _RECURRENT[func](*args, **kwargs)
+            return _RECURRENT[func](*in_order(args, kwargs))
         return func(*args, **kwargs)
 
 
