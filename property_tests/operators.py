@@ -87,6 +87,7 @@ KNOWN: tuple[Known, ...] = (
         for operator in ("sparse_mm_reduce", "sparse_sampled_addmm")
         for engine in ENGINES
     ),
+    Known("quantile", "aten", "aten.equal.default", "in torch 2.11 " + _READS),
     Known("to_sparse", "aten", "sparse_coo layout", _SPARSE),
     Known(
         "tensor_split",

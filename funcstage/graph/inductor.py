@@ -17,7 +17,7 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.ir import ConcatKernel, TensorBox
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import lowerings, make_fallback, register_lowering
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule, Node
@@ -32,7 +32,9 @@ from funcstage.graph.trace import is_random
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """The decompositions that Inductor expects to have been made before it."""
     with config.patch(_OPTIONS):
-        return select_decomp_table()
+        table = select_decomp_table()
+    # Torch before 2.13 takes this one apart even then, into draws in another order than eager's.
+    return {operation: body for operation, body in table.items() if operation is not _RRELU}
 
 
 def lower(module: GraphModule, donated: Collection[str]) -> Runner:
@@ -197,6 +199,10 @@ def _(parts: list[Tensor], dim: int = 0) -> Tensor:
 def _(parts: list[Any], dim: int = 0) -> Any:
     return TensorBox(ConcatKernel.create(parts, dim % len(parts[0].get_size())))
 
+
+_RRELU = torch.ops.aten.rrelu_with_noise_functional.default
+if _RRELU not in lowerings:
+    make_fallback(_RRELU, warn=False, override_decomp=True)
 
 _OPTIONS = {"fallback_random": True}
 """Random numbers as eager draws them, for the same seed."""
