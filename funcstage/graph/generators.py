@@ -21,6 +21,10 @@ from funcstage.errors import TraceError
 _UNRECORDED = {"get_state", "set_state", "manual_seed", "seed", "graphsafe_get_state", "graphsafe_set_state"}
 
 
+RECORDED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether a trace can record draws from a generator that is passed."""
+
+
 class _Watched:
     """Stands for torch's generator of the CPU, and refuses what a trace cannot record."""
 
@@ -62,6 +66,11 @@ def check_kept(generator: torch.Generator, call: dict[str, Any]) -> None:
 
     Local variables hold no reference that the garbage collector knows of; all else that keeps objects does.
     """
+    if not RECORDED:
+        raise TraceError(
+            f"The stage draws from a generator of its own, which a trace of torch {torch.__version__} cannot "
+            "record. Draw from torch's default generator, use torch 2.13 or newer, or the uncompiled `apply`."
+        )
     if all(holder is call for holder in gc.get_referrers(generator)):
         raise TraceError(
             "The stage makes a random generator in its forward, which a graph would go on drawing from. Keep "
