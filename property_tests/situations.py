@@ -25,17 +25,6 @@ from of_modules import (
 )
 from situation import VERBS, Situation
 
-_UNWATCHED = (
-    "a global",
-    "a cell",
-    "a class attribute",
-    "a default argument",
-    "a deque",
-    "an array",
-    "an object's class",
-)
-"""What compiled stages read once and for all; to be drawn as soon as they notice that it changes."""
-
 SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "mode": tuple(Mode(name, verbs) for name in MODES for verbs in ("FIW", "F", "I", "W", "IW")),
     "saved-tensor hooks": (SavedTensorHooks(),),
@@ -47,7 +36,7 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "module hook": tuple(ModuleHook(kind, place) for kind in HOOKS for place in range(5)),
     "wrapper": tuple(map(Wrapped, WRAPPERS)),
     "kept tensor": tuple(map(Kept, Kept.HOWS)),
-    "change": tuple(Changed(where) for where in READS if where not in _UNWATCHED),
+    "change": tuple(map(Changed, READS)),
     "type": tuple(map(Returned, PACKS)),
     "draw": (Draws(),),
     "error": (Raised(),),

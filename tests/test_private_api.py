@@ -466,6 +466,33 @@ def kept_tensors() -> None:
         torch.testing.assert_close(module.kept, output.square().mean())
 
 
+SCALES = {"scale": 2.0}
+
+
+class Scaled(nn.Module):
+    """Reads a global."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x) * SCALES["scale"]
+        return y
+
+
+@stands_on("graph/reads.py", "graph/_torch.py")
+def reads() -> None:
+    import funcstage as fs
+
+    apply, params, buffers = fs.functionalize(Scaled())
+    stage = fs.compile(apply, backend="aten")
+    for scale in (2.0, 3.0):
+        SCALES["scale"] = scale
+        output, _, _ = fs.stage_vjp(stage, params, buffers, ROWS)
+        torch.testing.assert_close(output, apply(params, buffers, ROWS)[0])
+
+
 @stands_on("inner_gradients.py", "eager.py", "_functorch.py")
 def gradients_inside() -> None:
     for engine in (None, "aten"):

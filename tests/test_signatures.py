@@ -330,6 +330,20 @@ SETTINGS: dict[str, Setting] = {
     "mkldnn.deterministic": field(mkldnn, "deterministic", False, True),
     "mkldnn.matmul.fp32_precision": field(mkldnn.matmul, "fp32_precision", "ieee", "bf16"),
     "mkldnn.conv.fp32_precision": field(mkldnn.conv, "fp32_precision", "ieee", "bf16"),
+    "warnings about algorithms only": Setting(
+        torch.is_deterministic_algorithms_warn_only_enabled,
+        lambda only: torch.use_deterministic_algorithms(False, warn_only=only),
+        (False, True),
+    ),
+    "filling of memory": field(torch.utils.deterministic, "fill_uninitialized_memory", True, False),
+    "anomaly mode": Setting(  # with its checks for NaN no stage is traced
+        torch.is_anomaly_enabled, lambda on: torch.autograd.set_detect_anomaly(on, False), (False, True)
+    ),
+    "number of threads": Setting(torch.get_num_threads, torch.set_num_threads, (1, 2)),
+    "fast path of attention layers": Setting(
+        torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, (True, False)
+    ),
+    "paths of einsum": field(torch.backends.opt_einsum, "strategy", "auto", "greedy"),
     "flash attention": switch(cuda, "flash_sdp"),
     "memory-efficient attention": switch(cuda, "mem_efficient_sdp"),
     "attention by formula": switch(cuda, "math_sdp"),

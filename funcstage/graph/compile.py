@@ -26,9 +26,10 @@ from funcstage.graph.cuda_graphs import SlotPool
 from funcstage.graph.partition import Remat, partition
 from funcstage.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.graph.programs import Lower, Programs, run_as_python
+from funcstage.graph.reads import Reads, Recorder, generators_restored, modules_behind
 from funcstage.graph.replay import draws_in_graphs, replay
 from funcstage.graph.separate import DECOMPOSED, separate
-from funcstage.graph.signature import ModuleState, Recent, Signature, reasons, signature_of
+from funcstage.graph.signature import ModuleState, Recent, Signature, others_among, reasons, signature_of
 from funcstage.graph.trace import trace
 from funcstage.html import table
 from funcstage.locks import lent
@@ -56,8 +57,10 @@ class CompiledStage:
         self.cuda_graphs = cuda_graphs
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
-        self._module_state = ModuleState(self.module)
+        self._modules = modules_behind(apply)
+        self._module_state = ModuleState(self._modules)
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()
+        self._reads: dict[Signature, list[Reads]] = {}  # by signatures without what was read outside
         self._recent: tuple[Recent, Programs] | None = None
         self._lock = threading.Lock()
         self._warned = False
@@ -188,35 +191,48 @@ class CompiledStage:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
-        programs = self._programs(leaves, structure, diff)
-        self._recent = Recent(leaves, structure, diff, self._module_state), programs
+        programs, signature, reads = self._looked_up(leaves, structure, diff)
+        now = signature_of(leaves, structure, diff, self._module_state)
+        if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
+            self._recent = Recent(leaves, structure, diff, self._module_state, reads), programs
         return programs, tensors
 
     def _programs(
         self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
     ) -> Programs:
-        signature = signature_of(leaves, structure, diff, self._module_state)
+        return self._looked_up(leaves, structure, diff)[0]
+
+    def _looked_up(
+        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
+    ) -> tuple[Programs, Signature, Reads]:
+        """The programs for a call, the signature that they were traced for, and what that trace read."""
+        called = signature_of(leaves, structure, diff, self._module_state)
         with self._lock:
-            programs = self._traced.get(signature)
-            if programs is None:
-                return self._trace(signature, leaves, structure, diff)
-            self._traced.move_to_end(signature)
-            return programs
+            for reads in self._reads.get(called, ()):
+                signature = called._replace(outside=reads.now())
+                programs = self._traced.get(signature)
+                if programs is not None:
+                    self._traced.move_to_end(signature)
+                    return programs, signature, reads
+            return self._trace(called, leaves, structure, diff)
 
     def _trace(
         self,
-        signature: Signature,
+        called: Signature,
         leaves: list[Any],
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
-    ) -> Programs:
+    ) -> tuple[Programs, Signature, Reads]:
         params, buffers, args, kwargs = trees.unflatten(structure, leaves)
         _refuse_dtensors(params, args)
         decompositions, lower = _backend(self.backend)
-        with lent(self.module), tt.one_at_a_time:  # in this order, as a stage may run within another
+        recorder = Recorder(self.apply, self._modules, others_among(leaves, structure))
+        # In this order, as a stage may run within another.
+        with lent(self.module), tt.one_at_a_time, generators_restored():
             given = self.apply, params, buffers, args, kwargs, diff
             try:
-                joint = trace(*given, {**DECOMPOSED, **decompositions})
+                joint = trace(*given, {**DECOMPOSED, **decompositions}, recorder=recorder)
+                reads, said = recorder.finish()
             except TraceError as refusal:
                 error: Exception | None = tried_uncompiled(refusal, *given)
                 cause = refusal.__cause__
@@ -234,14 +250,19 @@ class CompiledStage:
             joint = replay(joint)
         programs = Programs(joint, partition(joint, self.remat), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
-        signature = signature_of(leaves, structure, diff, self._module_state)
+        called = signature_of(leaves, structure, diff, self._module_state)
+        signature = called._replace(outside=said)
         self._traced[signature] = programs
+        self._reads.setdefault(called, []).append(reads)
         if len(self._traced) > WARN_SIGNATURES and not self._warned:
             self._warned = True
             self._warn()
         if len(self._traced) > MAX_SIGNATURES:
-            self._traced.popitem(last=False)
-        return programs
+            gone, _ = self._traced.popitem(last=False)
+            left = {s._replace(outside=()) for s in self._traced}
+            if gone._replace(outside=()) not in left:
+                del self._reads[gone._replace(outside=())]
+        return programs, signature, reads
 
     def _warn(self) -> None:
         seen = list(self._traced)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import optree
@@ -19,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from funcstage import trees
 from funcstage.errors import TraceError
 from funcstage.graph import _torch as tt
-from funcstage.kept import MARK
-from funcstage.registration import attributes_of
+from funcstage.graph.content import content, is_plain
+from funcstage.graph.reads import Reads, Said, Watch
 
 
 class Surroundings(NamedTuple):
@@ -46,6 +43,7 @@ class Signature(NamedTuple):
     leaves: tuple[Hashable, ...]
     argnums: tuple[int, ...] | None
     surroundings: Surroundings
+    outside: Said = ()
 
 
 def signature_of(
@@ -72,6 +70,11 @@ def signature_of(
     return Signature(structure, tuple(found), argnums, Surroundings.now(module, diff is not None))
 
 
+def others_among(leaves: Sequence[Any], structure: optree.PyTreeSpec) -> list[tuple[str, Any]]:
+    """The leaves of a call that are no tensors, under their names."""
+    return [(_name(structure, i), leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
+
+
 class Recent:
     """Recognises calls of one signature several times faster than computing theirs would be.
 
@@ -80,6 +83,7 @@ class Recent:
 
     Args:
         leaves, structure, diff, module: the call, as for `signature_of`.
+        reads: what the trace has read elsewhere.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Recent:
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
         module: ModuleState,
+        reads: Reads,
     ) -> None:
         self._structure = structure
         self._diff = diff
@@ -96,6 +101,7 @@ class Recent:
         self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
         self._glance = module.glance()
         self._outside = Surroundings.now(None, diff is not None)
+        self._watch = Watch(reads)
 
     def match(
         self,
@@ -111,20 +117,23 @@ class Recent:
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
             return None
         if not self._are_alike(*tensors) or any(
-            _is_unfit(leaves[i]) or _leaf(leaves[i]) != other for i, other in self._others
+            isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others
         ):
             return None
         unchanged = self._outside == Surroundings.now(None, diff is not None) and self._glance.agrees(
             module.glance()
         )
-        return tensors if unchanged else None
+        return tensors if unchanged and self._watch.unchanged() else None
 
 
 def reasons(old: Signature, new: Signature) -> Iterator[str]:
     """Say in which respects two signatures differ."""
-    fields = (*Signature._fields[:-1], *Surroundings._fields)
-    pairs = zip((*old[:-1], *old.surroundings), (*new[:-1], *new.surroundings), strict=True)
-    for field, (before, after) in zip(fields, pairs, strict=True):
+    first, second = (
+        dict(zip((*Signature._fields[:3], *Surroundings._fields), (*s[:3], *s.surroundings), strict=True))
+        for s in (old, new)
+    )
+    for field, before in first.items():
+        after = second[field]
         if before == after or (field == "leaves" and old.structure != new.structure):
             continue
         if field != "leaves":
@@ -135,6 +144,10 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
             if a != b:
                 yield f"{name}: {a} -> {b}"
                 break
+    was, now = dict(old.outside), dict(new.outside)
+    for label in was.keys() & now.keys():
+        if was[label] != now[label]:
+            yield f"{label}: {was[label]} -> {now[label]}"
 
 
 class _UnfitError(Exception):
@@ -154,18 +167,7 @@ def _leaf(leaf: Any) -> Hashable:
                 "quantized or wraps another tensor. Pass a plain tensor"
             )
         return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.is_conj(), leaf.is_neg()
-    try:
-        hash(leaf)
-    except TypeError:
-        if dataclasses.is_dataclass(leaf):
-            fields = attributes_of(leaf)
-            values, structure = trees.flatten([*fields.values()])
-            return type(leaf), tuple(fields), structure, *map(_leaf, values)
-        raise _UnfitError(
-            f"of type {type(leaf).__name__}, neither a tensor nor hashable, so that a later change of it "
-            "would go unnoticed. Pass its tensors instead"
-        ) from None
-    return _exactly(leaf)
+    return content(leaf, set())
 
 
 def _is_unfit(leaf: Any) -> bool:
@@ -185,21 +187,15 @@ def _name(structure: optree.PyTreeSpec, i: int) -> str:
     return accessor[1:].codify(("params", "buffers", "args", "kwargs")[accessor.path[0]])
 
 
-def _exactly(value: Hashable) -> Hashable:
-    """Tell what compares equal but is not the same: 1 and True, 0.0 and -0.0."""
-    return type(value), repr(value) if isinstance(value, (float, complex)) else value
-
-
 class ModuleState:
     """Reads what a module's code may read of it besides its parameters and buffers.
 
-    Modes, submodules, hooks and attributes: plain values, containers and plain objects of these by their
-    content, anything else (tensors, functions) by identity. What a module reads elsewhere, in globals or
-    closures, is its own affair.
+    Modes, submodules, hooks and attributes, by their content (`content.py`). What a module reads elsewhere,
+    in globals or closures, is found out by tracing (`reads.py`).
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
         self._collect()
 
     def read(self) -> tuple[Hashable, ...]:
@@ -207,7 +203,7 @@ class ModuleState:
         self._collect()
         plain, rest = self.glance()
         seen = set(self._parts)
-        return (*[_content(value, seen) for value in plain], *rest)
+        return (*[content(value, seen) for value in plain], *rest)
 
     def glance(self) -> Glance:
         """The same in a form that is made and compared faster, but not made to be kept."""
@@ -215,7 +211,7 @@ class ModuleState:
         if sizes != self._sizes:
             self._collect()
         seen = set(self._parts)
-        others = [_content(namespace.get(name), seen) for namespace, name in self._others]
+        others = [content(namespace.get(name), seen) for namespace, name in self._others]
         try:
             plain = [value for namespace, reader in self._readers for value in reader(namespace)]
         except KeyError:  # one attribute in place of another
@@ -224,7 +220,7 @@ class ModuleState:
         return Glance(plain, [*sizes, *chain.from_iterable(self._hooks), *others])
 
     def _collect(self) -> None:
-        parts = [] if self._module is None else list(self._module.modules())
+        parts = [part for module in self._modules for part in module.modules()]
         self._parts = [id(part) for part in parts]
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
         self._sizes = [*map(len, self._namespaces)]
@@ -234,18 +230,13 @@ class ModuleState:
         for part in parts:
             attributes = vars(part)
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]
-            plain = [name for name in own if _is_plain(attributes[name])]
+            plain = [name for name in own if is_plain(attributes[name])]
             if "training" in attributes:  # a compiled module has its original's
                 plain.insert(0, "training")
             for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
                 if names:  # the first one twice, as a getter of one item returns no tuple
                     self._readers.append((namespace, itemgetter(names[0], *names)))
             self._others += [(attributes, name) for name in own if name not in plain]
-
-
-def _is_plain(value: object) -> bool:
-    """Tell whether a value cannot change as long as it is the same object."""
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 class Glance(NamedTuple):
@@ -264,49 +255,5 @@ class Glance(NamedTuple):
         return alike and self.rest == other.rest
 
 
-class _Same:
-    """Compares an object by identity, without keeping it alive where that is possible."""
-
-    __slots__ = ("_hash", "_ref")
-
-    def __init__(self, value: object) -> None:
-        self._hash = id(value)
-        try:
-            self._ref: Callable[[], object] = weakref.ref(value)
-        except TypeError:
-            self._ref = lambda: value
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._ref()
-        return isinstance(other, _Same) and mine is not None and mine is other._ref()
-
-
-def _content(value: Any, seen: set[int]) -> Hashable:
-    """What an attribute says; of what was `seen` in another place already, which one it is."""
-    if isinstance(value, _PLAIN):
-        return _exactly(value)
-    if isinstance(value, Tensor) and hasattr(value, MARK):
-        return MARK, _leaf(value)
-    if id(value) in seen:
-        return _Same(value)
-    seen.add(id(value))
-    if isinstance(value, (list, tuple)):
-        return type(value), *[_content(item, seen) for item in value]
-    if isinstance(value, dict):
-        return type(value), *[(_content(k, seen), _content(item, seen)) for k, item in value.items()]
-    if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(_content(item, seen) for item in value)
-    of_torch = type(value).__module__.startswith("torch.") and not isinstance(value, nn.Module)
-    if of_torch or isinstance(value, (Tensor, type, FunctionType, ModuleType)):
-        return _Same(value)
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    inside = [getattr(value, "__dict__", None), *[getattr(value, name, None) for name in slots]]
-    return _Same(value), *[_content(part, seen) for part in inside]
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -97,6 +97,7 @@ def trace(
     diff: Sequence[int] | None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     *,
+    recorder: AbstractContextManager[Any] | None = None,
     overwritten: bool = False,
 ) -> Joint:
     """Trace a stage function and its backward; nothing is computed, allocated or mutated.
@@ -109,6 +110,7 @@ def trace(
         kwargs: its keyword arguments. Leaves that are no tensors become constants of the graph.
         diff: indices of the differentiated leaves of `args`; `None` traces the forward alone.
         decompositions: ATen operations to replace while tracing.
+        recorder: entered while the stage function runs.
         overwritten: whether the stage writes into its differentiated arguments, which are then copied.
             Found out by trying.
 
@@ -155,7 +157,7 @@ def trace(
                 values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
-            with intercepting(regions), uncompiled():
+            with intercepting(regions), uncompiled(), nullcontext() if recorder is None else recorder:
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
             if any(leaf.grad is not None for leaf in marked.values()):
@@ -226,7 +228,9 @@ def trace(
         finally:
             state.restore()
     if traced is None:
-        return trace(apply, params, buffers, args, kwargs, diff, decompositions, overwritten=True)
+        return trace(
+            *(apply, params, buffers, args, kwargs, diff, decompositions), recorder=recorder, overwritten=True
+        )
     _name_placeholders(traced, n_state)
     forward = _open_cotangents(apply, traced)
     _check_recorded(apply, traced)

@@ -1,0 +1,76 @@
+"""What a function can read that is not handed to it, from its byte code: which names it loads."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from types import CodeType
+from typing import NamedTuple
+
+
+class Loads(NamedTuple):
+    """The names that a code object loads.
+
+    Attributes:
+        globals: of its module's globals, or of builtins.
+        attributes: of attributes of anything, those that it names in strings included.
+        imports: of modules that it imports when it runs.
+        any_global: whether it may look up globals by computed names.
+        any_attribute: whether it may look up attributes by computed names.
+    """
+
+    globals: frozenset[str]
+    attributes: frozenset[str]
+    imports: frozenset[str]
+    any_global: bool
+    any_attribute: bool
+
+
+@functools.lru_cache(maxsize=8192)
+def loads_of(code: CodeType) -> Loads:
+    """Read a code object, without those nested in it, which are read when they run."""
+    names: dict[str, set[str]] = {kind: set() for kind in ("global", "attribute", "import")}
+    for step in dis.get_instructions(code):
+        operation, argument = step.opname, step.argval
+        if operation == "LOAD_CONST":
+            if isinstance(argument, str) and argument.isidentifier():
+                names["attribute"].add(argument)
+        elif operation == "IMPORT_NAME":
+            names["import"].add(argument)
+        elif operation in _OF_ATTRIBUTES:
+            names["attribute"].add(argument)
+        elif operation in _OF_GLOBALS:
+            names["global"].add(argument)
+    loaded = names["global"] | names["attribute"]
+    return Loads(
+        frozenset(names["global"]),
+        frozenset(names["attribute"]),
+        frozenset(names["import"]),
+        not loaded.isdisjoint(_ANY_GLOBAL),
+        not loaded.isdisjoint(_ANY_ATTRIBUTE),
+    )
+
+
+def is_library(module: str | None) -> bool:
+    """Tell whether a module's functions keep no settings of the user's, other than those that are watched."""
+    name = module or ""
+    if name.startswith("namedtuple_"):  # the constructors of named tuples
+        return True
+    if name.startswith("torch.nn.modules.") and not name.endswith(".module"):
+        return False
+    return name.partition(".")[0] in _LIBRARIES
+
+
+def nested_codes(code: CodeType) -> set[CodeType]:
+    """The code objects of functions that a function makes."""
+    return {constant for constant in code.co_consts if isinstance(constant, CodeType)}
+
+
+_OF_ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"})
+_OF_GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"})
+_ANY_GLOBAL = frozenset({"globals", "eval", "exec"})
+_ANY_ATTRIBUTE = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "attrgetter", "dir"})
+_LIBRARIES = frozenset(
+    {"torch", "funcstage", "functorch", "torchgen", "numpy", "optree", "sympy", "networkx", "triton"}
+) | (sys.stdlib_module_names - {"this", "antigravity"})
