@@ -153,6 +153,7 @@ def differences(device: str, make_case: Callable[[Make, str], Case], layout: str
 
 def main(device: str) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # which rounds float32 to ten bits
     for name, make_case in cases(device):
         for layout, dtype in itertools.product(LAYOUTS, (torch.float64, torch.float32, torch.bfloat16)):
             if dtype is torch.bfloat16 and "grid" in name:

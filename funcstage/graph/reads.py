@@ -413,7 +413,7 @@ class Recorder(TorchFunctionMode):
             self._look_up(self._spaces[id(vars(os))], ["environ"])
 
     def _reach_class(self, kind: type) -> None:
-        for base in (*kind.mro(), *type.mro(type(kind))):
+        for base in (*kind.__mro__, *type(kind).__mro__):
             if id(base) in self._explored:
                 continue
             self._explored[id(base)] = base
