@@ -143,7 +143,7 @@ class _Run:
                 situation.after(verb, world)
 
     def seed(self, k: int) -> None:
-        torch.default_generator.manual_seed(self.script.stage.seed + k)
+        torch.manual_seed(self.script.stage.seed + k)
 
     def drawn(self, k: int) -> None:
         """Note where the random generator stands."""

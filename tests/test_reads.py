@@ -587,16 +587,21 @@ def test_a_checkpoint_is_the_same_function_whatever_torch_notes_on_it() -> None:
     assert "1 signature" in repr(compiled)
 
 
-def test_the_class_of_classes_is_read_like_any_other() -> None:
-    class Typed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj, self.kind = nn.Linear(4, 4), type
+class Kind(type):
+    """A class of classes."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.proj(x)
-            return y if self.kind(x) is Tensor or isinstance(type(self), type) else -y
 
+class Typed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        return -y if isinstance(x, Kind) else y
+
+
+def test_a_class_of_classes_is_read_like_any_other() -> None:
     apply, params, buffers = fs.functionalize(Typed())
     x = torch.randn(2, 4)
     output, _, _ = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
