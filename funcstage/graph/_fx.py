@@ -63,7 +63,7 @@ def is_seen_compiling(caller: Any) -> bool:
     name = caller.f_globals.get("__name__", "")
     if name in _FORWARDING:
         name = caller.f_back.f_globals.get("__name__", "")
-    return not name.startswith("torch.") or name.startswith(_OF_MODULES)
+    return not name.startswith(("torch.", "funcstage.")) or name.startswith(_OF_MODULES)
 
 
 _FORWARDING = {"torch._utils", "torch._dynamo.external_utils"}

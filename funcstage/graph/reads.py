@@ -245,6 +245,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # torch.cond lets Dynamo read this very method
+            return func(*args, **kwargs)
         given = [arg for arg in (*args, *kwargs.values()) if callable(arg) and not isinstance(arg, Tensor)]
         for function in given:
             if isinstance(function, FunctionType):
@@ -322,7 +324,8 @@ class Recorder(TorchFunctionMode):
     def _enter(self, code: CodeType, namespace: dict[str, Any]) -> None:
         """Note what a function that runs can read."""
         module = namespace.get("__name__")
-        if is_library(module):
+        # Dynamo's guards, which run while `torch.cond` is recorded, are code without a module.
+        if is_library(module) or (module is None and "G" in namespace):
             self._others.add(code)
             return
         self._codes.add(code)
@@ -413,7 +416,7 @@ class Recorder(TorchFunctionMode):
             self._look_up(self._spaces[id(vars(os))], ["environ"])
 
     def _reach_class(self, kind: type) -> None:
-        for base in (*kind.__mro__, *type(kind).__mro__):
+        for base in (*type.mro(kind), *type.mro(type(kind))):
             if id(base) in self._explored:
                 continue
             self._explored[id(base)] = base
