@@ -12,6 +12,7 @@ import cProfile
 import dataclasses
 import enum
 import functools
+import gc
 import itertools
 import logging
 import os
@@ -435,6 +436,39 @@ def test_a_stage_that_counts_its_calls_goes_on_counting() -> None:
         wanted = apply(params, buffers, x)[0]
         CALLS[0] = n
         assert torch.equal(fs.stage_vjp(fast, params, buffers, x)[0], wanted)
+
+
+TICKS = [0]
+
+
+def tick(*_: Any) -> None:
+    TICKS[0] += 1
+
+
+def collected() -> float:
+    gc.collect()
+    return 2.0
+
+
+def test_what_the_collector_calls_is_none_of_the_stages() -> None:
+    stage, x = compiled(Reading(collected, float)), torch.randn(2, 4)
+    gc.callbacks.append(tick)
+    try:
+        for _ in range(3):
+            check(stage, x)
+    finally:
+        gc.callbacks.remove(tick)
+    assert TICKS[0]
+    assert "1 signature(s)" in repr(stage[1])
+
+
+def test_a_function_that_is_gone_was_replaced_or_does_not_matter() -> None:
+    module = Reading(made(2.0), float)
+    stage, x = compiled(module), torch.randn(2, 4)
+    for value in (2.0, 3.0, 2.0):
+        module.read = made(value)
+        gc.collect()
+        check(stage, x)
 
 
 GENERATOR = np.random.default_rng(0)

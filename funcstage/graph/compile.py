@@ -253,7 +253,9 @@ class CompiledStage:
         called = signature_of(leaves, structure, diff, self._module_state)
         signature = called._replace(outside=said)
         self._traced[signature] = programs
-        self._reads.setdefault(called, []).append(reads)
+        alike = self._reads.setdefault(called, [])
+        if not any(map(reads.is_like, alike)):
+            alike.append(reads)
         if len(self._traced) > WARN_SIGNATURES and not self._warned:
             self._warned = True
             self._warn()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 import warnings
 import weakref
@@ -45,6 +46,10 @@ class Place(NamedTuple):
     label: str
     owner: Any
     name: Any
+
+    def is_gone(self) -> bool:
+        """Tell whether the function or tensor does not exist any more."""
+        return isinstance(self.owner, weakref.ref) and self.owner() is None
 
     def value(self) -> Any:
         """What is there now."""
@@ -83,14 +88,31 @@ class Reads:
         known: ids of objects that are watched elsewhere.
     """
 
-    def __init__(self, places: Iterable[Place], spaces: Iterable[Space], known: set[int]) -> None:
-        self.places = [*places]
+    def __init__(
+        self,
+        places: dict[tuple[int, Any], Place],
+        said: list[Hashable],
+        spaces: Iterable[Space],
+        known: set[int],
+    ) -> None:
+        """`said` is what the places said when they were read first."""
+        self.places = [*places.values()]
         self.spaces = [space for space in spaces if not space.library]
         self.known = known
+        self._keys = [*places]
+        self._said = said
+
+    def is_like(self, other: Reads) -> bool:
+        """Tell whether the same places were read, in the same order."""
+        return self._keys == other._keys and len(self.spaces) == len(other.spaces)
 
     def now(self) -> Said:
         """What all of it says at present."""
-        found = [(place.label, said_by(place, self.known)) for place in self.places]
+        found = [
+            # A function that is gone is not called any more; what held it says so.
+            (place.label, said if place.is_gone() else said_by(place, self.known))
+            for place, said in zip(self.places, self._said, strict=True)
+        ]
         present = [(f"the names in {s.label}", frozenset(s.names & s.entries.keys())) for s in self.spaces]
         return *found, *present
 
@@ -118,11 +140,10 @@ class Watch:
         self._cells: list[Any] = []
         self._tensors: list[Tensor] = []
         sized: dict[int, Any] = {id(space.entries): space.entries for space in reads.spaces}
-        self._gone = False
         for place in reads.places:
             owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
             if owner is None:
-                self._gone = True
+                continue  # it is not called any more, and what held it is watched
             elif isinstance(owner, Tensor):
                 self._tensors.append(owner)
             elif isinstance(owner, FunctionType) and isinstance(place.name, str):
@@ -154,7 +175,7 @@ class Watch:
         except (KeyError, ValueError):  # a name or the value of a cell is gone
             return False
         before = self._values
-        alike = len(values) == len(before) and all(map(is_, values, before)) and not self._gone
+        alike = len(values) == len(before) and all(map(is_, values, before))
         return alike and self._say(values) == self._said
 
     def _read(self) -> list[Any]:
@@ -226,6 +247,7 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         super().__enter__()
         self._states = [generator.getstate() for generator in _generators()]
+        self._others |= _run_by_the_interpreter()
         self._before = sys.getprofile()
         sys.setprofile(self._profile)
         return self
@@ -276,9 +298,10 @@ class Recorder(TorchFunctionMode):
         """
         self._find_functions()
         self._refuse()
-        reads = Reads(self._places.values(), self._spaces.values(), self.known)
-        said = [(place.label, self._said[key]) for key, place in self._places.items()]
-        return reads, (*said, *reads.now()[len(said) :])
+        said = [self._said[key] for key in self._places]
+        reads = Reads(self._places, said, self._spaces.values(), self.known)
+        labelled = [(place.label, each) for place, each in zip(reads.places, said, strict=True)]
+        return reads, (*labelled, *reads.now()[len(said) :])
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
@@ -341,9 +364,8 @@ class Recorder(TorchFunctionMode):
                 self._look_up(space, self._wanted(space))
         space = self._spaces.setdefault(id(namespace), Space(f"module {module}", namespace, set(), False))
         self._globals |= loads.globals
-        names = {*(namespace if loads.any_global else loads.globals)} - space.names
-        space.names.update(names)
-        self._look_up(space, names)
+        names = loads.globals | ({*namespace} if loads.any_global else set())
+        self._look_up(space, names - space.names)
         for name in loads.imports:
             self._import(name, namespace.get("__package__") or "")
         for function in self._functions.get(code, ()):
@@ -397,8 +419,11 @@ class Recorder(TorchFunctionMode):
         for name in [*names]:
             if name in _OF_EVERY_CLASS:
                 continue
-            space.names.add(name)
             value = space.entries.get(name, ABSENT)
+            named = name in self._names or name in self._globals or name[:2] == "__"
+            if not (named or _is_data(value) or value is os.environ):
+                continue  # any object, where a namespace is searched by computed names
+            space.names.add(name)
             if isinstance(value, ModuleType):
                 self._reach_module(value)
             function = isinstance(value, FunctionType)
@@ -517,7 +542,7 @@ class Recorder(TorchFunctionMode):
             seen.add(id(value))
             if is_opaque(value):
                 yield label, value
-            is_container = isinstance(value, (list, tuple, dict, set, frozenset, deque))
+            is_container = isinstance(value, _CONTAINERS)
             for name, part in parts_of(value):
                 if is_container or not isinstance(name, str) or name in self._names or name[:2] == "__":
                     pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
@@ -594,6 +619,25 @@ def _where(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def _run_by_the_interpreter() -> set[CodeType]:
+    """Functions that run between the stage's at any time: the collector's callbacks, handlers of signals."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    return {f.__code__ for f in (*gc.callbacks, *handlers) if isinstance(f, FunctionType)}
+
+
+def _is_data(value: Any, most: int = 1000) -> bool:
+    """Tell whether a value is plain, compared by identity, or a container of not too many such."""
+    pending = [value]
+    while pending:
+        each = pending.pop()
+        most -= 1
+        if not (isinstance(each, FunctionType) or is_plain(each) or is_one_of_its_kind(each)):
+            if type(each) not in _CONTAINERS or most < 0:
+                return False
+            pending += [part for _, part in parts_of(each)]
+    return True
+
+
 class _Generator(NamedTuple):
     """One of the generators of random numbers that all of a process shares."""
 
@@ -632,6 +676,7 @@ def _is_generator(value: Any) -> bool:
 _VALUES = ""
 """Stands for the values of a tensor among the names of places."""
 
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _FEW = 4096
 _DRAWING = ("random", "secrets", "uuid")
 _READERS_OF_VALUES = frozenset(
