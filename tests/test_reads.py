@@ -597,7 +597,6 @@ def test_whatever_is_read_wherever_a_stage_is_as_eager_at_every_moment(way: str,
     for value in (*values, values[0]):
         write([value])
         check(stage, x)
-        check(stage, x)  # what the first use of anything has made by now belongs to what is read
         traced = repr(stage[1])
         check(stage, x)
         assert repr(stage[1]) == traced

@@ -16,7 +16,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funcstage import closures, trees
+from funcstage import trees, uncompiled
 from funcstage._functorch import current_level
 from funcstage.eager import first_dtensor
 from funcstage.errors import StructureError, TraceError
@@ -89,7 +89,7 @@ class CompiledStage:
         """Run F. Called by `stage_vjp`; the protocol of engines."""
         found = self._found(params, buffers, args, kwargs, diff)
         if found is None:
-            return closures.linearize(self.apply, params, buffers, args, kwargs, diff)
+            return uncompiled.linearize(self.apply, params, buffers, args, kwargs, diff)
         programs, tensors = found
         try:
             return programs.linearize(tensors)
