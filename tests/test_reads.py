@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.graph.reads import Said
 
 SETTING: Any = None
 """What the stages below read as a global."""
@@ -543,6 +544,28 @@ def test_what_modules_usually_hold_is_neither_refused_nor_traced_twice() -> None
     assert "1 signature(s)" in repr(stage[1])
 
 
+def test_finalizers_of_others_do_not_belong_to_a_stage() -> None:
+    class Litter:
+        def __del__(self) -> None:
+            seen.append(SETTING)
+
+    def read() -> float:
+        litter = [Litter()]
+        litter.append(litter)  # type: ignore[arg-type]
+        del litter
+        gc.collect()
+        return 2.0
+
+    set_global(3.0)
+    seen: list[Any] = []
+    stage, x = compiled(Reading(read, float)), torch.randn(2, 4)
+    for value in (3.0, 4.0):
+        set_global(value)
+        check(stage, x)
+    assert seen
+    assert "1 signature(s)" in repr(stage[1])
+
+
 @pytest.mark.parametrize("kind", ["none", "of Python", "of C"])
 def test_a_profiler_of_the_user_goes_on(kind: str) -> None:
     stage, x, seen = compiled(Reading(lambda: 2.0, float)), torch.randn(2, 4), []
@@ -560,6 +583,20 @@ def test_a_profiler_of_the_user_goes_on(kind: str) -> None:
         of_c.disable()
         sys.setprofile(before)
     assert kind != "of Python" or "forward" in seen
+
+
+def what_is_read(stage: tuple[Any, ...]) -> list[Said]:
+    """What every trace of a compiled stage has read says now."""
+    return [reads.now() for alike in stage[1]._reads.values() for reads in alike]
+
+
+def changes(before: list[Said], after: list[Said]) -> str:
+    pairs = [pair for was, now in zip(before, after, strict=False) for pair in zip(was, now, strict=True)]
+    changed = [f"{label} was {was}, is {now}" for (label, was), (_, now) in pairs if was != now]
+    found = sorted(
+        {label for now in after for label, _ in now} - {label for was in before for label, _ in was}
+    )
+    return f"traced again; changed: {changed}; read as well: {found}"
 
 
 SCALARS = st.floats(-4, 4).filter(bool) | st.integers(1, 9) | st.booleans()
@@ -597,9 +634,9 @@ def test_whatever_is_read_wherever_a_stage_is_as_eager_at_every_moment(way: str,
     for value in (*values, values[0]):
         write([value])
         check(stage, x)
-        traced = repr(stage[1])
+        traced, said = repr(stage[1]), what_is_read(stage)
         check(stage, x)
-        assert repr(stage[1]) == traced
+        assert repr(stage[1]) == traced, changes(said, what_is_read(stage))
 
 
 class Checkpointed(nn.Module):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter, is_, itemgetter
+from threading import get_ident
 from types import BuiltinMethodType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -230,6 +231,8 @@ class Recorder(TorchFunctionMode):
         self._clocks: dict[str, str] = {}
         self._small: list[Tensor] = []
         self._before: Any = None
+        self._thread = get_ident()
+        self._collecting = False
         self._states: list[Any] = []
         parts = self._parts
         self.known = {*map(id, parts)}
@@ -248,6 +251,7 @@ class Recorder(TorchFunctionMode):
         super().__enter__()
         self._states = [generator.getstate() for generator in _generators()]
         self._others |= _run_by_the_interpreter()
+        gc.callbacks.append(self._collect)
         self._before = sys.getprofile()
         sys.setprofile(self._profile)
         return self
@@ -258,6 +262,7 @@ class Recorder(TorchFunctionMode):
             sys.setprofile(before)
         else:  # cProfile's, up to Python 3.11
             before.enable()
+        gc.callbacks.remove(self._collect)
         for generator, state in zip(_generators(), self._states, strict=True):
             if generator.getstate() != state:  # by whatever way
                 self._draws.setdefault(generator.name, "a place that is not known")
@@ -303,8 +308,15 @@ class Recorder(TorchFunctionMode):
         labelled = [(place.label, each) for place, each in zip(reads.places, said, strict=True)]
         return reads, (*labelled, *reads.now()[len(said) :])
 
+    def _collect(self, phase: str, _: Any) -> None:
+        """Leave out what runs while garbage is collected: finalizers of anybody's objects."""
+        if get_ident() == self._thread:
+            self._collecting = phase == "start"
+
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call":
+        if self._collecting:
+            pass
+        elif event == "call":
             code = frame.f_code
             if code not in self._codes and code not in self._others:
                 with torch._C.DisableTorchFunction():
@@ -417,7 +429,7 @@ class Recorder(TorchFunctionMode):
 
     def _look_up(self, space: Space, names: Iterable[str]) -> None:
         for name in [*names]:
-            if name in _OF_EVERY_CLASS:
+            if name in _OF_NO_CONSEQUENCE:
                 continue
             value = space.entries.get(name, ABSENT)
             named = name in self._names or name in self._globals or name[:2] == "__"
@@ -691,4 +703,6 @@ _WITHOUT_CALLBACKS = (
 )
 _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _NAMESPACE = attrgetter("__dict__")
-_OF_EVERY_CLASS = frozenset({"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__"})
+_OF_NO_CONSEQUENCE = frozenset(
+    {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__warningregistry__"}
+)
