@@ -27,6 +27,7 @@ from funcstage.testing.copies import copied, left_alone
 from funcstage.testing.counting import FlopCounter, counted
 from funcstage.testing.prices import Price, Prices
 from funcstage.testing.report import EngineReport, Flops, StageMismatch, StageReport
+from funcstage.testing.seeding import seeded
 from funcstage.testing.sites import Readers
 from funcstage.testing.tolerances import (
     Difference,
@@ -350,21 +351,11 @@ class _Reference:
     @contextmanager
     def seeded(self, offset: int = 0) -> Iterator[None]:
         """Fix the random state inside and give it back afterwards."""
-        accelerators = [(device, torch.get_device_module(device)) for device in self.subject.accelerators()]
-        cpu_state = torch.get_rng_state()
-        states = [module.get_rng_state(device) for device, module in accelerators]
-        try:
-            # Cheaper than torch.manual_seed, which formats the whole stack for devices that may not exist.
-            torch.default_generator.manual_seed(self.seed + offset)
-            for device, module in accelerators:
-                with module.device(device):
-                    module.manual_seed(self.seed + offset)
-            with left_alone(self.subject.code(), (self.subject.args, self.subject.kwargs)):
-                yield
-        finally:
-            torch.set_rng_state(cpu_state)
-            for (device, module), state in zip(accelerators, states, strict=True):
-                module.set_rng_state(state, device)
+        with (
+            seeded(self.seed + offset, self.subject.accelerators()),
+            left_alone(self.subject.code(), (self.subject.args, self.subject.kwargs)),
+        ):
+            yield
 
     def cotangents(self, output: PyTree, offset: int = 0) -> PyTree:
         """The caller's cotangents, or normally distributed ones; `None` where there can be none."""

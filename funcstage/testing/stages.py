@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from funcstage import trees
 from funcstage.testing.check import StageReport, check_stage
 from funcstage.testing.layers import LAYERS, Place
+from funcstage.testing.seeding import seeded
 from funcstage.trees import PyTree
 
 __all__ = ["Arguments", "Block", "Named", "Node", "Pair", "Stage", "Use", "after", "use"]
@@ -155,8 +156,8 @@ class Stage:
 
     def build(self) -> Arguments:
         """Make the module, its positional and its keyword arguments."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
+        device = torch.device(self.device)
+        with seeded(self.seed, [] if device.type == "cpu" else [device]):
             module = _Generated(self)
             module.train(self.training)
             for inner in module.modules():
