@@ -21,6 +21,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -544,6 +545,19 @@ def test_what_modules_usually_hold_is_neither_refused_nor_traced_twice() -> None
     assert "1 signature(s)" in repr(stage[1])
 
 
+@pytest.mark.filterwarnings("ignore:once")
+def test_what_the_import_notes_on_a_module_is_not_read_by_a_search_of_its_names() -> None:
+    stage, x = compiled(Reading(by_name, float)), torch.randn(2, 4)
+    set_global(2.0)
+    check(stage, x)
+    __spec__.loader_state = [1.0]  # type: ignore[name-defined]
+    warnings.warn_explicit(
+        "once", UserWarning, __file__, 1, registry=globals().setdefault("__warningregistry__", {})
+    )
+    check(stage, x)
+    assert "1 signature(s)" in repr(stage[1])
+
+
 def test_finalizers_of_others_do_not_belong_to_a_stage() -> None:
     class Litter:
         def __del__(self) -> None:
@@ -596,7 +610,7 @@ def changes(before: list[Said], after: list[Said]) -> str:
     found = sorted(
         {label for now in after for label, _ in now} - {label for was in before for label, _ in was}
     )
-    return f"traced again; changed: {changed}; read as well: {found}"
+    return f"traced again; changed: {[f'{c:.200}' for c in changed]}; read as well: {found}"
 
 
 SCALARS = st.floats(-4, 4).filter(bool) | st.integers(1, 9) | st.booleans()

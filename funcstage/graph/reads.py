@@ -705,4 +705,5 @@ _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _NAMESPACE = attrgetter("__dict__")
 _OF_NO_CONSEQUENCE = frozenset(
     {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__warningregistry__"}
+    | {"__spec__", "__loader__", "__cached__"}  # of the import, which holds all of pytest's state, say
 )
