@@ -36,17 +36,25 @@ class compiled_again(uncompiled):
 
 def runs_eagerly() -> bool:
     """Tell whether compiled functions of this thread run as they were written."""
-    return _is_loaded() and bool(getattr(_setting(), "depth", 0))
+    return bool(getattr(getattr(_eval_frame(), "_force_eager_nested_compile", _own), "depth", 0))
 
 
 def run_eagerly(eager: bool) -> None:
     """Let them, or not."""
-    if _is_loaded():
-        _setting().depth = int(eager)
+    eval_frame = _eval_frame()
+    if eval_frame is None:
+        return
+    setting = getattr(eval_frame, "_force_eager_nested_compile", _own)
+    if setting is _own and eager:
+        _install(eval_frame)
+    setting.depth = int(eager)
 
 
-def _is_loaded() -> bool:
-    return "torch._dynamo.eval_frame" in sys.modules  # else nothing is compiled; the import takes a second
+def _eval_frame() -> Any:
+    return sys.modules.get(_EVAL_FRAME)  # without it nothing is compiled; the import takes a second
+
+
+_EVAL_FRAME = "torch._dynamo.eval_frame"
 
 
 class _OfThread(threading.local):
@@ -55,16 +63,6 @@ class _OfThread(threading.local):
 
 _own = _OfThread()
 _install_lock = threading.Lock()
-
-
-def _setting() -> Any:
-    from torch._dynamo import eval_frame
-
-    own_of_torch = getattr(eval_frame, "_force_eager_nested_compile", None)
-    if own_of_torch is None:
-        _install(eval_frame)
-        return _own
-    return own_of_torch
 
 
 def _install(eval_frame: Any) -> None:

@@ -131,7 +131,7 @@ class WeightTape(Unpicklable):
     regions: list[RegionTape]
     shared: bool
     home: Home
-    shares: ClassVar = True
+    shares: ClassVar = None
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -327,18 +327,18 @@ def linearize(
         StageError: if saved-tensor hooks are in use.
         TakesGradients: if the stage takes gradients inside itself, and a plain tape can be used instead.
     """
-    check_leaves("params", params)
-    check_leaves("buffers", buffers)
-    param_leaves, params_spec = trees.flatten(params)
+    param_leaves, params_spec = check_leaves("params", params)
+    buffer_leaves, _ = check_leaves("buffers", buffers)
     arg_leaves, args_spec = trees.flatten(args)
-    state = [leaf for leaf in (*param_leaves, *trees.flatten(buffers)[0]) if isinstance(leaf, Tensor)]
+    kwarg_leaves, _ = trees.flatten(kwargs)
+    state = [leaf for leaf in (*param_leaves, *buffer_leaves) if isinstance(leaf, Tensor)]
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
     higher = is_differentiated(param_leaves) or is_differentiated(arg_leaves)
     inputs: Entries = []
     weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
-        handed = kept.objects_among((*arg_leaves, *trees.flatten(kwargs)[0]))
+        handed = kept.objects_among((*arg_leaves, *kwarg_leaves))
         stack.enter_context(kept.taken_out(getattr(apply, "module", None), handed))
         stack.enter_context(_explaining(given, higher or rerun))
         transformed = ft.current_level() > 0
@@ -363,7 +363,7 @@ def linearize(
             if trees.is_differentiable(leaf):
                 param_leaves[i] = ft.wrap_leaf(leaf, inner)
                 weights.append((i, param_leaves[i]))
-        mode = _Split(outer, inner, given, [*arg_leaves, *trees.flatten(kwargs)[0]])
+        mode = _Split(outer, inner, given, [*arg_leaves, *kwarg_leaves])
         mode.alone = not (transformed or higher or rerun)
         if mode.alone:
             mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)

@@ -109,7 +109,7 @@ class WeightTape(Unpicklable):
     direct: dict[int, Tensor]
     shared: bool
     home: Home
-    shares: ClassVar = True
+    shares: ClassVar = None
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -210,8 +211,8 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
     return result
 
 
-def check_leaves(root: str, tree: PyTree) -> None:
-    """Refuse tensors that no engine looks into."""
+def check_leaves(root: str, tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves and the structure of a tree; refuse tensors that no engine looks into."""
     leaves, spec = flatten(tree)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -226,6 +227,7 @@ def check_leaves(root: str, tree: PyTree) -> None:
                     f"{leaf_names(spec, root)[i]} is a nested tensor ({layout} layout), which no engine "
                     "looks into. Pass padded tensors with a mask, or the packed values with their offsets."
                 )
+    return leaves, spec
 
 
 def _tied_names(module: nn.Module) -> dict[str, str]:

@@ -47,11 +47,12 @@ class WeightTape(Tape, Protocol):
     """An engine's W.
 
     Attributes:
-        shares: whether it may hold memory of I's cotangents or results.
+        shares: the numbers of those of I's cotangents, then of its results, whose memory it may hold; None
+            where any may be.
     """
 
     @property
-    def shares(self) -> bool: ...
+    def shares(self) -> Sequence[int] | None: ...
     def reads(self) -> Iterable[Tensor]: ...
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]: ...
@@ -327,9 +328,10 @@ class Pullback(_Linear[InputTape]):
         try:
             grads, weight_tape, left = tape.pull(cotangents, retain)
             watches = self._watches
-            if weight_tape.shares:
+            if weight_tape.shares is None or weight_tape.shares:
                 given = Part("output_grads", cotangents, self._output_spec)
-                watches += (Watch.over([], [given, Part("input_grads", grads, self._args_spec)]),)
+                made = Part("input_grads", grads, self._args_spec)
+                watches += (Watch.over([], [given, made], weight_tape.shares),)
             weight_pullback = WeightPullback(
                 weight_tape, self.stage, self._params_spec, self._params, watches
             )
@@ -458,9 +460,11 @@ def stage_vjp(
         {'weight': (2, 3), 'bias': (2,)}
     """
     _check_callable(apply)
-    check_leaves("(args, kwargs)", (args, kwargs))
-    diff = differentiated_leaves(args, argnums)
-    arg_leaves, args_spec = trees.flatten(args)  # now: the output may make a type known that is a leaf here
+    # Now, as the output may make a type known that is a leaf here.
+    arg_leaves, args_spec = check_leaves("args", args)
+    if kwargs:
+        check_leaves("kwargs", kwargs)
+    diff = _every_differentiable(arg_leaves, args_spec) if argnums is None else _chosen(args, argnums)
     linearize = getattr(apply, "linearize", None)
     tape: InputTape
     if linearize is not None:
@@ -469,8 +473,7 @@ def stage_vjp(
         output, new_buffers, tape = eager.linearize(apply, params, buffers, args, kwargs, diff)
     else:
         output, new_buffers, tape = uncompiled.linearize(apply, params, buffers, args, kwargs, diff)
-    output_leaves, output_spec = trees.flatten(output)
-    check_leaves("output", output)
+    output_leaves, output_spec = check_leaves("output", output)
     param_leaves, params_spec = trees.flatten(params)
     watch = tape.watch
     if watch is None:
@@ -682,15 +685,20 @@ def _check_callable(apply: object) -> None:
 
 def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
     """Return the indices, among all leaves of `args`, of those that `argnums` differentiates."""
-    if argnums is None:
-        leaves, spec = trees.flatten(args)
-        for i, leaf in enumerate(leaves):
-            if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
-                raise StructureError(
-                    f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, whose tensors "
-                    f"would not be differentiated. {WAY_OUT}; or say by argnums which arguments are."
-                )
-        return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
+    return _every_differentiable(*trees.flatten(args)) if argnums is None else _chosen(args, argnums)
+
+
+def _every_differentiable(leaves: Sequence[Any], spec: optree.PyTreeSpec) -> list[int]:
+    for i, leaf in enumerate(leaves):
+        if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
+            raise StructureError(
+                f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, whose tensors "
+                f"would not be differentiated. {WAY_OUT}; or say by argnums which arguments are."
+            )
+    return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
+
+
+def _chosen(args: tuple[Any, ...], argnums: int | Sequence[int]) -> list[int]:
     chosen = _checked_argnums(argnums, len(args))
     diff: list[int] = []
     offset = 0

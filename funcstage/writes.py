@@ -31,7 +31,10 @@ from funcstage.trees import PyTree
 _version = attrgetter("_version")
 
 
-class _Look(NamedTuple):
+class _Other(NamedTuple):
+    """What is remembered of a tensor that is not kept alive."""
+
+    memory: Any
     dtype: torch.dtype
     shape: torch.Size
 
@@ -63,39 +66,41 @@ class Watch:
         names: tells their names in that order, when asked.
     """
 
-    __slots__ = ("_counters", "_looks", "_memory", "_names", "_versions")
+    __slots__ = ("_counters", "_held", "_names", "_others", "_versions")
 
     def __init__(
         self, held: Sequence[Tensor], others: Iterable[Tensor], names: Callable[[], Sequence[str]]
     ) -> None:
+        self._held = len(held)
         self._counters = list(held)
-        self._memory: list[Any] = [None] * len(self._counters)
-        self._looks: list[Any] = [*held]
         self._names = names
+        self._others: list[_Other] = []
         for tensor in others:
             self._counters.append(_stand_in(tensor))
-            self._memory.append(_memory_of(tensor))
-            self._looks.append(_Look(tensor.dtype, tensor.shape))
+            self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
         self._versions = versions(self._counters)
 
     @classmethod
-    def over(cls, held: Sequence[Part], others: Sequence[Part]) -> Watch:
-        """A watch over the tensors of some trees."""
-        parts = [
-            (part.root, part.spec, [isinstance(leaf, Tensor) for leaf in part.leaves])
-            for part in (*held, *others)
-        ]
+    def over(cls, held: Sequence[Part], others: Sequence[Part], only: Sequence[int] | None = None) -> Watch:
+        """A watch over the tensors of some trees, or over only some of those that are not held, by number."""
+        kept = [leaf for part in held for leaf in part.leaves if isinstance(leaf, Tensor)]
+        rest = [leaf for part in others for leaf in part.leaves]
+        if only is None:
+            only = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor)]
+        parts = [(part.root, part.spec, [*map(type, part.leaves)]) for part in held]
+        roots = [(part.root, part.spec) for part in others]
 
         def names() -> list[str]:
-            return [
+            of_kept = [
                 name
-                for root, spec, tensors in parts
-                for name, is_tensor in zip(trees.leaf_names(spec, root), tensors, strict=True)
-                if is_tensor
+                for root, spec, kinds in parts
+                for name, kind in zip(trees.leaf_names(spec, root), kinds, strict=True)
+                if issubclass(kind, Tensor)
             ]
+            of_rest = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
+            return [*of_kept, *(of_rest[i] for i in only)]
 
-        kept = [leaf for part in held for leaf in part.leaves if isinstance(leaf, Tensor)]
-        return cls(kept, (x for part in others for x in part.leaves if isinstance(x, Tensor)), names)
+        return cls(kept, [rest[i] for i in only], names)
 
     def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
         """Name a tensor that was written into and is among what `reads` lists; None as a rule."""
@@ -110,11 +115,12 @@ class Watch:
         return next((self._described(i) for i in changed if self._key(i) in keys), None)
 
     def _key(self, i: int) -> int:
-        memory = self._memory[i]
+        memory = None if i < self._held else self._others[i - self._held].memory
         return _memory_key(self._counters[i]) if memory is None else memory.cdata
 
     def _described(self, i: int) -> str:
-        return f"{self._names()[i]} ({trees.look(self._looks[i])})"
+        like: Any = self._counters[i] if i < self._held else self._others[i - self._held]
+        return f"{self._names()[i]} ({trees.look(like)})"
 
 
 def refuse_written(
@@ -171,11 +177,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor with the version counter of another, and none of its memory where that can be."""
-    with torch.no_grad():
-        alias = tensor.detach()
-    if type(tensor) in _PLAIN and not ft.current_level() and not ft.is_functionalized(tensor):
-        with suppress(RuntimeError):  # sparse tensors and some others have to be kept
-            alias.data = _NOTHING
+    if type(tensor) not in _PLAIN or ft.current_level() or ft.is_functionalized(tensor):
+        with torch.no_grad():
+            return tensor.detach()
+    alias = tensor.detach()
+    with suppress(RuntimeError):  # sparse tensors and some others have to be kept
+        alias.data = _NOTHING
     return alias
 
 

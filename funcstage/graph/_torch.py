@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from operator import call
 from typing import Any, TypeAlias
 
 import torch
@@ -213,41 +215,48 @@ def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextM
 
 def global_flags() -> tuple[Hashable, ...]:
     """The global settings that a stage function, its trace or its lowering may read."""
-    read = torch._C
     return (
-        torch.get_default_dtype(),
+        *map(call, _FLAGS),
         torch.get_default_device() if _len_torch_function_stack() else None,
-        torch.is_inference_mode_enabled(),
         *_global_forward_hooks,
         *_global_forward_pre_hooks,
         *_global_backward_hooks,
         *_global_backward_pre_hooks,
-        *[read._get_fp32_precision_getter(*place) for place in _PRECISIONS],
-        read._get_cublas_allow_fp16_reduced_precision_reduction(),
-        read._get_cublas_allow_bf16_reduced_precision_reduction(),
-        read._get_cublas_allow_fp16_accumulation(),
-        read._get_math_sdp_allow_fp16_bf16_reduction(),
-        read._get_deterministic_algorithms(),
-        read._get_deterministic_algorithms_warn_only(),
-        read._get_deterministic_fill_uninitialized_memory(),
-        torch.is_anomaly_enabled(),
-        torch.is_anomaly_check_nan_enabled(),
-        torch.get_num_threads(),
-        torch.backends.mha.get_fastpath_enabled(),
-        torch.backends.opt_einsum.enabled,
-        torch.backends.opt_einsum.strategy,
-        read._get_cudnn_enabled(),
-        read._get_cudnn_benchmark(),
-        read._get_cudnn_deterministic(),
-        read._get_mkldnn_enabled(),
-        read._get_mkldnn_deterministic(),
-        read._get_flash_sdp_enabled(),
-        read._get_mem_efficient_sdp_enabled(),
-        read._get_math_sdp_enabled(),
-        read._get_cudnn_sdp_enabled(),
-        read._get_overrideable_sdp_enabled(),
-        *read._get_sdp_priority_order(),
+        *torch._C._get_sdp_priority_order(),
     )
 
 
-_PRECISIONS = [(of, part) for of in ("cuda", "mkldnn") for part in ("all", "matmul", "conv", "rnn")]
+_EINSUM: Any = torch.backends.opt_einsum
+_FLAGS: tuple[Callable[[], Hashable], ...] = (
+    torch.get_default_dtype,
+    torch.is_inference_mode_enabled,
+    *[
+        partial(torch._C._get_fp32_precision_getter, of, part)
+        for of in ("cuda", "mkldnn")
+        for part in ("all", "matmul", "conv", "rnn")
+    ],
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_fp16_accumulation,
+    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_deterministic_algorithms_warn_only,
+    torch._C._get_deterministic_fill_uninitialized_memory,
+    torch.is_anomaly_enabled,
+    torch.is_anomaly_check_nan_enabled,
+    torch.get_num_threads,
+    torch.backends.mha.get_fastpath_enabled,
+    *[  # an attribute that is found behind a `__getattr__` takes a microsecond
+        partial(vars(place).get, name) for place in (_EINSUM, _EINSUM.m) for name in ("enabled", "strategy")
+    ],
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_mkldnn_deterministic,
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_overrideable_sdp_enabled,
+)

@@ -45,6 +45,8 @@ def is_plain(value: object) -> bool:
 def is_one_of_its_kind(value: object) -> bool:
     """Tell whether a value is compared by which one it is, and by nothing else."""
     reader = reader_of(type(value))
+    if isinstance(value, types.FunctionType):
+        return _is_of_torch(value)
     return reader in (_same, _opaque) or (reader is _builtin and _is_unbound(value))
 
 
@@ -181,9 +183,12 @@ def _key(key: Any) -> Hashable:
 
 
 def _function(value: types.FunctionType) -> Parts:
-    # What torch notes on functions of its own says nothing of what they do.
-    own = () if (value.__module__ or "").partition(".")[0] == "torch" else value.__dict__.items()
-    return Same(value), own
+    return Same(value), () if _is_of_torch(value) else value.__dict__.items()
+
+
+def _is_of_torch(function: types.FunctionType) -> bool:
+    """Tell whether it is torch's own, on which what torch notes says nothing of what it does."""
+    return (function.__module__ or "").partition(".")[0] == "torch"
 
 
 def _method(value: Any) -> Parts:

@@ -7,7 +7,7 @@ used. The tapes know by position where every input of the next program comes fro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -199,9 +199,26 @@ class Programs:
         n = backward.n_grads
         self._made["I", backward] = unshared(self.partition.from_input, results[n:], (*results[:n], *others))
 
-    def owned(self, backward: Backward) -> frozenset[str]:
-        """Those residuals that I has made in memory of their own."""
-        found: frozenset[str] = self._made["I", backward]
+    def shared(self, backward: Backward) -> tuple[int, ...] | None:
+        """Which leaves of output and arguments have gradients whose memory W may read; None before I ran."""
+        found: tuple[int, ...] | None = self._made.get(("shared", backward))
+        return found
+
+    def note_shared(
+        self,
+        backward: Backward,
+        given: Sequence[Tensor | None],
+        results: Sequence[Tensor | None],
+        kept: Iterable[Tensor],
+    ) -> tuple[int, ...]:
+        """Read it off a first run, as for donation; of those without graphs, which read copies."""
+        n, leaves = backward.n_grads, [leaf for leaf, _ in backward.cotangents]
+        read = (*kept, *(results[n + i] for i in backward.made))
+        memory = {ft.storage_key(tensor) for tensor in read if tensor is not None}
+        n_outputs = self.joint.output_spec.num_leaves
+        grads = [*zip(leaves, given, strict=True), *enumerate(results[:n], n_outputs)]
+        found = tuple(i for i, grad in grads if grad is not None and ft.storage_key(grad) in memory)
+        self._made["shared", backward] = found
         return found
 
     def found(
@@ -328,13 +345,18 @@ class InputTape(Unpicklable):
         if self.flight is not None and replay:
             results = self.flight.slot.run("I", step, self.state, self.residuals, given)
             grads = handed_out(results[:n])
+            shares = None
         else:
+            shares = programs.shared(backward)
+            laid_out = given if shares is None else []
             inputs = step.inputs(self.state, (*self.residuals, *given))
             del given
             if not retain:
                 self.residuals, self.intact = (), False
             results = list(plain_run(step.run, inputs))
             grads = list(results[:n])
+            if shares is None:
+                shares = programs.note_shared(backward, laid_out, results, kept.values())
         if first:
             programs.note(backward, results, others)
         residuals: list[Tensor | None] = [None] * (size + len(results) - n)
@@ -343,7 +365,7 @@ class InputTape(Unpicklable):
         for i in backward.made:
             residuals[size + i] = results[n + i]
         weight_tape = WeightTape(
-            programs, backward, self.state, tuple(residuals), self.flight, replay, shared
+            programs, backward, self.state, tuple(residuals), shares, self.flight, replay, shared
         )
         self.intact = retain
         return grads, weight_tape, self if retain else None
@@ -376,6 +398,7 @@ class WeightTape(Unpicklable):
         backward: I and W for the cotangents that there were.
         state: parameters and buffers.
         residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
+        shares: which of I's cotangents and results share memory with them; None where that is unknown.
         flight: the claim on the slot that residuals lie in, if any.
         replay: whether W may run as a CUDA graph, because I did.
         shared: whether others may hold residuals too, so that nothing may be written into them.
@@ -385,16 +408,11 @@ class WeightTape(Unpicklable):
     backward: Backward
     state: Sequence[Tensor]
     residuals: tuple[Tensor | None, ...]
+    shares: tuple[int, ...] | None
     flight: Flight | None
     replay: bool
     shared: bool
     intact: bool = True
-
-    @property
-    def shares(self) -> bool:
-        owned = self.programs.owned(self.backward)
-        from_input = self.programs.partition.from_input
-        return not all(from_input[i] in owned for i in self.backward.made)
 
     def reads(self) -> Iterator[Tensor]:
         """What W reads: residuals, parameters and buffers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import optree
@@ -97,6 +97,7 @@ class Recent:
         self._structure = structure
         self._diff = diff
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._kinds = [type(leaves[i]) for i in self._tensors]
         self._others = [(i, _leaf(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
         self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
         self._glance = module.glance()
@@ -114,6 +115,8 @@ class Recent:
         if diff != self._diff or structure != self._structure:
             return None
         tensors = [leaves[i] for i in self._tensors]
+        if [*map(type, tensors)] != self._kinds:
+            return None
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
             return None
         if not self._are_alike(*tensors) or any(
@@ -176,10 +179,6 @@ def _is_unfit(leaf: Any) -> bool:
     except _UnfitError:
         return True
     return False
-
-
-def _is_nested(leaf: Any) -> bool:
-    return getattr(leaf, "is_nested", False)
 
 
 def _name(structure: optree.PyTreeSpec, i: int) -> str:
@@ -255,5 +254,6 @@ class Glance(NamedTuple):
         return alike and self.rest == other.rest
 
 
+_is_nested = attrgetter("is_nested")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = set(vars(nn.Module()))
