@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.html import table
 from funcstage.locks import lent, look_over
-from funcstage.parameter_hooks import check_no_hooks
+from funcstage.parameter_hooks import any_hooked, check_no_hooks, held_in
 from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
@@ -88,6 +88,7 @@ def functionalize(module: nn.Module) -> FunctionalStage:
     stage = function_of(module)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     check_no_hooks(type(module).__name__, trainable, accumulators=True)
+    stage.apply.refuses_hooks = True  # type: ignore[attr-defined]  # those that come later, too
     return stage
 
 
@@ -113,7 +114,10 @@ class ModuleFunction:
 
     Attributes:
         module: the module, read for its code and its train/eval mode.
+        refuses_hooks: whether parameters may have no hooks, as nobody would run them.
     """
+
+    refuses_hooks = False
 
     def __init__(self, module: nn.Module, params: Params, buffers: Buffers, frozen: frozenset[str]) -> None:
         self.__qualname__ = self.__name__ = type(module).__name__
@@ -129,6 +133,7 @@ class ModuleFunction:
         named = dict(self.module.named_modules())
         self._recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
         self._parts = [(part, *_contents(part)) for part in named.values()]
+        self._spaces = [part._parameters for part in named.values()]
         held = [own for part in named.values() for own in (part._parameters, part._buffers)]
         self._places = [(own, name) for own in held for name in own]
         look_over(self.module)
@@ -153,6 +158,9 @@ class ModuleFunction:
         module = self.module
         self._check_parts()
         with torch._C.DisableTorchFunction():
+            if self.refuses_hooks and any_hooked(held_in(self._spaces)):
+                trained = {n: p for n, p in module.named_parameters() if n in self._param_shapes}
+                check_no_hooks(self.__qualname__, trained)
             _check(module, "params", params, self._param_shapes)
             _check(module, "buffers", buffers, self._buffer_shapes)
         # In-place updates must land in copies; frozen parameters are never updated, so not copied.

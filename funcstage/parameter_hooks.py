@@ -7,6 +7,8 @@ pipeline stage, which does write them, runs the hooks (`pipelining/hooks.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,23 @@ Parameters = Mapping[str, nn.Parameter]
 def hooked(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether a parameter has hooks by `register_hook` or `register_post_accumulate_grad_hook`."""
     return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+
+
+def held_in(spaces: Iterable[dict[str, Any]]) -> list[nn.Parameter | None]:
+    """The parameters in the dicts in which modules hold them, and the places that have none."""
+    return [*chain.from_iterable(map(dict.values, spaces))]
+
+
+def any_hooked(parameters: list[nn.Parameter | None]) -> bool:
+    """The same as `hooked`, within microseconds: it is asked in every F."""
+    try:
+        return any(map(_ON_GRADIENTS, parameters)) or any(map(_AFTER_ACCUMULATION, parameters))
+    except AttributeError:  # some are None
+        return hooked(p for p in parameters if p is not None)
+
+
+_ON_GRADIENTS = attrgetter("_backward_hooks")
+_AFTER_ACCUMULATION = attrgetter("_post_accumulate_grad_hooks")
 
 
 def with_hooks_on_accumulators(parameters: Parameters) -> list[str]:

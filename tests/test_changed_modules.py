@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -496,6 +497,88 @@ def test_a_functional_stage_takes_the_code_of_a_module_that_has_the_same_paramet
     output, _, _ = fs.stage_vjp(stage, params, buffers, x)
     expected = torch.func.functional_call(module, {**params, **{n: b.clone() for n, b in buffers.items()}}, x)
     torch.testing.assert_close(output, expected)
+
+
+class Tripled(Net):
+    """Another class of the same parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+class Negated(nn.Linear):
+    """Another layer of the same parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def class_assigned(module: Net) -> None:
+    module.__class__ = Tripled
+
+
+def class_of_a_submodule_assigned(module: Net) -> None:
+    module.head.__class__ = Negated
+
+
+def forward_assigned(module: Net) -> None:
+    module.forward = types.MethodType(lambda self, x: self.head(x) * 3, module)
+
+
+def forward_of_a_submodule_assigned(module: Net) -> None:
+    module.head.forward = lambda x: x * 2
+
+
+@OPTIONS
+@pytest.mark.parametrize(
+    "change",
+    [class_assigned, class_of_a_submodule_assigned, forward_assigned, forward_of_a_submodule_assigned],
+)
+def test_a_functional_stage_takes_the_code_that_is_assigned_later(
+    change: Change, options: dict[str, Any]
+) -> None:
+    module = net()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **options["compile"]) if options else apply
+    x = torch.randn(8, 4)
+    for _ in range(2):  # the second is recognised at a glance
+        before, _, _ = fs.stage_vjp(stage, params, buffers, x)
+    change(module)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    leaf = x.clone().requires_grad_()
+    state = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
+    expected = torch.func.functional_call(module, state, leaf)
+    torch.testing.assert_close(output, expected.detach())
+    assert not torch.equal(output, before)
+    (input_grad,), _ = pullback(torch.ones_like(output))
+    torch.testing.assert_close(input_grad, torch.autograd.grad(expected.sum(), leaf)[0])
+
+
+def a_bias_removed(module: Net) -> None:
+    module.head.bias = None
+
+
+def a_parameter_put_where_there_was_none(module: Net) -> None:
+    module.scale = nn.Parameter(torch.ones(4))
+
+
+@OPTIONS
+@pytest.mark.parametrize("change", [a_bias_removed, a_parameter_put_where_there_was_none])
+def test_a_functional_stage_refuses_a_module_with_a_parameter_more_or_less(
+    change: Change, options: dict[str, Any]
+) -> None:
+    module = net()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **options["compile"]) if options else apply
+    x = torch.randn(8, 4)
+    for _ in range(2):
+        fs.stage_vjp(stage, params, buffers, x)
+    change(module)
+    for _ in range(2):
+        with pytest.raises(
+            fs.StructureError, match=r"changed after functionalize.* Call functionalize again"
+        ):
+            fs.stage_vjp(stage, params, buffers, x)
 
 
 # Refusals.

@@ -404,3 +404,52 @@ def warned(rank: int, group: dist.ProcessGroup, case: Case) -> None:
         )
     said = {str(warning.message).split()[1] for warning in caught if "do not run" in str(warning.message)}
     assert said == {str(i) for i in mine if i != 0}, said
+
+
+HOOKS: dict[str, Callable[[nn.Parameter], Any]] = {
+    "of gradients": lambda p: p.register_hook(lambda grad: grad * 2),
+    "after accumulation": lambda p: p.register_post_accumulate_grad_hook(lambda p: None),
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_functional_stage_refuses_hooks_that_are_put_on_later(kind: str, compile: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4))
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **compile) if compile else apply
+    x = torch.randn(2, 4)
+    for _ in range(2):
+        expected, _, _ = fs.stage_vjp(stage, params, buffers, x)
+    handle = HOOKS[kind](module[2].weight)
+    for _ in range(2):
+        with pytest.raises(fs.StructureError, match=r"'2\.weight' has hooks.*handle\.remove\(\)"):
+            fs.stage_vjp(stage, params, buffers, x)
+    handle.remove()
+    output, _, _ = fs.stage_vjp(stage, params, buffers, x)
+    assert torch.equal(output, expected)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "put", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_functional_stage_runs_hooks_of_modules_that_are_put_on_later(put: str, compile: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, **compile) if compile else apply
+    x = torch.randn(2, 4)
+    for _ in range(2):
+        fs.stage_vjp(stage, params, buffers, x)
+    hooks: dict[str, Any] = {
+        "register_forward_hook": lambda module, args, output: output * 2,
+        "register_forward_pre_hook": lambda module, args: (args[0] * 2,),
+        "register_full_backward_hook": lambda module, input_grads, _: (input_grads[0] * 2,),
+    }
+    getattr(module[1], put)(hooks[put])
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    (input_grad,), weight_pullback = pullback(torch.ones_like(output))
+    leaf = x.clone().requires_grad_()
+    expected = module(leaf)
+    grads = torch.autograd.grad(expected.sum(), [leaf, *module.parameters()])
+    torch.testing.assert_close([output, input_grad, *weight_pullback().values()], [expected.detach(), *grads])

@@ -58,7 +58,7 @@ class CompiledStage:
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
-        self._module_state = ModuleState(self._modules)
+        self._module_state = ModuleState(self._modules, hooks=getattr(apply, "refuses_hooks", True))
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()
         self._reads: dict[Signature, list[Reads]] = {}  # by signatures without what was read outside
         self._recent: tuple[Recent, Programs] | None = None

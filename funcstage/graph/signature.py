@@ -18,6 +18,7 @@ from funcstage.errors import TraceError
 from funcstage.graph import _torch as tt
 from funcstage.graph.content import content, is_plain
 from funcstage.graph.reads import Reads, Said, Watch
+from funcstage.parameter_hooks import any_hooked, held_in
 
 
 class Surroundings(NamedTuple):
@@ -189,38 +190,51 @@ def _name(structure: optree.PyTreeSpec, i: int) -> str:
 class ModuleState:
     """Reads what a module's code may read of it besides its parameters and buffers.
 
-    Modes, submodules, hooks and attributes, by their content (`content.py`). What a module reads elsewhere,
-    in globals or closures, is found out by tracing (`reads.py`).
+    Classes, modes, submodules, hooks and attributes, by their content (`content.py`), and which parameters
+    there are. What a module reads elsewhere, in globals or closures, is found out by tracing (`reads.py`).
+
+    Args:
+        modules: with all of their submodules.
+        hooks: whether it matters that parameters have hooks.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], hooks: bool) -> None:
         self._modules = modules
+        self._hooks_matter = hooks
         self._collect()
 
     def read(self) -> tuple[Hashable, ...]:
         """What is to be compared by equality, in every detail."""
         self._collect()
-        plain, rest = self.glance()
-        seen = set(self._parts)
-        return (*[content(value, seen) for value in plain], *rest)
+        plain, rest, _ = self.glance()
+        seen = set(self._ids)
+        there = [
+            (type(part), *[name for name, parameter in part._parameters.items() if parameter is not None])
+            for part in self._parts
+        ]
+        return (*[content(value, seen) for value in plain], *rest, *there)
 
     def glance(self) -> Glance:
         """The same in a form that is made and compared faster, but not made to be kept."""
         sizes = [*map(len, self._namespaces)]
         if sizes != self._sizes:
             self._collect()
-        seen = set(self._parts)
+        seen = set(self._ids)
         others = [content(namespace.get(name), seen) for namespace, name in self._others]
         try:
             plain = [value for namespace, reader in self._readers for value in reader(namespace)]
         except KeyError:  # one attribute in place of another
             self._collect()
             return self.glance()
-        return Glance(plain, [*sizes, *chain.from_iterable(self._hooks), *others])
+        parameters = held_in(self._parameters)
+        hooked = self._hooks_matter and any_hooked(parameters)
+        kinds = [*map(type, self._parts), *map(type, parameters)]
+        return Glance(plain, [*sizes, *chain.from_iterable(self._hooks), *others, hooked], kinds)
 
     def _collect(self) -> None:
         parts = [part for module in self._modules for part in module.modules()]
-        self._parts = [id(part) for part in parts]
+        self._parts, self._ids = parts, [*map(id, parts)]
+        self._parameters = [part._parameters for part in parts if part._parameters]
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
         self._sizes = [*map(len, self._namespaces)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
@@ -244,14 +258,16 @@ class Glance(NamedTuple):
     Attributes:
         plain: immutable values and modules, which are unchanged if they are the same objects.
         rest: what is compared by equality.
+        kinds: the classes of the modules and of their parameters, None's among these.
     """
 
     plain: list[Any]
     rest: list[Hashable]
+    kinds: list[type]
 
     def agrees(self, other: Glance) -> bool:
         alike = len(self.plain) == len(other.plain) and all(map(operator.is_, self.plain, other.plain))
-        return alike and self.rest == other.rest
+        return alike and self.rest == other.rest and self.kinds == other.kinds
 
 
 _is_nested = attrgetter("is_nested")
