@@ -131,6 +131,7 @@ class WeightTape(Unpicklable):
     regions: list[RegionTape]
     shared: bool
     home: Home
+    checks_nan: ClassVar = True
     shares: ClassVar = None
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
@@ -222,6 +223,7 @@ class InputTape(Unpicklable):
     shared: bool
     home: Home
     watch: ClassVar = None
+    checks_nan: ClassVar = True
     higher: ClassVar = True
 
     def pull(

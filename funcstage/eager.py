@@ -109,6 +109,7 @@ class WeightTape(Unpicklable):
     direct: dict[int, Tensor]
     shared: bool
     home: Home
+    checks_nan: ClassVar = True
     shares: ClassVar = None
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
@@ -193,6 +194,7 @@ class InputTape(Unpicklable):
     shared: bool
     home: Home
     watch: ClassVar = None
+    checks_nan: ClassVar = True
     higher: ClassVar = False
 
     def pull(

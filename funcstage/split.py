@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees, uncompiled
+from funcstage.anomaly import refuse_unchecked
 from funcstage.copies import CopiedByLeaves
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
@@ -63,9 +64,11 @@ class InputTape(Tape, Protocol):
 
     Attributes:
         watch: over what I and W may read of what the caller holds; None where that may be anything.
+        checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
         higher: whether what I and W yield can be differentiated in turn, or transformed.
     """
 
+    checks_nan: ClassVar[bool]
     higher: ClassVar[bool]
 
     @property
@@ -192,9 +195,10 @@ class WeightPullback(_Linear[WeightTape]):
             ConsumedError: on a second call, unless the first was made with `retain=True`. One that failed in
                 its midst counts.
             WrittenError: if something that it reads was written in place after F or I.
+            StageError: in anomaly mode, if the stage is compiled.
         """
         tape = self._live()
-        self._check_written(tape)
+        self._check_ready(tape)
         try:
             grads, left = tape.pull(retain)
             self._keep(left)
@@ -204,7 +208,8 @@ class WeightPullback(_Linear[WeightTape]):
             raise
         return trees.unflatten(self._params_spec, grads)
 
-    def _check_written(self, tape: WeightTape) -> None:
+    def _check_ready(self, tape: WeightTape) -> None:
+        refuse_unchecked(tape.checks_nan, self.stage, "W")
         refuse_written(self._watches, tape.reads, self.stage, "W")
 
     def _keep(self, left: WeightTape | None) -> None:
@@ -233,7 +238,7 @@ class WeightPullback(_Linear[WeightTape]):
 
         def site(place: Place) -> Site:
             def pull(cotangent: Tensor) -> dict[str, Tensor]:
-                self._check_written(self._live())
+                self._check_ready(self._live())
                 grads = place.pull(cotangent)
                 return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
@@ -319,11 +324,13 @@ class Pullback(_Linear[InputTape]):
             StructureError: if `output_grads` has another structure than the output.
             LeafError: if a cotangent has another shape, dtype or device than its output, or is to be
                 differentiated or transformed and the stage is compiled or runs on DTensors.
+            StageError: in anomaly mode, if the stage is compiled.
         """
         tape = self._live()
         cotangents = self._checked(output_grads)
         if not tape.higher and closures.is_differentiated(cotangents):
             self._refuse_differentiated(cotangents)
+        refuse_unchecked(tape.checks_nan, self.stage, "I")
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
         try:
             grads, weight_tape, left = tape.pull(cotangents, retain)
@@ -607,7 +614,7 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
                 "yourself with retain=True where its gradients are needed again."
             )
         seen.add(id(weight_pullback))
-        weight_pullback._check_written(weight_pullback._live())
+        weight_pullback._check_ready(weight_pullback._live())
         if weight_pullback._params_spec != first._params_spec or weight_pullback._metas() != metas:
             raise StructureError(
                 f"Weight pullback {i} ({weight_pullback.stage}) has other parameters than the first "

@@ -156,6 +156,55 @@ def test_anomaly_mode_is_named_where_it_stops_a_trace() -> None:
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.randn(2, 4))
 
 
+class NaN(nn.Module):
+    """Gives gradients that are not finite: of weights, and of inputs where it is asked to."""
+
+    def __init__(self, of_inputs: bool) -> None:
+        super().__init__()
+        self.proj, self.scale = nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+        self.of_inputs = of_inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x) + self.scale.sqrt() * 0
+        return (y * 0).sqrt() if self.of_inputs else y
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+@pytest.mark.parametrize("backend", [None, "aten", "inductor"])
+@pytest.mark.parametrize("phase", ["I", "W", "sum of W"])
+def test_anomaly_mode_around_a_backward_finds_nan_or_is_refused(backend: Any, phase: str) -> None:
+    apply, params, buffers = fs.functionalize(NaN(of_inputs=phase == "I"))
+    stage = fs.compile(apply, backend=backend) if backend else apply
+    x = torch.randn(2, 4)
+
+    def run(anomaly: bool) -> None:
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        with torch.autograd.set_detect_anomaly(anomaly and phase == "I"):
+            _, weight_pullback = pullback(torch.ones_like(output))
+        with torch.autograd.set_detect_anomaly(anomaly and phase != "I"):
+            try:
+                weight_pullback() if phase == "W" else fs.stage_backward_weight([weight_pullback])
+            except fs.StageError:
+                assert not weight_pullback.consumed
+                raise
+
+    run(anomaly=False)
+    found = "compiled.*uncompiled stage function" if backend else "returned nan values"
+    with pytest.raises(fs.StageError if backend else RuntimeError, match=found):
+        run(anomaly=True)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_anomaly_mode_without_its_check_leaves_compiled_stages_alone() -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(4, 4))
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        output, _, pullback = fs.stage_vjp(
+            fs.compile(apply, backend="aten"), params, buffers, torch.randn(2, 4)
+        )
+        _, weight_pullback = pullback(torch.ones_like(output))
+        assert weight_pullback()["bias"].eq(2).all()
+
+
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_a_compressed_sparse_constant_is_refused_with_a_layout_that_works(engine: str) -> None:
     def stage(constant: Tensor) -> tuple[Any, Any, Any]:

@@ -324,6 +324,7 @@ class InputTape(Unpicklable):
     watch: Watch
     shared: bool = False
     intact: bool = True
+    checks_nan: ClassVar = False
     higher: ClassVar = False
 
     def pull(
@@ -413,6 +414,7 @@ class WeightTape(Unpicklable):
     replay: bool
     shared: bool
     intact: bool = True
+    checks_nan: ClassVar = False
 
     def reads(self) -> Iterator[Tensor]:
         """What W reads: residuals, parameters and buffers."""
