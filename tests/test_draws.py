@@ -172,18 +172,79 @@ def makes_a_generator(m: Drawing, x: Tensor) -> Tensor:
     return x + torch.rand(16, generator=generator)
 
 
-@pytest.mark.parametrize("forward", [seeds, puts_back, forks, makes_a_generator], ids=lambda f: f.__name__)
+def seeds_its_own(m: Drawing, x: Tensor) -> Tensor:
+    m.generator.manual_seed(3)
+    return x * torch.rand(16, generator=m.generator)
+
+
+def seeds_without_drawing(m: Drawing, x: Tensor) -> Tensor:
+    m.generator.manual_seed(5)
+    return x * 2
+
+
+def puts_its_own_back(m: Drawing, x: Tensor) -> Tensor:
+    state = m.generator.get_state()
+    x = x * torch.rand(16, generator=m.generator)
+    m.generator.set_state(state)
+    return x * torch.rand(16, generator=m.generator)
+
+
+def seeds_a_global(m: Drawing, x: Tensor) -> Tensor:
+    GENERATOR.manual_seed(3)
+    return x * torch.rand(16, generator=GENERATOR)
+
+
+def seeds_the_default_itself(m: Drawing, x: Tensor) -> Tensor:
+    torch.default_generator.manual_seed(3)
+    return x * torch.rand(16)
+
+
+def reads_the_seed(m: Drawing, x: Tensor) -> Tensor:
+    return x * (m.generator.initial_seed() + torch.initial_seed() + 2)
+
+
+GENERATOR = torch.Generator()
+UNRECORDED = [
+    *(seeds, puts_back, forks, makes_a_generator, seeds_its_own, seeds_without_drawing, puts_its_own_back),
+    *(seeds_a_global, seeds_the_default_itself, reads_the_seed),
+]
+
+
+@pytest.mark.parametrize("forward", UNRECORDED, ids=lambda f: f.__name__)
 def test_what_a_graph_does_not_record_of_generators_is_refused_and_works_uncompiled(forward: Forward) -> None:
     module = Drawing(forward)
     apply, params, buffers = fs.functionalize(module)
     compared(apply, module, params, buffers)
     torch.manual_seed(7)
-    before = torch.get_rng_state()
+    kept = torch.default_generator, module.generator, GENERATOR
+    before = [generator.get_state() for generator in kept]
     with pytest.raises(fs.TraceError, match="generator"):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(16))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, [generator.get_state() for generator in kept], before))
     torch.manual_seed(8)  # torch's own functions are its own again
     assert torch.random.default_generator is torch.default_generator
+
+
+def by_position(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch._C._nn.rrelu_with_noise(x, torch.empty_like(x), 0.1, 0.9, True, generator)
+
+
+def test_a_generator_may_be_passed_by_position() -> None:
+    module = Drawing(lambda m, x: by_position(x - 2, m.generator))
+    apply, params, buffers = fs.functionalize(module)
+    compared(apply, module, params, buffers)
+    compiled = fs.compile(apply, backend="aten")
+    if RECORDED:
+        compared(compiled, module, params, buffers)
+    else:
+        with pytest.raises(fs.TraceError, match="draws from a generator of its own"):
+            compared(compiled, module, params, buffers)
+
+
+def test_a_generator_that_was_made_inside_is_refused_by_position_too() -> None:
+    apply, params, buffers = fs.functionalize(Drawing(lambda m, x: by_position(x - 2, torch.Generator())))
+    with pytest.raises(fs.TraceError, match="generator"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(16))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

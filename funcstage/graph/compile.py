@@ -238,6 +238,8 @@ class CompiledStage:
                 cause = refusal.__cause__
             else:
                 error = None
+            finally:
+                recorder.generators.undo()
         if error is not None:
             if isinstance(error, TraceError):
                 raise error from cause

@@ -12,13 +12,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcstage.errors import TraceError
 
-_UNRECORDED = {"get_state", "set_state", "manual_seed", "seed", "graphsafe_get_state", "graphsafe_set_state"}
+_UNRECORDED = {
+    *("get_state", "set_state", "graphsafe_get_state", "graphsafe_set_state", "clone_state"),
+    *("manual_seed", "seed", "initial_seed", "get_offset", "set_offset"),
+}
+_WAYS_OUT = (
+    "which a graph does not record. Draw from a generator that the stage keeps and seeds outside of its "
+    "forward, torch.rand(..., generator=self.generator), or use the uncompiled `apply`."
+)
 
 
 RECORDED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -37,16 +47,51 @@ class _Watched:
         if name in _UNRECORDED and threading.get_ident() == self._thread and not _asked_by_compiler():
             raise TraceError(
                 f"{self._stage} seeds torch's random generator, or reads or sets its state (manual_seed, "
-                "get_rng_state, set_rng_state, fork_rng), which a graph does not record. Draw from a "
-                "generator that the stage keeps, torch.rand(..., generator=self.generator), or use the "
-                "uncompiled `apply`."
+                f"get_rng_state, set_rng_state, fork_rng), {_WAYS_OUT}"
             )
         return getattr(self._generator, name)
 
 
 def _asked_by_compiler() -> bool:
-    frame: Any = sys._getframe(3)  # behind the function of `torch.random`
-    return frame.f_globals.get("__name__", "").startswith(("torch._dynamo", "torch._inductor"))
+    return _is_compiler(sys._getframe(3))  # behind the function of `torch.random`
+
+
+def _is_compiler(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(("torch._dynamo", "torch._inductor"))
+
+
+class Asked:
+    """What a stage does to generators by their own methods while it is traced.
+
+    Torch's generator of the CPU, where functions of `torch.random` look it up, is looked after elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[tuple[torch.Generator, Tensor]] = []
+        self._first: str | None = None
+
+    def note(self, function: Any, frame: FrameType) -> None:
+        """Look at a function in C that is about to be called."""
+        generator, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if type(generator) is torch.Generator and name in _UNRECORDED and not _is_compiler(frame):
+            self._before.append((generator, generator.get_state()))
+            self._first = self._first or f"{name}(), at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def undo(self) -> None:
+        """Put the generators back."""
+        for generator, state in reversed(self._before):
+            generator.set_state(state)
+
+    def refuse(self) -> None:
+        """Refuse a stage that has done something to generators.
+
+        Raises:
+            TraceError: names the first thing that it has done.
+        """
+        if self._first is not None:
+            raise TraceError(
+                f"The stage seeds a random generator, or reads or sets its state ({self._first}), {_WAYS_OUT}"
+            )
 
 
 @contextmanager
@@ -61,18 +106,38 @@ def left_alone(stage: str) -> Iterator[None]:
         module.default_generator = real
 
 
-def check_kept(generator: torch.Generator, call: dict[str, Any]) -> None:
-    """Refuse a generator that the stage made while it was traced: it would make it anew in every call.
+def check_kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse, of an operation's operands, a generator that the stage made while it was traced.
 
-    Local variables hold no reference that the garbage collector knows of; all else that keeps objects does.
+    The stage would make it anew in every call. Local variables hold no reference that the garbage collector
+    knows of; all else that keeps objects does.
     """
+    for operand in args:
+        if isinstance(operand, torch.Generator):
+            _check_kept(operand, args)
+    for operand in kwargs.values():
+        if isinstance(operand, torch.Generator):
+            _check_kept(operand, kwargs)
+
+
+def _check_kept(generator: torch.Generator, call: tuple[Any, ...] | dict[str, Any]) -> None:
     if not RECORDED:
         raise TraceError(
             f"The stage draws from a generator of its own, which a trace of torch {torch.__version__} cannot "
             "record. Draw from torch's default generator, use torch 2.13 or newer, or the uncompiled `apply`."
         )
-    if all(holder is call for holder in gc.get_referrers(generator)):
+    if all(holder is call or _are_operands(holder, call) for holder in gc.get_referrers(generator)):
         raise TraceError(
             "The stage makes a random generator in its forward, which a graph would go on drawing from. Keep "
             "the generator on the module or pass it as an argument, or use the uncompiled `apply`."
         )
+
+
+def _are_operands(holder: Any, call: tuple[Any, ...] | dict[str, Any]) -> bool:
+    """Tell whether a tuple is the operands too, as they were handed on."""
+    return (
+        isinstance(holder, tuple)
+        and isinstance(call, tuple)
+        and len(holder) == len(call)
+        and (all(map(is_, holder, call)))
+    )

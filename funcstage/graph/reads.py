@@ -33,6 +33,7 @@ from funcstage.errors import TraceError
 from funcstage.graph import _torch as tt
 from funcstage.graph.code import is_library, loads_of, nested_codes
 from funcstage.graph.content import content, is_one_of_its_kind, is_opaque, is_plain, parts_of
+from funcstage.graph.generators import Asked
 
 
 class Place(NamedTuple):
@@ -227,6 +228,7 @@ class Recorder(TorchFunctionMode):
         self._kept: list[Any] = []
         self._given = [*arguments]
         self._parts = [part for module in modules for part in module.modules()]
+        self.generators = Asked()
         self._draws: dict[str, str] = {}
         self._clocks: dict[str, str] = {}
         self._small: list[Tensor] = []
@@ -323,8 +325,10 @@ class Recorder(TorchFunctionMode):
                     self._enter(code, frame.f_globals)
             if code in self._others and frame.f_globals.get("__name__") in _DRAWING:
                 self._drawn(frame)
-        elif event == "c_call" and frame.f_code in self._codes:
-            self._called(argument, frame)
+        elif event == "c_call":
+            self.generators.note(argument, frame)
+            if frame.f_code in self._codes:
+                self._called(argument, frame)
         if callable(self._before):
             self._before(frame, event, argument)
 
@@ -514,6 +518,7 @@ class Recorder(TorchFunctionMode):
                     self._explore(function, function.__qualname__)
 
     def _refuse(self) -> None:
+        self.generators.refuse()
         for what, where in self._draws.items():
             raise TraceError(
                 f"The stage draws a random number ({what}, at {where}), which a trace keeps for all calls. "

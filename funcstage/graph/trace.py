@@ -497,8 +497,7 @@ class _Separable(TorchFunctionMode):
             target = kwargs.get("out", args[0] if args else None)
             if isinstance(target, Tensor) and not isinstance(ft.innermost(target), _TRACED):
                 raise _captured(self.owner, trees.describe(target))  # which is real, and would be written
-        if kwargs.get("generator") is not None:
-            generators.check_kept(kwargs["generator"], kwargs)
+        generators.check_kept(args, kwargs)
         if crashes(func, args, kwargs):
             return contiguous_group_norm(func, args, kwargs)
         if func in (F.batch_norm, F.instance_norm):
