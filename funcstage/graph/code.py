@@ -73,4 +73,5 @@ _ANY_GLOBAL = frozenset({"globals", "eval", "exec"})
 _ANY_ATTRIBUTE = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "attrgetter", "dir"})
 _LIBRARIES = frozenset(
     {"torch", "funcstage", "functorch", "torchgen", "numpy", "optree", "sympy", "networkx", "triton"}
+    | {"_pytest", "pytest", "pluggy", "hypothesis"}  # which run where an assertion fails
 ) | (sys.stdlib_module_names - {"this", "antigravity"})
