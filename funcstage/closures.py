@@ -19,6 +19,7 @@ for I to do, and W is the whole backward.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -212,6 +213,7 @@ class InputTape(Unpicklable):
         hooked: whether the stage put hooks on activations.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
+        captured: the tensors that F has read without being handed them.
     """
 
     origin: Origin
@@ -222,6 +224,7 @@ class InputTape(Unpicklable):
     hooked: bool
     shared: bool
     home: Home
+    captured: Sequence[weakref.ref[Tensor]] = ()
     watch: ClassVar = None
     checks_nan: ClassVar = True
     higher: ClassVar = True
@@ -400,6 +403,7 @@ def linearize(
         hooked=mode.hooked,
         shared=False,
         home={},
+        captured=mode.captured_among(state, [*arg_leaves, *trees.flatten(kwargs)[0]]),
     )
     return output, new_buffers, tape
 
@@ -445,6 +449,7 @@ class _Split(TorchFunctionMode):
         had_tapes: whether regions were among them in which autograd keeps a tape, as reentrant ones do not.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
+        plain: operands on none of the levels, by the ids of these references: given, or captured.
     """
 
     def __init__(
@@ -469,6 +474,7 @@ class _Split(TorchFunctionMode):
         self.had_tapes = False
         self.had_regions = False
         self.before_write: Callable[[Any, Any], None] | None = None
+        self.plain: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -519,6 +525,7 @@ class _Split(TorchFunctionMode):
             with self:
                 return body(*operands)
         if not splits:
+            self.reads_weights(args, kwargs)
             return func(*args, **kwargs)
         if not is_site:
             return self.above(func, args, kwargs)
@@ -594,19 +601,30 @@ class _Split(TorchFunctionMode):
             ft.push_layer(layer)
 
     def reads_weights(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
-        """Tell whether an operand lives on the inner level."""
+        """Tell whether an operand lives on the inner level; note those that live on none."""
         inner_level, level_of = self.inner_level, ft.level_of
+        found = False
         for operands in (args, kwargs.values()) if kwargs else (args,):
             for operand in operands:
                 if isinstance(operand, Tensor):
-                    if level_of(operand) == inner_level:
-                        return True
+                    level = level_of(operand)
+                    if level == inner_level:
+                        found = True
+                    elif level < 0:
+                        reference = weakref.ref(operand)  # the same one each time
+                        self.plain[id(reference)] = reference
                 elif isinstance(operand, (list, tuple)):
-                    if self.reads_weights(operand, {}):
-                        return True
-                elif isinstance(operand, dict) and self.reads_weights(operand.values(), {}):
-                    return True
-        return False
+                    found |= self.reads_weights(operand, {})
+                elif isinstance(operand, dict):
+                    found |= self.reads_weights(operand.values(), {})
+        return found
+
+    def captured_among(self, *given: Iterable[Any]) -> list[weakref.ref[Tensor]]:
+        """The operands so far on none of the levels, except those that were given."""
+        if not self.plain:
+            return []
+        known = {id(leaf) for leaves in given for leaf in leaves}
+        return [reference for reference in self.plain.values() if id(reference()) not in known]
 
     def is_activation(self, value: Tensor) -> bool:
         """Tell whether a value without its inner wrapper depends on a differentiated input."""
@@ -663,6 +681,7 @@ class _Split(TorchFunctionMode):
                 self.moved[id(tensor)] = (tensor, copy)
                 return self.in_place(func, (copy, *args[1:]), kwargs)
         if not self.splits():
+            self.reads_weights(args, kwargs)
             return func(*args, **kwargs)
         if any(ft.level_of(tensor) == self.inner_level for tensor in targets):
             self.mixed = True  # an activation may be written into a value made of parameters

@@ -196,6 +196,7 @@ class InputTape(Unpicklable):
     watch: ClassVar = None
     checks_nan: ClassVar = True
     higher: ClassVar = False
+    captured: ClassVar = ()
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool

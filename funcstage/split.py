@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+from weakref import ref
 
 import optree
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees, uncompiled
 from funcstage.anomaly import refuse_unchecked
+from funcstage.captured import Captured
 from funcstage.copies import CopiedByLeaves
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import FunctionalStage, check_leaves
@@ -29,7 +31,7 @@ from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
 from funcstage.undone import undone_if_interrupted
-from funcstage.writes import Part, Watch, refuse_written, versions
+from funcstage.writes import Part, Watch, refuse_if_written, refuse_written, versions
 
 
 class Tape(Protocol):
@@ -50,7 +52,10 @@ class WeightTape(Tape, Protocol):
     Attributes:
         shares: the numbers of those of I's cotangents, then of its results, whose memory it may hold; None
             where any may be.
+        checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
     """
+
+    checks_nan: ClassVar[bool]
 
     @property
     def shares(self) -> Sequence[int] | None: ...
@@ -64,6 +69,7 @@ class InputTape(Tape, Protocol):
 
     Attributes:
         watch: over what I and W may read of what the caller holds; None where that may be anything.
+        captured: tensors that F has read without being handed them, where nothing else looks for writes.
         checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
         higher: whether what I and W yield can be differentiated in turn, or transformed.
     """
@@ -73,6 +79,8 @@ class InputTape(Tape, Protocol):
 
     @property
     def watch(self) -> Watch | None: ...
+    @property
+    def captured(self) -> Sequence[ref[Tensor]]: ...
     def reads(self, cotangents: Sequence[Tensor | None]) -> Iterable[Tensor]: ...
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -106,7 +114,7 @@ class _Linear(CopiedByLeaves, Generic[AnyTape]):
     __slots__ = ("_failed", "_tape", "_watches", "stage")
     _verb: ClassVar[str]
 
-    def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch, ...]) -> None:
+    def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
         self._tape = tape
         self._watches = watches
         self._failed = False
@@ -173,7 +181,7 @@ class WeightPullback(_Linear[WeightTape]):
         stage: str,
         params_spec: optree.PyTreeSpec,
         params: Sequence[Any],
-        watches: tuple[Watch, ...],
+        watches: tuple[Watch | Captured, ...],
     ) -> None:
         super().__init__(tape, stage, watches)
         self._params_spec = params_spec
@@ -202,9 +210,10 @@ class WeightPullback(_Linear[WeightTape]):
         try:
             grads, left = tape.pull(retain)
             self._keep(left)
-        except BaseException:
+        except BaseException as error:
             if not retain:
                 self._fail(tape)
+            refuse_if_written(error, self.stage, "W")
             raise
         return trees.unflatten(self._params_spec, grads)
 
@@ -255,8 +264,9 @@ class WeightPullback(_Linear[WeightTape]):
         try:
             totals = tape.add_into(totals)
             self._keep(None)
-        except BaseException:
+        except BaseException as error:
             self._fail(tape)
+            refuse_if_written(error, self.stage, "W")
             raise
         return totals
 
@@ -288,7 +298,7 @@ class Pullback(_Linear[InputTape]):
         args_spec: optree.PyTreeSpec,
         params_spec: optree.PyTreeSpec,
         params: Sequence[Any],
-        watches: tuple[Watch, ...],
+        watches: tuple[Watch | Captured, ...],
         output_fixed: dict[int, Any],
     ) -> None:
         super().__init__(tape, stage, watches)
@@ -345,9 +355,10 @@ class Pullback(_Linear[InputTape]):
             self._tape = left
             if left is None:
                 self._params, self._watches = (), ()
-        except BaseException:
+        except BaseException as error:
             if not retain:
                 self._fail(tape)
+            refuse_if_written(error, self.stage, "I")
             raise
         return trees.unflatten(self._args_spec, grads), weight_pullback
 
@@ -493,6 +504,7 @@ def stage_vjp(
                 Part.of("new_buffers", new_buffers),
             ],
         )
+    captured = (Captured(tape.captured, apply),) if tape.captured else ()
     pullback = Pullback(
         tape,
         getattr(apply, "__qualname__", type(apply).__name__),
@@ -501,7 +513,7 @@ def stage_vjp(
         args_spec,
         params_spec,
         param_leaves,
-        (watch,),
+        (watch, *captured),
         {i: leaf for i, leaf in enumerate(output_leaves) if not (leaf is None or isinstance(leaf, Tensor))},
     )
     return output, new_buffers, pullback

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
@@ -123,8 +123,14 @@ class Watch:
         return f"{self._names()[i]} ({trees.look(like)})"
 
 
+class Watching(Protocol):
+    """A watch over what I or W may read."""
+
+    def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None: ...
+
+
 def refuse_written(
-    watches: Iterable[Watch], reads: Callable[[], Iterable[Tensor]], stage: str, phase: str
+    watches: Iterable[Watching], reads: Callable[[], Iterable[Tensor]], stage: str, phase: str
 ) -> None:
     """Refuse to run a phase that reads what was written into.
 
@@ -141,6 +147,12 @@ def refuse_written(
         name = watch.written(reads)
         if name is not None:
             raise written_error(name, stage, phase)
+
+
+def refuse_if_written(error: BaseException, stage: str, phase: str) -> None:
+    """Refuse a phase in which autograd has come upon a write itself; it does not say into what."""
+    if isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error):
+        raise written_error("A tensor that was captured", stage, phase) from error
 
 
 def written_error(name: str, stage: str, phase: str) -> WrittenError:

@@ -117,11 +117,13 @@ class Programs:
             others = [*tensors, *results[:end]]
             self._made["F"] = unshared(self.partition.after_forward, residuals, others)
             self._made["watched"] = self._watched((*tensors, *leaves), residuals)
+            self._made["captured"] = self._captured(residuals)
         places, names = self._made["watched"]
         held_by_caller = (*tensors, *leaves)
         # Without their history, which they have where the caller has turned gradients off.
         held = [leaf.detach() if (leaf := held_by_caller[i]).requires_grad else leaf for i in places]
-        watch = Watch(held, (), names)
+        captured = self._made["captured"]
+        watch = Watch([*held, *captured], (), lambda: [*names(), *captured.values()])
         return output, new_buffers, InputTape(self, state, residuals, flight, watch)
 
     def _watched(
@@ -147,6 +149,17 @@ class Programs:
             return [all_names[i] for i in places]
 
         return places, names
+
+    def _captured(self, residuals: Sequence[Tensor]) -> dict[Tensor, str]:
+        """The tensors that the stage has captured and I and W may read, with their names."""
+        parts = self.partition
+        read = {*map(id, _constants(parts.input_grad)), *map(id, _constants(parts.weight_grad))}
+        memory = {ft.storage_key(residual) for residual in residuals}
+        return {
+            tensor: name
+            for tensor, name in self.joint.captured.items()
+            if id(tensor) in read or ft.storage_key(tensor) in memory
+        }
 
     @property
     def forward(self) -> Step:
@@ -222,9 +235,11 @@ class Programs:
         return found
 
     def found(
-        self, names: Collection[str], state: Sequence[Tensor], residuals: Sequence[Tensor | None]
+        self, program: Program, state: Sequence[Tensor], residuals: Sequence[Tensor | None]
     ) -> Iterator[Tensor]:
-        """Those of the parameters, buffers and residuals (of F, then I) that have one of these names."""
+        """What a program reads of parameters, buffers, residuals (of F, then I) and captured tensors."""
+        yield from _constants(program)
+        names = set(program.inputs)
         given = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
         kept = (*self.partition.after_forward, *self.partition.from_input)
         for name, tensor in (*zip(given, state, strict=True), *zip(kept, residuals, strict=False)):
@@ -270,6 +285,12 @@ class Programs:
             tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
             tuple(i for i, name in enumerate(parts.from_input) if name in needed),
         )
+
+
+def _constants(program: Program) -> list[Tensor]:
+    """The tensors that a program has captured."""
+    found = [getattr(program.module, n.target) for n in program.module.graph.find_nodes(op="get_attr")]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def unshared(
@@ -326,6 +347,7 @@ class InputTape(Unpicklable):
     intact: bool = True
     checks_nan: ClassVar = False
     higher: ClassVar = False
+    captured: ClassVar = ()
 
     def pull(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -376,8 +398,8 @@ class InputTape(Unpicklable):
         absent = tuple(
             [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
         )
-        names = set(self.programs.backward(absent).input_grad.inputs)
-        return self.programs.found(names, self.state, self.residuals)
+        program = self.programs.backward(absent).input_grad
+        return self.programs.found(program, self.state, self.residuals)
 
     def leaves(self) -> list[Tensor]:
         return list(self.residuals)
@@ -418,7 +440,7 @@ class WeightTape(Unpicklable):
 
     def reads(self) -> Iterator[Tensor]:
         """What W reads: residuals, parameters and buffers."""
-        return self.programs.found(set(self.backward.weight_grad.inputs), self.state, self.residuals)
+        return self.programs.found(self.backward.weight_grad, self.state, self.residuals)
 
     def pull(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""

@@ -12,7 +12,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -29,6 +29,7 @@ from funcstage import _functorch as ft
 from funcstage import closures, control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
+from funcstage.captured import name_of
 from funcstage.checkpointing import Call
 from funcstage.composites import in_order, opened
 from funcstage.effects import refuse_effects
@@ -65,6 +66,7 @@ class Joint:
         changes: what F does to the module, if anything; the new buffers are then a pair, of which the second
             part is the tensors that stay on the module.
         given: what the placeholders of state and arguments are called by those who gave them.
+        captured: tensors that the graph reads and are no placeholders, with their names.
     """
 
     module: GraphModule
@@ -76,6 +78,7 @@ class Joint:
     constants: dict[int, Any]
     given: tuple[str, ...]
     changes: Changes | None = None
+    captured: dict[Tensor, str] = field(default_factory=dict)
 
     @property
     def placeholders(self) -> list[Node]:
@@ -218,13 +221,14 @@ def trace(
                     state = State(None)
                     raise
                 raise refusal from error
-            traced = None
+            traced, captured = None, []
         else:
             assert traced is not None
             read = [
                 getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")
             ]
-            state.read(_name(apply), [value for value in read if isinstance(value, Tensor)])
+            captured = [value for value in read if isinstance(value, Tensor)]
+            state.read(_name(apply), captured)
         finally:
             state.restore()
     if traced is None:
@@ -248,6 +252,7 @@ def trace(
         note["constants"],
         _names_of(state_spec, args_spec, places),
         note["changes"][0] if note["changes"] else None,
+        {tensor: name_of(tensor, apply) for tensor in captured},
     )
 
 
