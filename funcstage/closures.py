@@ -37,6 +37,7 @@ from funcstage import _functorch as ft
 from funcstage import custom_functions, inner_gradients, kept, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
+from funcstage.argument_containers import Containers, are_among
 from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
@@ -335,7 +336,7 @@ def linearize(
     param_leaves, params_spec = check_leaves("params", params)
     buffer_leaves, _ = check_leaves("buffers", buffers)
     arg_leaves, args_spec = trees.flatten(args)
-    kwarg_leaves, _ = trees.flatten(kwargs)
+    kwarg_leaves, kwargs_spec = trees.flatten(kwargs)
     state = [leaf for leaf in (*param_leaves, *buffer_leaves) if isinstance(leaf, Tensor)]
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
     higher = is_differentiated(param_leaves) or is_differentiated(arg_leaves)
@@ -372,18 +373,20 @@ def linearize(
         mode.alone = not (transformed or higher or rerun)
         if mode.alone:
             mode.rerunnable = Rerunnable(getattr(apply, "module", None), state, switchboard)
+        stage_args, stage_kwargs = trees.unflatten(args_spec, arg_leaves), kwargs
+        containers = None
+        if are_among(args_spec) or are_among(kwargs_spec):
+            stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
+            containers = Containers((args, kwargs), (stage_args, stage_kwargs))
         with mode, intercepting(mode), uncompiled():
-            result = apply(
-                trees.unflatten(params_spec, param_leaves),
-                buffers,
-                *trees.unflatten(args_spec, arg_leaves),
-                **kwargs,
-            )
+            result = apply(trees.unflatten(params_spec, param_leaves), buffers, *stage_args, **stage_kwargs)
         output, new_buffers = checked_result(apply, result)
         output_leaves, output_spec = trees.flatten(output)
         exits = [mode.leave(leaf) for leaf in output_leaves]
         new_buffers = trees.map_leaves(lambda leaf: mode.leave(leaf).value, new_buffers)
     output = trees.unflatten(output_spec, (exit.value for exit in exits))
+    if containers is not None:
+        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
     modules = []
     # Regions borrow the module themselves, in threads of autograd's.
     if (
@@ -403,7 +406,7 @@ def linearize(
         hooked=mode.hooked,
         shared=False,
         home={},
-        captured=mode.captured_among(state, [*arg_leaves, *trees.flatten(kwargs)[0]]),
+        captured=mode.captured_among(state, arg_leaves, kwarg_leaves),
     )
     return output, new_buffers, tape
 

@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from funcstage import _functorch as ft
 from funcstage import autograd, trees
 from funcstage._interception import intercepting
+from funcstage.argument_containers import Containers, are_among
 from funcstage.checkpointing import Call
 from funcstage.copies import Unpicklable
 from funcstage.effects import RefusedEffects
@@ -273,12 +274,18 @@ def linearize(
     inputs = {i: _fresh(arg_leaves[i]) for i in diff}
     stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
     stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
+    stage_args = trees.unflatten(args_spec, stage_args)
+    kwarg_leaves, kwargs_spec = trees.flatten(kwargs)
+    stage_kwargs, containers = kwargs, None
+    if are_among(args_spec) or are_among(kwargs_spec):
+        stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
+        containers = Containers((args, kwargs), (stage_args, stage_kwargs))
     given = {"parameter": params, "buffer": buffers, "positional argument": args, "keyword argument": kwargs}
     regions = _AsTheyCome()
     modes = WatchedWrites(given), RefusedEffects(regions.leftovers)
     try:
         with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
-            result = apply(stage_params, buffers, *trees.unflatten(args_spec, stage_args), **kwargs)
+            result = apply(stage_params, buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
         if _LEAF_WRITTEN in str(error):
             raise PurityError(
@@ -288,6 +295,8 @@ def linearize(
     if any(leaf.grad is not None for leaf in (*trained.values(), *inputs.values())):
         raise PurityError(BACKWARD_CALLED)
     output, new_buffers = checked_result(apply, result)
+    if containers is not None:
+        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
     leaves, spec = trees.flatten(output)
     named = (
         {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}

@@ -56,7 +56,7 @@ def taken_out(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[
             with torch._C.DisableTorchFunction():
                 for root in (*handed, *(() if module is None else (module,))):
                     for holder in holders(root):
-                        _replace(holder, _alive)
+                        replace_in(holder, _alive)
 
 
 def objects_among(leaves: Iterable[Any]) -> list[Any]:
@@ -74,7 +74,8 @@ def _alive(value: Any) -> Any:
     return value
 
 
-def _replace(holder: Any, of: Callable[[Any], Any]) -> None:
+def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
+    """Put other tensors in place of those that a dict, list or set holds, by itself or in tuples."""
     if isinstance(holder, dict):
         for key, value in [*holder.items()]:
             if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:

@@ -97,6 +97,7 @@ def _error_of(
 ) -> Exception | None:
     """What the uncompiled stage raises."""
     leaves = trees.flatten((params, buffers, args, kwargs))[0]
+    args, kwargs = trees.map_leaves(lambda leaf: leaf, (args, kwargs))  # of which some may be written into
     before = uncompiled.Before.of(getattr(apply, "module", None), leaves)
     try:
         uncompiled.linearize(apply, params, buffers, args, kwargs, diff or ())

@@ -29,6 +29,7 @@ from funcstage import _functorch as ft
 from funcstage import closures, control_flow, recurrent, trees
 from funcstage._dynamo import uncompiled
 from funcstage._interception import intercepting
+from funcstage.argument_containers import WAY_OUT, Containers
 from funcstage.captured import name_of
 from funcstage.checkpointing import Call
 from funcstage.composites import in_order, opened
@@ -160,9 +161,15 @@ def trace(
                 values[i] = values[i].clone()
             stage_params, stage_buffers = trees.unflatten(state_spec, values[:n_leaves])
             stage_args, stage_kwargs = trees.unflatten(args_spec, values[n_leaves:])
+            containers = Containers((args, kwargs), (stage_args, stage_kwargs))
             with intercepting(regions), uncompiled(), nullcontext() if recorder is None else recorder:
                 result = apply(stage_params, stage_buffers, *stage_args, **stage_kwargs)
             output, new_buffers = checked_result(apply, result)
+            for each in containers.changed():
+                raise TraceError(
+                    f"{_name(apply)} writes into {each.name}, a {type(each.given).__qualname__}, which a "
+                    f"compiled stage would do in its first call alone. {WAY_OUT}"
+                )
             if any(leaf.grad is not None for leaf in marked.values()):
                 raise PurityError(BACKWARD_CALLED)
             outputs, note["output"] = trees.flatten(output)
