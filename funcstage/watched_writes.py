@@ -59,4 +59,5 @@ def _is_written(argument: Any, args: tuple[Any, ...]) -> bool:
     if argument.alias_info is not None:
         return bool(argument.alias_info.is_write)
     # Batch norm's kernels write the statistics and do not say so, in training, which comes behind them.
-    return argument.name in ("running_mean", "running_var") and len(args) > 5 and bool(args[5])
+    # In the same place their backward has a tensor, and their kernel of eval the momentum.
+    return argument.name in ("running_mean", "running_var") and len(args) > 5 and args[5] is True

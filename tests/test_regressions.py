@@ -121,3 +121,20 @@ def test_a_sparse_value_inside_of_a_stage_is_not_traced() -> None:
     report = check_stage(sparse, x, params=params)
     assert set(report.refusals) == {"aten"}
     assert "makes a tensor of sparse_coo layout" in str(report.refusals["aten"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_taken_inside_of_a_stage_goes_through_batch_norm(training: bool) -> None:
+    # Where the forward's kernel says whether it trains, the backward's has a tensor, which has no truth value.
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, track_running_stats=training)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                point = x.detach().clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.norm(point).sin().sum(), point)
+            return gradient * self.norm(x)
+
+    check_stage(Force().train(training), torch.randn(4, 3))
