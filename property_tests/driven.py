@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from of_callers import Fault
+from of_faults import FAULTS
 from situation import Situation, World
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from funcstage import trees
-from funcstage.errors import StageError
+from funcstage.errors import ConsumedError, StageError
 from funcstage.functional import functionalize
-from funcstage.split import differentiated_leaves, stage_vjp
+from funcstage.split import Pullback, WeightPullback, differentiated_leaves, stage_vjp
 from funcstage.testing.check import _Twin, _twin, normal_like
 from funcstage.testing.stages import Stage
 from funcstage.testing.tolerances import compare, nodes_on_tape
@@ -33,6 +33,9 @@ _TOLERANCE = 1e-6
 
 _MICROBATCHES = 2
 
+ORDERS = ("each", "late", "together", "reversed")
+"""Each microbatch by itself; W after the last I; both F first, then I and W, in order or the last one first."""
+
 
 @dataclass
 class Record:
@@ -41,10 +44,12 @@ class Record:
     Attributes:
         results: named values; an error of the user's own is one.
         error: what ended the run, if anything did.
+        untrue: what was said and was not so.
     """
 
     results: list[tuple[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
+    untrue: list[str] = field(default_factory=list)
 
     def add(self, name: str, tree: Any) -> None:
         """Note the leaves of a tree as they are now."""
@@ -60,12 +65,14 @@ class Script:
     Attributes:
         stage: a generated stage.
         situations: what happens around it, the innermost first.
-        late: whether W of the first microbatch waits for I of the second.
+        order: in which F, I and W of the microbatches come.
+        retain: whether I and W are asked to keep what they hold.
     """
 
     stage: Stage
     situations: tuple[Situation, ...]
-    late: bool = False
+    order: str = "each"
+    retain: bool = False
 
     def built(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         """The module in its situations and its arguments, always the same."""
@@ -104,28 +111,46 @@ class _Run:
         self.record = Record()
         self.module, self.args, self.kwargs = script.built()
         self.diff = differentiated_leaves(self.args, script.stage.argnums)
+        self.held = [situation.held() for situation in script.situations]
 
     def run(self) -> Record:
+        order, last = self.script.order, _MICROBATCHES - 1
+        passed: list[tuple[int, Any]] = []
         waiting: list[Callable[[], None]] = []
         try:
             for k in range(_MICROBATCHES):
                 try:
-                    passed = self.forward(k)
+                    passed.append((k, self.forward(k)))
                 except KeyError as error:
                     self.record.results.append(("error", type(error)))
-                else:
-                    waiting.append(self.input_backward(k, passed))
-                if not self.script.late or k == _MICROBATCHES - 1:
+                if order in ("each", "late") or k == last:
+                    for i, one in reversed(passed) if order == "reversed" else passed:
+                        waiting.append(self.input_backward(i, one))
+                    passed.clear()
+                if order == "each" or k == last:
                     while waiting:
                         waiting.pop(0)()
                 for situation in self.script.situations:
                     situation.between(self.module)
             for situation in self.script.situations:
                 self.record.add("left behind", situation.observed(self.module))
+            self.record.add("left in arguments", self.left())
             self.record.add("parameters", dict(self.module.named_parameters()))
-        except (Exception, Fault) as error:
+        except (Exception, *FAULTS.values()) as error:
             self.record.error = error
         return self.record
+
+    def keywords(self, k: int) -> dict[str, Any]:
+        """The arguments that situations add."""
+        added: dict[str, Any] = {}
+        for situation, held in zip(self.script.situations, self.held, strict=True):
+            added |= situation.keywords(held, k)
+        return added
+
+    def left(self) -> list[Any]:
+        """What is in the objects among the arguments."""
+        pairs = zip(self.script.situations, self.held, strict=True)
+        return [value for situation, held in pairs for value in situation.left(held)]
 
     def forward(self, k: int) -> Any:
         raise NotImplementedError
@@ -159,7 +184,8 @@ class _Eager(_Run):
             leaves[i] = _Twin.apply(leaves[i])
         self.seed(k)
         with self.entered("F"):
-            output = self.module(*trees.unflatten(spec, leaves), **trees.map_leaves(_twin, self.kwargs))
+            kwargs = trees.map_leaves(_twin, self.kwargs)
+            output = self.module(*trees.unflatten(spec, leaves), **kwargs, **self.keywords(k))
         self.drawn(k)
         opened = self.script.opened(output)
         self.record.add(f"output {k}", opened)
@@ -182,10 +208,14 @@ class _Eager(_Run):
         outputs, given = [leaf for leaf, _ in pairs], [cotangent.clone() for _, cotangent in pairs]
         whole = any(node.name() == "CheckpointFunctionBackward" for node in nodes_on_tape(outputs))
         grads: Sequence[Tensor | None] = [None] * len(inputs)
+        of_weights: list[Tensor | None] = []
         with self.entered("I"):
             if outputs and whole:  # such a checkpoint cannot be asked for less
                 torch.autograd.backward(outputs, given)
                 grads = [leaf.grad for leaf in inputs]
+                of_weights = [p.grad for p in params]
+                for p in params:
+                    p.grad = None
             elif outputs and inputs:
                 grads = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
         self.record.add(f"input gradients {k}", list(grads))
@@ -197,7 +227,7 @@ class _Eager(_Run):
             with self.entered("W"):
                 if outputs and params and not whole:
                     torch.autograd.backward(outputs, given, inputs=params)
-            self.record.add(f"weight gradients {k}", [p.grad for p in params])
+            self.record.add(f"weight gradients {k}", of_weights or [p.grad for p in params])
             for p in params:
                 p.grad = None
 
@@ -231,7 +261,7 @@ class _Split(_Run):
         args, kwargs = trees.map_leaves(_twin, (self.args, self.kwargs))
         held = _tensors((self.params, self.buffers, args, kwargs))
         before = [t.detach().clone() for t in held]
-        given = self.buffers
+        given, keywords, left = self.buffers, self.keywords(k), self.left()
 
         def run() -> Any:
             self.seed(k)
@@ -242,10 +272,15 @@ class _Split(_Run):
                 *args,
                 argnums=self.script.stage.argnums,
                 **kwargs,
+                **keywords,
             )
 
         try:
-            output, self.buffers, pullback = self.attempt("F", run)
+            output, self.buffers, pullback = self.attempt("F", run, None)
+        except StageError:
+            if [*map(id, self.left())] != [*map(id, left)]:
+                self.record.untrue.append("F was refused, and wrote into an argument")
+            raise
         finally:
             for tensor, value in zip(held, before, strict=True):
                 same = compare("given", tensor.detach(), value, 0.0).accepted
@@ -269,25 +304,37 @@ class _Split(_Run):
         opened, pullback, world = passed
         cotangents = self.cotangents(k, opened)
         given = self.script.closed(cotangents)
-        input_grads, weight_pullback = self.attempt("I", lambda: pullback(given))
+        retain = self.script.retain
+        input_grads, weight_pullback = self.attempt("I", lambda: pullback(given, retain=retain), pullback)
         leaves = trees.flatten(input_grads)[0]
         self.record.add(f"input gradients {k}", [leaves[i] for i in self.diff])
         world.cotangents, world.input_grads = _tensors(cotangents), _tensors(leaves)
         self.after("I", world)
 
         def weight_backward() -> None:
-            grads = self.attempt("W", weight_pullback)
+            grads = self.attempt("W", lambda: weight_pullback(retain=retain), weight_pullback)
             self.record.add(f"weight gradients {k}", list(grads.values()))
 
         return weight_backward
 
-    def attempt(self, verb: str, run: Callable[[], Any]) -> Any:
-        """Run a pass, and once more where it was interrupted."""
+    def attempt(self, verb: str, run: Callable[[], Any], used: Pullback | WeightPullback | None) -> Any:
+        """Run a pass, and once more where it failed; what a pullback says of itself must be so."""
         try:
             with self.entered(verb):
                 return run()
-        except Fault:
-            return run()
+        except tuple(FAULTS.values()):
+            consumed = used is not None and used.consumed
+            if consumed and self.script.retain:
+                self.record.untrue.append(f"{verb} was to be retained, and is consumed")
+        try:
+            result = run()
+        except ConsumedError:
+            if not consumed:
+                self.record.untrue.append(f"{verb} is consumed, and denied it")
+            raise
+        if consumed:
+            self.record.untrue.append(f"{verb} said that it was consumed, and runs")
+        return result
 
     def entered(self, verb: str) -> ExitStack:
         stack = ExitStack()
@@ -313,9 +360,13 @@ def verdict(script: Script, name: str, engine: Engine) -> str:
     with ambient_kept():
         split = _Split(script, engine)
         ours = split.run()
-    for situation in script.situations:
-        for value in situation.observed(split.module):
-            assert not _is_dead(value), f"{_situation(script)}: {type(value).__name__} is left on the module"
+    assert not ours.untrue, f"{_situation(script)}: {ours.untrue}"
+    observed = [value for situation in script.situations for value in situation.observed(split.module)]
+    for value in [*observed, *split.left()]:
+        assert not _is_dead(value), f"{_situation(script)}: {type(value).__name__} is left behind"
+    if any(situation.refused for situation in script.situations):
+        assert isinstance(ours.error, StageError), f"{_situation(script)}: not refused"
+        return "refused"
     with ambient_kept():
         expected = script.eager()
     if expected.error is not None:

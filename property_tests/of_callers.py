@@ -108,39 +108,6 @@ class SavedTensorHooks(Situation):
 
 
 @dataclass(frozen=True)
-class Interrupt(Situation):
-    """An error in the midst of a pass, which is then tried again."""
-
-    verb: str
-    at: int
-    refusable = ("closures", "aten")
-
-    def around(self, verb: str) -> AbstractContextManager[object]:
-        return _Interrupts(self.at) if verb == self.verb else nullcontext()
-
-    def around_eager(self, verb: str) -> AbstractContextManager[object]:
-        return nullcontext()
-
-
-class Fault(BaseException):
-    """Thrown in the midst of a pass, as KeyboardInterrupt is."""
-
-
-class _Interrupts(TorchDispatchMode):
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise Fault
-        return function(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
 class Write(Situation):
     """A write in place, after a pass, into what a later one may read."""
 

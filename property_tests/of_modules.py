@@ -13,6 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from situation import Around, Situation
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -129,15 +132,45 @@ class Wrapped(Situation):
 
     @property
     def refusable(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("closures", "aten") if self.by == "data parallel" else ()
+        return ("closures", "aten") if self.refused else ()
+
+    @property
+    def refused(self) -> bool:  # type: ignore[override]
+        return self.by in DATA_PARALLEL
 
     def build(self, module: nn.Module) -> nn.Module:
         return WRAPPERS[self.by](module)
 
 
+class _Beside(Around):
+    """A unit of its own beside the module, wrapped for data parallelism."""
+
+    def __init__(self, inner: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(inner)
+        self.unit = wrap(nn.Linear(2, 2, dtype=torch.float64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        more = self.unit(torch.ones(1, 2, dtype=torch.float64)).sum()
+        output = super().forward(*args, **kwargs)
+        return trees.map_leaves(lambda t: t + more.to(t.dtype) if trees.is_differentiable(t) else t, output)
+
+
+def _mesh() -> Any:
+    return init_device_mesh("cpu", (1,))
+
+
+DATA_PARALLEL: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "data parallel": nn.DataParallel,
+    "distributed data parallel": nn.parallel.DistributedDataParallel,
+    "fully_shard": lambda m: fully_shard(m, mesh=_mesh()),
+    "FSDP": lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
+    "replicate": lambda m: replicate(m),
+}
+"""Wrappers for data parallelism, of a process group of this process alone."""
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "a module": Around,
-    "data parallel": nn.DataParallel,
+    **{by: functools.partial(lambda wrap, m: _Beside(m, wrap), wrap) for by, wrap in DATA_PARALLEL.items()},
     "parametrization": _parametrized,
     "old weight norm": _weight_normed,
     "a compiled part": _part_compiled,

@@ -43,6 +43,9 @@ class Situation:
     refusable: ClassVar[tuple[str, ...]] = ()
     """The engines that may refuse it."""
 
+    refused: ClassVar[bool] = False
+    """Whether every engine has to refuse it."""
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # how Hypothesis shows a failing example
 
@@ -70,6 +73,17 @@ class Situation:
 
     def observed(self, module: nn.Module) -> list[Any]:
         """What is left behind beside results."""
+        return []
+
+    def held(self) -> Any:
+        """What a caller holds throughout a run."""
+
+    def keywords(self, held: Any, k: int) -> dict[str, Any]:
+        """Arguments of microbatch `k` beside the stage's own."""
+        return {}
+
+    def left(self, held: Any) -> list[Any]:
+        """What the stage left in what the caller holds."""
         return []
 
     def opened(self, output: Any) -> Any:

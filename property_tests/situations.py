@@ -8,7 +8,9 @@ as the expression that makes it.
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from of_callers import MODES, WRITTEN, Copied, Interrupt, Mode, SavedTensorHooks, Write
+from of_arguments import CARRIERS, FILLED, Carried, Filled
+from of_callers import MODES, WRITTEN, Copied, Mode, SavedTensorHooks, Write
+from of_faults import FAULTS, Broken, Interrupt
 from of_modules import (
     HOOKS,
     PACKS,
@@ -23,12 +25,22 @@ from of_modules import (
     Returned,
     Wrapped,
 )
+from of_surroundings import CAPTURED, SHARED, Captured, Shared
+from of_transforms import TRANSFORMS, Transformed
 from situation import VERBS, Situation
 
 SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "mode": tuple(Mode(name, verbs) for name in MODES for verbs in ("FIW", "F", "I", "W", "IW")),
     "saved-tensor hooks": (SavedTensorHooks(),),
-    "interrupt": tuple(Interrupt(verb, at) for verb in VERBS for at in (0, 1, 2, 3, 5, 8, 13, 21)),
+    "interrupt": tuple(
+        Interrupt(verb, at, what) for verb in VERBS for at in (0, 1, 2, 3, 5, 8, 13, 21) for what in FAULTS
+    ),
+    "failing backward": tuple(
+        Broken(verb, place, what)
+        for verb in "IW"
+        for place in ("input", "weight", "output")
+        for what in FAULTS
+    ),
     "write": tuple(
         Write(what, verb, place) for verb in WRITTEN for what in WRITTEN[verb] for place in range(4)
     ),
@@ -37,6 +49,16 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "wrapper": tuple(map(Wrapped, WRAPPERS)),
     "kept tensor": tuple(map(Kept, Kept.HOWS)),
     "change": tuple(map(Changed, READS)),
+    "shared state": tuple(map(Shared, SHARED)),
+    "captured tensor": tuple(
+        Captured(where, verb, saved)
+        for where in CAPTURED
+        for verb in ("", "F", "I")
+        for saved in (True, False)
+    ),
+    "argument": tuple(map(Carried, CARRIERS)),
+    "filled argument": tuple(Filled(kind, detached) for kind in FILLED for detached in (False, True)),
+    "transform": tuple(map(Transformed, TRANSFORMS)),
     "type": tuple(map(Returned, PACKS)),
     "draw": (Draws(),),
     "error": (Raised(),),
@@ -57,7 +79,8 @@ def situations(draw: st.DrawFn, kind: str, most: int = 3) -> tuple[Situation, ..
     others = draw(st.lists(st.sampled_from(tuple(SITUATIONS)), max_size=most - 1, unique=True))
     kinds = dict.fromkeys([kind, *others])
     if "copy" in kinds:  # a copy has attributes of its own
-        kinds = {name: None for name in kinds if name in ("copy", "mode", "write")}
-    # A type of the user's is what the outermost wrapper returns.
-    ordered = sorted(kinds, key=lambda name: name == "type")
+        kinds = {name: None for name in kinds if name in ("copy", "mode", "write", "argument", "transform")}
+    # A type of the user's is what the outermost wrapper returns; within a transform, what a module
+    # keeps or fills is dead in eager too.
+    ordered = sorted(kinds, key=lambda name: (name == "type", name != "transform"))
     return tuple(draw(st.sampled_from(SITUATIONS[name])) for name in ordered)

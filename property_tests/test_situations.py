@@ -10,13 +10,15 @@ import copy
 import functools
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import situations
 import torch
-from driven import Script, ambient_kept, verdict
+import torch.distributed as dist
+from driven import ORDERS, Script, ambient_kept, verdict
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,7 +38,16 @@ pytestmark = [
 ]
 
 ENGINES = {"closures": lambda apply: apply, "aten": functools.partial(fs.compile, backend="aten")}
+REMAT = ("min_cut", "none", "full", 0.5)
 PRECISE = ("residual", "branch", "repeat", "tied", "frozen", "eval")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process alone, for wrappers."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", situations.SITUATIONS)
@@ -48,8 +59,11 @@ def test_a_stage_in_a_situation_does_as_eager_does_or_is_refused(
 ) -> None:
     stage = data.draw(strategies.stages(dtype=st.just(torch.float64), blocks=PRECISE, max_layers=3))
     around = data.draw(situations.situations(kind))
-    script = Script(stage, around, data.draw(st.booleans()))
-    event(f"{kind}: {verdict(script, engine, ENGINES[engine])}")
+    script = Script(stage, around, data.draw(st.sampled_from(ORDERS)), data.draw(st.booleans()))
+    split = ENGINES[engine]
+    if engine != "closures":
+        split = functools.partial(split, remat=data.draw(st.sampled_from(REMAT)))
+    event(f"{kind}: {verdict(script, engine, split)}")
 
 
 class Root(nn.Module):

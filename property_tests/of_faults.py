@@ -1,0 +1,128 @@
+"""Situations that fail: errors in the midst of F, I and W, and a second attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from situation import Around, Situation
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcstage import trees
+
+
+class Fault(BaseException):
+    """Thrown in the midst of a pass, as KeyboardInterrupt is."""
+
+
+FAULTS: dict[str, type[BaseException]] = {
+    "an interrupt": Fault,
+    "no memory": torch.OutOfMemoryError,
+    "no memory on the host": MemoryError,
+    "an arithmetic error": ArithmeticError,
+}
+"""What may be thrown in the midst of a pass."""
+
+
+@dataclass(frozen=True)
+class Interrupt(Situation):
+    """An error in an operation of a pass, which is then tried again."""
+
+    verb: str
+    at: int
+    what: str = "an interrupt"
+    refusable = ("closures", "aten")
+
+    def around(self, verb: str) -> AbstractContextManager[object]:
+        return _Interrupts(self.at, FAULTS[self.what]) if verb == self.verb else nullcontext()
+
+    def around_eager(self, verb: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+class _Interrupts(TorchDispatchMode):
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.error = at, error
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise self.error("in the midst of a pass")
+        return function(*args, **(kwargs or {}))
+
+
+_ARMED: list[type[BaseException]] = []
+
+
+class _Brittle(torch.autograd.Function):
+    """The identity, whose backward raises once where that is armed."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if _ARMED:
+            raise _ARMED.pop()("in a backward")
+        return grad.clone()
+
+
+class _Breaking(Around):
+    """A backward that may raise: of the output, of the weights, or of the input."""
+
+    def __init__(self, inner: nn.Module, place: str) -> None:
+        super().__init__(inner)
+        self.place = place
+        self.gain = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def through(leaf: Any) -> Any:
+            return _Brittle.apply(leaf) if trees.is_differentiable(leaf) else leaf
+
+        if self.place == "input":
+            args = trees.map_leaves(through, args)
+        output = super().forward(*args, **kwargs)
+        gain = _Brittle.apply(self.gain) if self.place == "weight" else self.gain
+        if self.place == "output":
+            output = trees.map_leaves(through, output)
+        return trees.map_leaves(lambda t: t * gain if trees.is_differentiable(t) else t, output)
+
+
+@dataclass(frozen=True)
+class Broken(Situation):
+    """A function of the user's whose backward raises once in a pass, which is then tried again."""
+
+    verb: str
+    place: str
+    what: str = "an interrupt"
+    refusable = ("closures", "aten")
+
+    def build(self, module: nn.Module) -> nn.Module:
+        return _Breaking(module, self.place)
+
+    def around(self, verb: str) -> AbstractContextManager[object]:
+        return _armed(FAULTS[self.what]) if verb == self.verb else nullcontext()
+
+    def around_eager(self, verb: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@contextmanager
+def _armed(error: type[BaseException]) -> Iterator[None]:
+    _ARMED.append(error)
+    try:
+        yield
+    finally:
+        _ARMED.clear()

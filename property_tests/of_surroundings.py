@@ -1,0 +1,211 @@
+"""Situations outside of a module: tensors that it captures and that are written, and state that is shared."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from situation import Around, Situation, World
+from torch import Tensor, nn
+
+from funcstage import trees
+
+TENSOR = torch.ones(())
+TENSORS: dict[str, list[Tensor]] = {"all": [TENSOR]}
+
+
+class _Holder:
+    tensor = TENSOR
+
+
+def _by_default(*, tensor: Any = (TENSOR,)) -> Tensor:
+    found: Tensor = tensor[0]
+    return found
+
+
+class _Capturing(Around):
+    """Computes with a tensor that is no argument, parameter or buffer."""
+
+    of_class = TENSOR
+
+    def __init__(self, inner: nn.Module, where: str, saved: bool) -> None:
+        super().__init__(inner)
+        self.where, self.saved = where, saved
+        tensor = torch.ones((), dtype=torch.float64)
+        self.plain, self.listed, self.table = tensor, [tensor], {"deep": [tensor]}
+        self.object = types.SimpleNamespace(inner=types.SimpleNamespace(tensor=tensor))
+        self.cell = lambda: tensor
+
+    def tensor(self) -> Tensor:
+        return CAPTURED[self.where](self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        captured = self.tensor()
+        output = super().forward(*args, **kwargs)
+
+        def used(leaf: Any) -> Any:
+            if not trees.is_differentiable(leaf):
+                return leaf
+            return leaf * captured if self.saved else leaf + captured
+
+        return trees.map_leaves(used, output)
+
+
+CAPTURED: dict[str, Callable[[_Capturing], Tensor]] = {
+    "a global": lambda m: TENSOR,
+    "in a global": lambda m: TENSORS["all"][0],
+    "a global's attribute": lambda m: _Holder.tensor,
+    "a class attribute": lambda m: m.of_class,
+    "a default argument": lambda m: _by_default(),
+    "a cell": lambda m: m.cell(),
+    "an attribute": lambda m: m.plain,
+    "a list": lambda m: m.listed[0],
+    "a nested list": lambda m: m.table["deep"][0],
+    "an object": lambda m: m.object.inner.tensor,
+    "a view of an attribute": lambda m: m.plain.view(1)[0],
+}
+"""Where a module may find a tensor that it captured."""
+
+
+@dataclass(frozen=True)
+class Captured(Situation):
+    """A captured tensor, which the caller may write in place after a pass."""
+
+    where: str
+    after_verb: str = ""
+    saved: bool = True
+    refusable = ("closures", "aten")
+
+    def build(self, module: nn.Module) -> nn.Module:
+        TENSOR.fill_(1)
+        return _Capturing(module, self.where, self.saved)
+
+    def after(self, verb: str, world: World) -> None:
+        if verb == self.after_verb:
+            capturing = next(m for m in world.module.modules() if isinstance(m, _Capturing))
+            with torch.no_grad():
+                capturing.tensor().fill_(3)
+
+
+SETTINGS: dict[str, Any] = {"deep": {"scale": [1.0]}, "plain": 1.0}
+LEVEL = contextvars.ContextVar("LEVEL", default=1.0)
+SPACE = types.SimpleNamespace(scale=1.0, inner=types.SimpleNamespace(scale=1.0))
+COUNTS: defaultdict[str, float] = defaultdict(lambda: 1.0)
+ROWS = ((1.0,),)
+
+
+class _Config:
+    """State that a program shares."""
+
+    scale = 1.0
+    scales: ClassVar = [1.0]
+
+    @property
+    def computed(self) -> float:
+        return self.scale
+
+    @classmethod
+    def of_class(cls) -> float:
+        return cls.scale
+
+    def method(self) -> float:
+        return 1.0
+
+
+class _Derived(_Config):
+    pass
+
+
+CONFIG = _Derived()
+
+
+def number() -> float:
+    """A function that is replaced."""
+    return 1.0
+
+
+def by_keyword(*, scale: float = 1.0) -> float:
+    """A function whose default is replaced."""
+    return scale
+
+
+def _rebind(name: str, value: Any) -> None:
+    globals()[name] = value
+
+
+def _environment(value: float) -> None:
+    os.environ["FUNCSTAGE_TEST_SCALE"] = str(value)
+
+
+SHARED: dict[str, tuple[Callable[[], Any], Callable[[float], object]]] = {
+    "a global dict": (lambda: SETTINGS["plain"], lambda v: SETTINGS.__setitem__("plain", v)),
+    "a nested global": (
+        lambda: SETTINGS["deep"]["scale"][0],
+        lambda v: SETTINGS["deep"]["scale"].__setitem__(0, v),
+    ),
+    "a nested global, rebound": (
+        lambda: SETTINGS["deep"]["scale"][0],
+        lambda v: SETTINGS.__setitem__("deep", {"scale": [v]}),
+    ),
+    "a global tuple": (lambda: ROWS[0][0], lambda v: _rebind("ROWS", ((v,),))),
+    "a global by get": (lambda: SETTINGS.get("plain", 0), lambda v: SETTINGS.update(plain=v)),
+    "a key of a global": (
+        lambda: 2.0 if "extra" in SETTINGS else 1.0,
+        lambda v: SETTINGS.pop("extra", None) if v == 1 else SETTINGS.update(extra=0),
+    ),
+    "a default dict": (lambda: COUNTS["scale"], lambda v: COUNTS.__setitem__("scale", v)),
+    "a namespace": (lambda: SPACE.scale, lambda v: setattr(SPACE, "scale", v)),
+    "a nested namespace": (lambda: SPACE.inner.scale, lambda v: setattr(SPACE.inner, "scale", v)),
+    "by getattr": (lambda: getattr(SPACE, "sca" + "le"), lambda v: setattr(SPACE, "scale", v)),
+    "a base's attribute": (lambda: CONFIG.scale, lambda v: setattr(_Config, "scale", v)),
+    "a base's list": (lambda: CONFIG.scales[0], lambda v: _Config.scales.__setitem__(0, v)),
+    "a property": (lambda: CONFIG.computed, lambda v: setattr(_Config, "scale", v)),
+    "a class method": (lambda: CONFIG.of_class(), lambda v: setattr(_Config, "scale", v)),
+    "a method": (lambda: CONFIG.method(), lambda v: setattr(_Config, "method", lambda self: v)),
+    "a function": (lambda: number(), lambda v: _rebind("number", lambda: v)),
+    "a function's code": (
+        lambda: by_keyword(),
+        lambda v: setattr(by_keyword, "__kwdefaults__", {"scale": v}),
+    ),
+    "a rebound object": (
+        lambda: CONFIG.__dict__.get("own", 1.0),
+        lambda v: (_rebind("CONFIG", _Derived()), setattr(CONFIG, "own", v)),
+    ),
+    "a context variable": (lambda: LEVEL.get(), lambda v: LEVEL.set(v)),
+    "the environment": (lambda: float(os.environ["FUNCSTAGE_TEST_SCALE"]), _environment),
+}
+"""Where a program may keep a number for all of its modules, and how it is changed."""
+
+
+class _Looking(Around):
+    """Scales its output by a number that the program keeps somewhere."""
+
+    def __init__(self, inner: nn.Module, where: str) -> None:
+        super().__init__(inner)
+        self.where = where
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        scale = SHARED[self.where][0]()
+        output = super().forward(*args, **kwargs)
+        return trees.map_leaves(lambda t: t * scale if trees.is_differentiable(t) else t, output)
+
+
+@dataclass(frozen=True)
+class Shared(Situation):
+    """State of the program that the forward reads changes between two microbatches."""
+
+    where: str
+    refusable = ("aten",)
+
+    def build(self, module: nn.Module) -> nn.Module:
+        SHARED[self.where][1](1.0)
+        return _Looking(module, self.where)
+
+    def between(self, module: nn.Module) -> None:
+        SHARED[self.where][1](2.0)
