@@ -34,7 +34,7 @@ _TOLERANCE = 1e-6
 _MICROBATCHES = 2
 
 ORDERS = ("each", "late", "together", "reversed")
-"""Each microbatch by itself; W after the last I; both F first, then I and W, in order or the last one first."""
+"""Each microbatch by itself; W after the last I; both F first, and then in order or the last one first."""
 
 
 @dataclass

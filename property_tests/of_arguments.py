@@ -175,11 +175,17 @@ class _Cache:
         return self.seen
 
 
-class _Opaque(_Cache):
+class _Opaque:
     """The same, of no type that is a pytree."""
 
     def __init__(self) -> None:
-        self.layers, self.table, self.last, self.seen = [], {}, None, 0
+        self.layers: list[Any] = []
+        self.table: dict[str, Any] = {}
+        self.seen = 0
+
+    def update(self, value: Tensor) -> None:
+        self.seen += 1
+        self.table.update(last=value)
 
 
 FILLED: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {

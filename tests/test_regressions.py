@@ -125,7 +125,7 @@ def test_a_sparse_value_inside_of_a_stage_is_not_traced() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_gradient_taken_inside_of_a_stage_goes_through_batch_norm(training: bool) -> None:
-    # Where the forward's kernel says whether it trains, the backward's has a tensor, which has no truth value.
+    # Where the forward's kernel says whether it trains, the backward's has a tensor without a truth value.
     class Force(nn.Module):
         def __init__(self) -> None:
             super().__init__()
