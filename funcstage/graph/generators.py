@@ -73,7 +73,10 @@ class Asked:
     def note(self, function: Any, frame: FrameType) -> None:
         """Look at a function in C that is about to be called."""
         generator, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if type(generator) is torch.Generator and name in _UNRECORDED and not _is_compiler(frame):
+        if type(generator) is not torch.Generator or name not in _UNRECORDED:
+            return
+        elsewhere = generator is torch.default_generator and frame.f_globals is vars(torch.random)
+        if not elsewhere and not _is_compiler(frame):
             self._before.append((generator, generator.get_state()))
             self._first = self._first or f"{name}(), at {frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -112,11 +115,11 @@ def check_kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     The stage would make it anew in every call. Local variables hold no reference that the garbage collector
     knows of; all else that keeps objects does.
     """
-    for operand in args:
-        if isinstance(operand, torch.Generator):
+    for operand in args:  # by type, as Dynamo, which torch.cond lets read this, does not ask tensors more
+        if type(operand) is torch.Generator:
             _check_kept(operand, args)
     for operand in kwargs.values():
-        if isinstance(operand, torch.Generator):
+        if type(operand) is torch.Generator:
             _check_kept(operand, kwargs)
 
 
