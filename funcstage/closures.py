@@ -42,7 +42,7 @@ from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
 from funcstage.copies import Unpicklable
-from funcstage.effects import refuse_effects
+from funcstage.effects import MARKS, refuse_effects, refused_mark
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
@@ -488,7 +488,7 @@ class _Split(TorchFunctionMode):
         if inner_gradients.takes_gradients(func):
             self.take_gradients(func.__name__)
         refuse_effects(func, args, kwargs)
-        if func in _MARKS:
+        if func in MARKS:
             return self.mark(*args, **kwargs)
         body = opened(func)
         if body is not None:
@@ -579,13 +579,16 @@ class _Split(TorchFunctionMode):
             if now and not requires_grad:
                 owner = self.owner(tensor)
                 if owner is not None:
-                    raise _impure(owner, Tensor.requires_grad_)
+                    raise refused_mark(owner, requires_grad)
                 raise RuntimeError(
                     "you can only change requires_grad flags of leaf variables. If you want to use a "
                     "computed variable in a subgraph that doesn't require differentiation use var_no_grad "
                     "= var.detach()."  # as torch says
                 )
         if requires_grad and not now:
+            owner = self.owner(tensor)
+            if owner is not None and owner.startswith("buffer"):
+                raise refused_mark(owner, requires_grad)
             self.marked = True
             if self.hooked:
                 self.take_gradients("a hook")
@@ -688,11 +691,37 @@ class _Split(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(ft.level_of(tensor) == self.inner_level for tensor in targets):
             self.mixed = True  # an activation may be written into a value made of parameters
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if _CAPTURED not in str(error) or any(ft.level_of(tensor) < 0 for tensor in targets):
+                    raise
+            return self.into_own(func, args, kwargs, target)
         if self.reads_weights(args, kwargs):
             # The inner level may not write into a tensor of the outer one, so the weights come down.
             args, kwargs = trees.map_leaves(self.lower, (args, kwargs))
         return self.above(func, args, kwargs)
+
+    def into_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any:
+        """Write into a parameter that the stage has made, whose wrapper torch takes for captured."""
+        operands = [leaf for leaf in trees.flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        recorded = torch.is_grad_enabled() and getattr(func, "__module__", "") != nn.init.__name__
+        if recorded and any(map(ft.requires_grad, operands)):
+            if isinstance(target, Tensor) and target.requires_grad and target.is_leaf:
+                raise RuntimeError(_LEAF_WRITTEN)  # as torch says
+            raise PurityError(
+                f"The stage writes what is differentiated, by {getattr(func, '__name__', func)}, into a "
+                f"parameter that it has made itself ({trees.describe(target)}). Compute the values first, "
+                "and use them as they are."
+            )
+        args, kwargs = trees.map_leaves(self.below, (args, kwargs))
+        self.above(func, args, kwargs)
+        return target
+
+    def below(self, leaf: Any) -> Any:
+        """An operand without its wrapper of the inner level."""
+        on_inner = isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner_level
+        return ft.unwrap(leaf, self.inner_level) if on_inner else leaf
 
     def lower_activation(self, leaf: Any) -> Any:
         """Bring an operand that is on both levels down, so that the inner tape ends before it."""
@@ -1130,7 +1159,7 @@ def _refusal(error: Exception) -> StageError | None:
         return StageError(_HOOKS_REFUSED)
     if "don't yet support saved tensor hooks" in message:  # those of `saving_outside`
         return inner_gradients.refused("torch.func")
-    if "mutate a captured Tensor" in message:
+    if _CAPTURED in message:
         return PurityError(
             "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
             "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
@@ -1162,6 +1191,8 @@ def _refusal(error: Exception) -> StageError | None:
     return None
 
 
+_CAPTURED = "mutate a captured Tensor"  # in functorch's message
+_LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation."
 _HOOKS_REFUSED = (
     "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "
     "of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
@@ -1175,7 +1206,6 @@ _WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", "H", "mH")}
 """Attributes that are operations."""
-_MARKS: set[Any] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
     for name in [

@@ -33,6 +33,20 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
+def refused_mark(owner: str, requires_grad: bool) -> PurityError:
+    """The refusal of a stage that freezes, or thaws, what it was given."""
+    if requires_grad:
+        return PurityError(
+            f"The stage marks {owner} by requires_grad_() in its forward, which would get no gradient. Let "
+            "the parameter require grad before functionalize, or mark tensor.detach() if the stage takes "
+            "gradients itself."
+        )
+    return PurityError(
+        f"The stage freezes {owner} by requires_grad_(False) in its forward, whose gradient would be "
+        "computed nevertheless. Freeze it before functionalize, or read tensor.detach()."
+    )
+
+
 class RefusedEffects(TorchFunctionMode):
     """Refuses them while a stage runs under no other mode, and cuts off what reentrant regions have left."""
 
@@ -49,4 +63,7 @@ class RefusedEffects(TorchFunctionMode):
 
 
 _ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+MARKS: set[Any] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+"""What marks a tensor as requiring grad, or not."""
+
 _EFFECTS = {_ASSIGN_DATA, Tensor.retain_grad}

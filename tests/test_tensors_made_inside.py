@@ -103,7 +103,50 @@ def detached_in_place(s: Layers, x: Tensor) -> Tensor:
     return s.proj(x).detach_() + s.norm(x)
 
 
+def linear_made(s: Layers, x: Tensor) -> Tensor:
+    return nn.Linear(3, 3, dtype=x.dtype)(s.proj(x))
+
+
+def linear_made_first(s: Layers, x: Tensor) -> Tensor:
+    return s.proj(nn.Linear(3, 3, bias=False, dtype=x.dtype)(x))
+
+
+def layers_made(s: Layers, x: Tensor) -> Tensor:
+    kind = {"dtype": x.dtype}
+    layers = nn.Linear(3, 8, **kind), nn.ReLU(), nn.LayerNorm(8, **kind), nn.BatchNorm1d(8, **kind)
+    return nn.Sequential(*layers, nn.Linear(8, 3, **kind))(s.proj(x))
+
+
+def embedding_made(s: Layers, x: Tensor) -> Tensor:
+    return s.proj(x) + nn.Embedding(3, 3, dtype=x.dtype)(torch.tensor([0, 1]))
+
+
+def initialised(s: Layers, x: Tensor) -> Tensor:
+    return s.proj(x) @ nn.init.orthogonal_(nn.Parameter(torch.empty(3, 3, dtype=x.dtype)))
+
+
+def filled_without_gradients(s: Layers, x: Tensor) -> Tensor:
+    weight = nn.Parameter(torch.empty(3, dtype=x.dtype))
+    with torch.no_grad():
+        weight.copy_(s.proj.bias)
+        weight[1:] = 2
+        weight += 1
+    return s.proj(x) * weight
+
+
+def filled_constant(s: Layers, x: Tensor) -> Tensor:
+    weight = nn.Parameter(torch.empty(3, dtype=x.dtype), requires_grad=False)
+    return s.proj(x) * weight.uniform_()
+
+
 MADE = [
+    linear_made,
+    linear_made_first,
+    layers_made,
+    embedding_made,
+    initialised,
+    filled_without_gradients,
+    filled_constant,
     buffer_made,
     buffer_of_an_activation,
     parameter_made,
@@ -160,6 +203,61 @@ def freezes_a_module(s: Layers, x: Tensor) -> Tensor:
 def freezes_by_attribute(s: Layers, x: Tensor) -> Tensor:
     s.proj.weight.requires_grad = False
     return s.proj(x)
+
+
+def freezes_the_input(s: Layers, x: Tensor) -> Tensor:
+    x.requires_grad_(False)
+    return s.proj(x)
+
+
+def freezes_late(s: Layers, x: Tensor) -> Tensor:
+    y = s.proj(x)
+    s.proj.bias.requires_grad = False
+    return y
+
+
+def thaws(s: Layers, x: Tensor) -> Tensor:
+    return s.proj(x) * s.frozen.requires_grad_()
+
+
+@ARGNUMS
+@ENGINES
+@pytest.mark.parametrize(
+    "case", [freezes_a_weight, freezes_a_module, freezes_by_attribute, freezes_late, thaws]
+)
+def test_a_mark_on_a_parameter_is_refused_by_name(case: Any, engine: str, argnums: Any) -> None:
+    module, x = made(case)
+    module.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    apply, params, buffers = staged(module, engine)
+    name = r"marks buffers?.*'frozen'" if case is thaws else r"freezes param.*'proj\.(weight|bias)'"
+    with pytest.raises(fs.PurityError, match=rf"{name}.* before functionalize, or"):
+        fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+    assert not module.frozen.requires_grad
+
+
+@ENGINES
+def test_a_mark_on_a_differentiated_input_is_refused_by_name(engine: str) -> None:
+    module, x = made(freezes_the_input)
+    apply, params, buffers = staged(module, engine)
+    with pytest.raises(fs.PurityError, match=r"freezes .*\[0\].* read tensor\.detach\(\)"):
+        fs.stage_vjp(apply, params, buffers, x)
+
+
+@ARGNUMS
+@ENGINES
+def test_a_write_into_a_parameter_that_was_made_is_torchs_error_as_in_eager(
+    engine: str, argnums: Any
+) -> None:
+    def case(s: Layers, x: Tensor) -> Tensor:
+        return s.proj(x) * nn.Parameter(torch.empty(3, dtype=x.dtype)).uniform_()
+
+    module, x = made(case)
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad") as eagers:
+        module(x)
+    apply, params, buffers = staged(module, engine)
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad") as ours:
+        fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+    assert type(ours.value) is type(eagers.value)
 
 
 def assigns_data(s: Layers, x: Tensor) -> Tensor:

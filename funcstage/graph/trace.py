@@ -33,7 +33,7 @@ from funcstage.argument_containers import WAY_OUT, Containers
 from funcstage.captured import name_of
 from funcstage.checkpointing import Call
 from funcstage.composites import in_order, opened
-from funcstage.effects import refuse_effects
+from funcstage.effects import MARKS, refuse_effects, refused_mark
 from funcstage.errors import PurityError, StageError, TraceError
 from funcstage.flex import is_flex_attention, run_compiled
 from funcstage.functional import checked_result
@@ -146,7 +146,7 @@ def trace(
 
     def joint(*tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         unpatch()
-        with _Functionalization(), _Separable(_name(apply), regions.leftovers):
+        with _Functionalization(), _Separable(_name(apply), regions.leftovers) as separable:
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(leaves)
             for i, tensor in zip(places, given, strict=True):
@@ -156,6 +156,8 @@ def trace(
             for i in wanted:
                 # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
                 values[i] = torch.ops.aten.alias.default(values[i])
+            named = zip(places, _names_of(state_spec, args_spec, places), strict=True)
+            separable.given = {id(values[i]): name for i, name in named if i < n_leaves or i in wanted}
             ends = [values[i] for i in wanted]
             for i in wanted_args if overwritten else ():
                 values[i] = values[i].clone()
@@ -456,7 +458,8 @@ def _captured(owner: str, which: str) -> PurityError:
 def _refusal(apply: Callable[..., Any], error: Exception) -> Exception:
     """Say where the trace stopped; errors that the stage itself raises are passed on."""
     if isinstance(error, RuntimeError) and _LEAF_WRITTEN in str(error):
-        return _impure(apply)
+        # What is given are views of leaves; a leaf is one that the stage has made itself.
+        return error if str(error).startswith("a leaf") else _impure(apply)
     name = control_flow.operator_behind(error)
     if name is not None:
         return TraceError(control_flow.refusal(_name(apply), name))
@@ -498,6 +501,7 @@ class _Separable(TorchFunctionMode):
     def __init__(self, owner: str, leftovers: Leftovers) -> None:
         super().__init__()
         self.owner = owner
+        self.given: dict[int, str] = {}  # state and differentiated arguments, by their ids
         self._leftovers = leftovers
 
     def __torch_function__(
@@ -505,6 +509,8 @@ class _Separable(TorchFunctionMode):
     ) -> Any:
         args, kwargs = self._leftovers.cut((args, kwargs or {}))
         refuse_effects(func, args, kwargs)
+        if func in MARKS:
+            self._mark(*args, **kwargs)
         if closures._is_in_place(func, kwargs):
             target = kwargs.get("out", args[0] if args else None)
             if isinstance(target, Tensor) and not isinstance(ft.innermost(target), _TRACED):
@@ -526,6 +532,10 @@ class _Separable(TorchFunctionMode):
         if func in _RECURRENT:
             return _RECURRENT[func](*in_order(args, kwargs))
         return func(*args, **kwargs)
+
+    def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
+        if id(tensor) in self.given and tensor.requires_grad != requires_grad:
+            raise refused_mark(f"{self.given[id(tensor)]} ({trees.describe(tensor)})", requires_grad)
 
 
 @torch.library.custom_op("funcstage::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
