@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from funcstage import _functorch as ft
 from funcstage import closures, eager, residuals, trees, uncompiled
 from funcstage.anomaly import refuse_unchecked
+from funcstage.backward_errors import explain
 from funcstage.captured import Captured
 from funcstage.copies import CopiedByLeaves
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
@@ -31,7 +32,7 @@ from funcstage.sites import Place, Site, operation_of, places_of
 from funcstage.sums import added
 from funcstage.trees import Buffers, Params, PyTree, describe
 from funcstage.undone import undone_if_interrupted
-from funcstage.writes import Part, Watch, refuse_if_written, refuse_written, versions
+from funcstage.writes import Part, Watch, refuse_written, versions
 
 
 class Tape(Protocol):
@@ -213,7 +214,7 @@ class WeightPullback(_Linear[WeightTape]):
         except BaseException as error:
             if not retain:
                 self._fail(tape)
-            refuse_if_written(error, self.stage, "W")
+            explain(error, self.stage, "W")
             raise
         return trees.unflatten(self._params_spec, grads)
 
@@ -266,7 +267,7 @@ class WeightPullback(_Linear[WeightTape]):
             self._keep(None)
         except BaseException as error:
             self._fail(tape)
-            refuse_if_written(error, self.stage, "W")
+            explain(error, self.stage, "W")
             raise
         return totals
 
@@ -358,7 +359,7 @@ class Pullback(_Linear[InputTape]):
         except BaseException as error:
             if not retain:
                 self._fail(tape)
-            refuse_if_written(error, self.stage, "I")
+            explain(error, self.stage, "I")
             raise
         return trees.unflatten(self._args_spec, grads), weight_pullback
 

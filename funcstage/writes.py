@@ -149,12 +149,6 @@ def refuse_written(
             raise written_error(name, stage, phase)
 
 
-def refuse_if_written(error: BaseException, stage: str, phase: str) -> None:
-    """Refuse a phase in which autograd has come upon a write itself; it does not say into what."""
-    if isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error):
-        raise written_error("A tensor that was captured", stage, phase) from error
-
-
 def written_error(name: str, stage: str, phase: str) -> WrittenError:
     """The refusal of a phase that would read this leaf."""
     return WrittenError(

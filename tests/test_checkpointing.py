@@ -514,3 +514,64 @@ def test_torch_has_its_own_checkpoint_back_when_no_stage_runs() -> None:
     after = Function.apply, checkpoint.__wrapped__.__dict__.get("__dynamo_disable")
     assert after[1] is before[1] or before[1] is None
     assert after[0] == before[0]
+
+
+class SelectiveDropout(nn.Module):
+    """A dropout in a region of which a policy saves some operations."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.proj, self.policy = nn.Linear(4, 4), policy
+
+    def forward(self, x: Tensor) -> Tensor:
+        def body(x: Tensor) -> Tensor:
+            return F.dropout(self.proj(x), 0.5).tanh()
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
+        return checkpoint(body, x, use_reentrant=False, context_fn=contexts)
+
+
+def saving(wanted: Callable[[Any], bool]) -> Callable[..., CheckpointPolicy]:
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if wanted(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+POLICIES = {
+    "products": saving(lambda op: op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)),
+    "draws": saving(lambda op: torch.Tag.nondeterministic_seeded in op.tags),
+    "everything": saving(lambda op: True),
+    "nothing": saving(lambda op: False),
+    "memory": saving(lambda op: "empty" in str(op)),
+    "what is not written": saving(
+        lambda op: not str(op).split(".")[1].endswith("_") and "empty" not in str(op)
+    ),
+}
+
+
+@pytest.mark.parametrize("argnums", [None, ()], ids=["", "first stage"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_around_dropout_is_right_or_refused_in_our_own_words(policy: str, argnums: Any) -> None:
+    module, x = SelectiveDropout(POLICIES[policy]), torch.randn(2, 4)
+    weights = [*module.parameters()]
+    torch.manual_seed(0)
+    leaf = x.clone().requires_grad_()
+    plain = F.dropout(module.proj(leaf), 0.5).tanh()
+    expected = torch.autograd.grad(plain.sum(), [leaf, *weights])
+
+    def compare(stage: Any) -> None:
+        torch.manual_seed(0)
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x, argnums=argnums)
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        grads = [*weight_pullback().values()]
+        torch.testing.assert_close([output, *grads], [plain.detach(), *expected[1:]])
+        assert argnums == () or torch.equal(dx, expected[0])
+
+    apply, params, buffers = fs.functionalize(module)
+    compare(fs.compile(apply, backend="aten"))  # where the policy says what is held, and no more
+    if policy in ("products", "nothing", "what is not written"):
+        compare(apply)
+    else:
+        with pytest.raises(fs.StageError, match=r"[IW] of .*selective checkpoint.*funcstage\.compile"):
+            compare(apply)
