@@ -67,10 +67,14 @@ def restore(before: Current) -> None:
 
 def current_interceptor() -> Interceptor | None:
     """The interceptor that is asked about calls of this thread."""
-    return getattr(_current, "interceptor", None)
+    return _current.interceptor
 
 
-_current = threading.local()
+class _OfThread(threading.local):
+    interceptor: Interceptor | None = None
+
+
+_current = _OfThread()
 _BODY: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
 _DISABLED = "__dynamo_disable"
 _PARAMETERS = inspect.signature(_BODY)

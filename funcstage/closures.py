@@ -25,6 +25,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -41,12 +48,13 @@ from funcstage.argument_containers import Containers, are_among
 from funcstage.autocast import cast_first
 from funcstage.checkpointing import Call, Recomputed, Region, StandIns
 from funcstage.composites import decomposed, opened
+from funcstage.contents import Held
 from funcstage.copies import Unpicklable
-from funcstage.effects import MARKS, refuse_effects, refused_mark
+from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.flex import attend, is_flex_attention
 from funcstage.functional import ModuleState, check_leaves, checked_result, holding, lent_again
-from funcstage.group_norm import contiguous_group_norm, crashes
+from funcstage.group_norm import CRASHING, contiguous_group_norm, crashes
 from funcstage.residuals import (
     Home,
     Residual,
@@ -312,6 +320,7 @@ def linearize(
     diff: Sequence[int],
     *,
     rerun: bool = False,
+    held: Held | None = None,
 ) -> tuple[PyTree, Buffers, InputTape]:
     """Run a stage function once and retain what its two reverse passes need.
 
@@ -324,6 +333,7 @@ def linearize(
         diff: indices of the differentiated leaves of `args`.
         rerun: whether this is a checkpointed region that is run again. Regions inside of it are not run
             again in turn, as nothing is computed a third time.
+        held: what the module behind `apply` holds now, where that is known.
 
     Returns:
         The output and the new buffers, free of wrappers, and the tape.
@@ -345,7 +355,7 @@ def linearize(
     switchboard = Switchboard()
     with ExitStack() as stack:
         handed = kept.objects_among((*arg_leaves, *kwarg_leaves))
-        stack.enter_context(kept.taken_out(getattr(apply, "module", None), handed))
+        stack.enter_context(kept.taken_out(getattr(apply, "module", None), handed, held))
         stack.enter_context(_explaining(given, higher or rerun))
         transformed = ft.current_level() > 0
         if transformed:
@@ -485,11 +495,12 @@ class _Split(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        if inner_gradients.takes_gradients(func):
-            self.take_gradients(func.__name__)
-        refuse_effects(func, args, kwargs)
-        if func in MARKS:
-            return self.mark(*args, **kwargs)
+        if func in _HEEDED:
+            if inner_gradients.takes_gradients(func):
+                self.take_gradients(func.__name__)
+            refuse_effects(func, args, kwargs)
+            if func in MARKS:
+                return self.mark(*args, **kwargs)
         body = opened(func)
         if body is not None:
             if func is Tensor.register_hook:
@@ -503,9 +514,11 @@ class _Split(TorchFunctionMode):
         if self.before_write is not None and func in _WRITERS:
             for statistics in _WRITERS[func](args):
                 self.before_write(statistics, func)
-        if crashes(func, args, kwargs):
+        if func in CRASHING and crashes(func, args, kwargs):
             with self:
                 return contiguous_group_norm(func, args, kwargs)
+        if type(func) in _NO_OPERATORS:
+            return self.call(func, args, kwargs)
         if is_flex_attention(func):
             with self:
                 return attend(func, args)
@@ -1045,7 +1058,9 @@ def is_differentiated(leaves: Iterable[Any]) -> bool:
     """Tell whether somebody outside differentiates what is computed from these leaves."""
     if not torch.is_grad_enabled():
         return False
-    return ft.current_level() > 0 or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    if ft.current_level() > 0:
+        return True
+    return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _no_leaf(leaf: Tensor) -> Tensor:
@@ -1206,6 +1221,15 @@ _WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", "H", "mH")}
 """Attributes that are operations."""
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING
+_NO_OPERATORS = (
+    FunctionType,
+    BuiltinFunctionType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+    MethodWrapperType,
+)
+"""Types of most functions that a mode is told of; operators are objects of torch's own types."""
 _IN_PLACE_DUNDERS = {
     f"__{name}__"
     for name in [

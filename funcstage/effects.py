@@ -19,7 +19,7 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         PurityError: if it assigns to a tensor's `.data`.
         StageError: if it asks for a `.grad` of a tensor that no backward of the user's will reach.
     """
-    if func not in _EFFECTS:
+    if func not in EFFECTS:
         return
     tensor = trees.describe(args[0] if args else next(iter(kwargs.values()), None))
     if func == _ASSIGN_DATA:
@@ -66,4 +66,4 @@ _ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 MARKS: set[Any] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 """What marks a tensor as requiring grad, or not."""
 
-_EFFECTS = {_ASSIGN_DATA, Tensor.retain_grad}
+EFFECTS: set[Any] = {_ASSIGN_DATA, Tensor.retain_grad}

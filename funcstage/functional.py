@@ -9,6 +9,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import optree
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from funcstage.contents import Contents
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.html import table
 from funcstage.locks import lent, look_over
@@ -114,6 +117,7 @@ class ModuleFunction:
 
     Attributes:
         module: the module, read for its code and its train/eval mode.
+        contents: what it holds, from call to call.
         refuses_hooks: whether parameters may have no hooks, as nobody would run them.
     """
 
@@ -122,6 +126,7 @@ class ModuleFunction:
     def __init__(self, module: nn.Module, params: Params, buffers: Buffers, frozen: frozenset[str]) -> None:
         self.__qualname__ = self.__name__ = type(module).__name__
         self.module = module
+        self.contents = Contents(module)
         self._frozen = frozen
         self._param_shapes = {name: p.shape for name, p in params.items()}
         self._buffer_shapes = {name: b.shape for name, b in buffers.items()}
@@ -132,15 +137,17 @@ class ModuleFunction:
         self._aliases = _tied_names(self.module)
         named = dict(self.module.named_modules())
         self._recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
-        self._parts = [(part, *_contents(part)) for part in named.values()]
-        self._spaces = [part._parameters for part in named.values()]
+        self._parts = [*named.values()]
+        self._made_of = _made_of(self._parts)
+        self._spaces = [part._parameters for part in self._parts]
         held = [own for part in named.values() for own in (part._parameters, part._buffers)]
         self._places = [(own, name) for own in held for name in own]
+        self._owners, self._names = [own for own, _ in self._places], [name for _, name in self._places]
         look_over(self.module)
 
     def _check_parts(self) -> None:
         """Refuse a module that has other parameters than it had, which would get no gradients."""
-        if all(_contents(part) == (kinds, parts) for part, kinds, parts in self._parts):
+        if _made_of(self._parts) == self._made_of:
             return
         check_unwrapped(self.module)
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
@@ -169,7 +176,7 @@ class ModuleFunction:
         for alias, name in self._aliases.items():
             state[alias] = state[name]
         with lent(module), _flat_weights(self._recurrent, state):
-            before = [held.get(name) for held, name in self._places]
+            before = [*map(dict.get, self._owners, self._names)]
             try:
                 # The ties are resolved above, once, rather than in every call.
                 output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
@@ -185,10 +192,21 @@ class ModuleFunction:
         return f"<stage function of {self.__qualname__}>"
 
 
-def _contents(part: nn.Module) -> tuple[tuple[Any, ...], list[nn.Module | None]]:
-    """What a module is and has: its class, the names of its parameters, and its submodules."""
-    own = tuple([name for name, parameter in part._parameters.items() if parameter is not None])
-    return (type(part), own), list(part._modules.values())
+def _made_of(parts: Sequence[nn.Module]) -> tuple[list[Any], ...]:
+    """What modules are and have: their classes, the names of their parameters, and their submodules."""
+    parameters, submodules = [*map(_PARAMETERS, parts)], [*map(_SUBMODULES, parts)]
+    return (
+        [*map(type, parts)],
+        [*map(len, parameters)],
+        [*chain.from_iterable(parameters)],
+        [*map(is_, chain.from_iterable(map(dict.values, parameters)), repeat(None))],
+        [*map(len, submodules)],
+        [*chain.from_iterable(map(dict.values, submodules))],
+    )
+
+
+_PARAMETERS = attrgetter("_parameters")
+_SUBMODULES = attrgetter("_modules")
 
 
 def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:

@@ -29,7 +29,7 @@ class TakesGradients(BaseException):
 
 def takes_gradients(function: Any) -> bool:
     """Tell whether a function of torch reads, or makes, a tape or a tangent."""
-    return function in _TAKING
+    return function in TAKING
 
 
 def refused(what: str) -> StageError:
@@ -129,7 +129,7 @@ BACKWARD_CALLED = (
 _NAMES = {"autograd", "enable_grad", "set_grad_enabled", "inference_mode"}
 """Without one of these a backward, which runs without a tape, has nothing to take gradients of."""
 
-_TAKING: set[Any] = {
+TAKING: set[Any] = {
     torch.autograd.grad,
     torch.autograd.backward,
     Tensor.backward,

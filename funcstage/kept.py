@@ -14,7 +14,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from funcstage import _functorch as ft
 from funcstage.errors import TraceError
 from funcstage.locks import lent
+
+if TYPE_CHECKING:
+    from funcstage.contents import Held
 
 MARK = "_kept_by_stage"
 """An attribute of tensors that compiled stages have left on modules: which one it is does not matter."""
@@ -39,29 +42,34 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def taken_out(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[None]:
+def taken_out(
+    module: nn.Module | None, handed: Sequence[Any] = (), held: Held | None = None
+) -> Iterator[None]:
     """Take what a forward keeps out of the levels, once they are closed.
 
     Args:
         module: on which it may keep something.
         handed: objects among its arguments, such as caches, in which it may keep something too.
+        held: what the module, which is lent already, holds now; where that is known.
     """
     if module is None and not handed:
         yield
         return
-    with lent(module):
+    with lent(module if held is None else None):
         try:
             yield
         finally:
             with torch._C.DisableTorchFunction():
-                for root in (*handed, *(() if module is None else (module,))):
+                for root in (*handed, *(() if module is None or held is not None else (module,))):
                     for holder in holders(root):
                         replace_in(holder, _alive)
+                if held is not None:
+                    held.replace_changed(_alive)
 
 
 def objects_among(leaves: Iterable[Any]) -> list[Any]:
     """The leaves of arguments that are objects of the user's, which a forward may write into."""
-    return [leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in _INERT]
+    return [leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in INERT]
 
 
 def _alive(value: Any) -> Any:
@@ -94,18 +102,23 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
 _OF_TENSORS = (Tensor, tuple, frozenset)
 
 
-def holders(root: Any) -> Iterator[Any]:
-    """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches."""
+def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
+    """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches.
+
+    What it goes through on the way, modules and objects, functions and tuples, is added to `passed`.
+    """
     stack, seen = [root], {id(root)}
 
     def push(values: Any) -> None:
         for value in values:
-            if type(value) not in _INERT and id(value) not in seen:
+            if type(value) not in INERT and id(value) not in seen:
                 seen.add(id(value))
                 stack.append(value)
 
     while stack:
         found = stack.pop()
+        if passed is not None:
+            passed.append(found)
         if isinstance(found, nn.Module):
             own = vars(found)
             yield own
@@ -146,7 +159,7 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-_INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))
+INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -208,10 +221,11 @@ class Changes(NamedTuple):
             elif write.grows:
                 holder.extend(contents)
             else:
-                _refill(holder, contents)
+                refill(holder, contents)
 
 
-def _refill(holder: Any, contents: Any) -> None:
+def refill(holder: Any, contents: Any) -> None:
+    """Let a container hold this instead."""
     holder.clear()
     (holder.extend if isinstance(holder, (list, deque)) else holder.update)(contents)
 
@@ -230,8 +244,8 @@ class State:
     def restore(self, *, tensors_only: bool = False) -> None:
         """Put back what has changed, or of this what has got tensors."""
         for holder, contents in (*zip(self._holders, self._contents, strict=True), *self._handed):
-            if _differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
-                _refill(holder, contents)
+            if differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
+                refill(holder, contents)
 
     def changes(self, owner: str) -> tuple[Changes, list[Tensor]] | None:
         """What was changed since, and the tensors that were left; None where nothing was.
@@ -239,13 +253,13 @@ class State:
         Raises:
             TraceError: if something was left that cannot be made anew.
         """
-        if any(_differs(*pair) for pair in self._handed):
+        if any(differs(*pair) for pair in self._handed):
             raise TraceError(
                 f"{owner} writes into an object that it is handed as an argument, such as a cache, which a "
                 "compiled stage would do in its first call alone. Pass the tensors and return the new ones."
             )
         pairs = [*zip(self._holders, self._contents, strict=True)]
-        changed = [i for i, pair in enumerate(pairs) if _differs(*pair)]
+        changed = [i for i, pair in enumerate(pairs) if differs(*pair)]
         if not changed:
             return None
         known = [*self._holders, *self._modules]
@@ -257,7 +271,7 @@ class State:
                 if isinstance(value, Tensor):
                     stand_ins.append(_Before(i, place))
                     memo[id(value)] = stand_ins[-1]
-                elif id(value) not in memo and type(value) not in _INERT and not isinstance(value, _COPIED):
+                elif id(value) not in memo and type(value) not in INERT and not isinstance(value, _COPIED):
                     known.append(value)
                     memo[id(value)] = value
         tensors: list[Tensor] = []
@@ -270,7 +284,7 @@ class State:
             if isinstance(holder, dict):
                 new = {k: v for k, v in holder.items() if k not in contents or contents[k] is not v}
                 removed = tuple(contents.keys() - holder.keys())
-            elif not isinstance(holder, set) and not _differs([*holder][: len(contents)], [*contents]):
+            elif not isinstance(holder, set) and not differs([*holder][: len(contents)], [*contents]):
                 grows, new = True, [*holder][len(contents) :]
             else:
                 new = [*holder]
@@ -300,7 +314,7 @@ class State:
                 if not isinstance(value, Tensor) or ft.storage_key(value) not in keys:
                     continue
                 now = holder.get(place) if isinstance(holder, dict) else None
-                if now is not value and (isinstance(holder, dict) or _differs(holder, contents)):
+                if now is not value and (isinstance(holder, dict) or differs(holder, contents)):
                     raise TraceError(
                         f"{owner} reads a tensor that it has kept on its module in an earlier call "
                         f"({place!r}) and replaces it, which a compiled stage cannot do. Register it as a "
@@ -317,7 +331,8 @@ def _names(contents: Any) -> str:
 _COPIED = (tuple, frozenset)
 
 
-def _differs(holder: Any, contents: Any) -> bool:
+def differs(holder: Any, contents: Any) -> bool:
+    """Tell whether a container holds other objects than these."""
     if len(holder) != len(contents):
         return True
     if isinstance(holder, dict):
@@ -340,7 +355,7 @@ def _tensors_in(value: Any, known: dict[int, Any]) -> list[Tensor]:
     stack, seen = [value], set(known)
     while stack:
         each = stack.pop()
-        if id(each) in seen or type(each) in _INERT:
+        if id(each) in seen or type(each) in INERT:
             continue
         seen.add(id(each))
         if isinstance(each, Tensor):

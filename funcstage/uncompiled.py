@@ -7,7 +7,6 @@ module go back to what they were, and it runs again. From then on it runs on the
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,11 +15,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from funcstage import _functorch as ft
 from funcstage import closures, control_flow, eager, trees
+from funcstage.contents import Contents, Held
 from funcstage.errors import StageError
 from funcstage.functional import lent
 from funcstage.inner_gradients import TakesGradients
-from funcstage.kept import holders, objects_among
+from funcstage.kept import holders, objects_among, refill
 from funcstage.trees import Buffers, Params, PyTree
 
 
@@ -51,9 +52,9 @@ def _linearize(apply: Callable[..., Any], params: Params, *given: Any) -> Any:
     if not _is_known(apply):
         module = getattr(apply, "module", None)
         with lent(module):
-            before = Before.of(module, leaves)
+            before = Before.of(module, leaves, getattr(apply, "contents", None))
             try:
-                return closures.linearize(apply, params, *given)
+                return closures.linearize(apply, params, *given, held=before.held)
             except TakesGradients:
                 before.restore()
         with suppress(TypeError):  # some callables cannot be remembered
@@ -73,46 +74,43 @@ _TAKING: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 class Before(NamedTuple):
-    """What a run that is given up has changed: random generators and the attributes of modules.
+    """What a run that is given up has changed: random generators, and what modules and arguments hold.
 
     Attributes:
         generators: generators with their states.
-        attributes: modules with their attributes.
-        contents: lists, dicts and the like among those and among arguments, with what they held.
+        held: what the module held, if there is one.
+        handed: containers among the arguments, with what they held.
     """
 
     generators: list[tuple[torch.Generator, Tensor]]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    contents: list[tuple[Any, Any]]
+    held: Held | None
+    handed: list[tuple[Any, Any]]
 
     @classmethod
-    def of(cls, module: Any, leaves: Sequence[Any]) -> Before:
-        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices."""
-        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
+    def of(cls, module: Any, leaves: Sequence[Any], contents: Any = None) -> Before:
+        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices.
+
+        `contents` are the module's, where something is known of them.
+        """
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         generators = [torch.default_generator]
         if devices and not torch.cuda.is_current_stream_capturing():
             generators += [torch.cuda.default_generators[device.index] for device in devices]
-        modules = [*module.modules()] if isinstance(module, nn.Module) else []
+        held = None
+        if isinstance(module, nn.Module):
+            known = isinstance(contents, Contents) and not ft.current_level()  # whose tensors die with it
+            held = (contents if known else Contents(module)).now()
         return cls(
             [(generator, generator.get_state()) for generator in generators],
-            [(m, dict(vars(m))) for m in modules],
-            [(v, v.copy()) for m in modules for v in vars(m).values() if type(v) in _CONTAINERS]
-            + [(h, copy.copy(h)) for root in objects_among(leaves) for h in holders(root)],
+            held,
+            [(each, copy.copy(each)) for root in objects_among(leaves) for each in holders(root)],
         )
 
     def restore(self) -> None:
         """Put everything back."""
         for generator, state in self.generators:
             generator.set_state(state)
-        for module, attributes in self.attributes:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for container, contents in self.contents:
-            container.clear()
-            if isinstance(container, (list, deque)):
-                container.extend(contents)
-            else:
-                container.update(contents)
-
-
-_CONTAINERS = {list, dict, set, deque}
+        if self.held is not None:
+            self.held.restore()
+        for container, contents in self.handed:
+            refill(container, contents)

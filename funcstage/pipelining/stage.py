@@ -667,6 +667,7 @@ def _with_loss(apply: StageFunction, loss: FoldedLoss) -> StageFunction:
 
     apply_with_loss.__qualname__ = f"{apply.__qualname__} with its loss"
     apply_with_loss.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
+    apply_with_loss.contents = apply.contents  # type: ignore[attr-defined]
     return apply_with_loss
 
 
@@ -679,6 +680,7 @@ def _computing_in(dtype: torch.dtype, apply: StageFunction) -> StageFunction:
 
     in_dtype.__qualname__ = apply.__qualname__
     in_dtype.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
+    in_dtype.contents = apply.contents  # type: ignore[attr-defined]
     return in_dtype
 
 
