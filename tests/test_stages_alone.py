@@ -15,6 +15,7 @@ from pipeline_cases import (
     assert_same,
     expected,
     growing,
+    make_schedule,
     train,
     with_everything,
 )
@@ -208,3 +209,40 @@ def test_a_w_without_its_i_is_refused(group: Any) -> None:
     schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
     with pytest.raises(fs.StructureError, match="W of microbatch 1 has no I before it"):
         stage.backward_weight_one_chunk(1)
+
+
+@ENGINES
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B"])
+def test_a_step_after_one_that_failed_in_a_forward_is_eagers(schedule: str, compile: Any, group: Any) -> None:
+    # torch leaves the losses of a step that failed to the next one, whose backward went into them.
+    class Failing(nn.Linear):
+        fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails and (compile or bool(x.sum() > 5)):
+                raise KeyError("the user's own")
+            return super().forward(x).tanh()
+
+    torch.manual_seed(0)
+    modules = [Failing(3, 3) for _ in range(stages_for(schedule))]
+    stages = [
+        FunctionalPipelineStage(module, i, len(modules), "cpu", group=group, compile=compile)
+        for i, module in enumerate(modules)
+    ]
+    pipeline = make_schedule(Case(schedule, len(modules), 2), stages, functional.mse_loss)
+    x = torch.cat([torch.zeros(2, 3), torch.ones(2, 3)])
+    pipeline.step(x, target=torch.ones(4, 3))
+    modules[0].fails = True
+    with pytest.raises(Exception, match=r"failed|the user's own"):
+        pipeline.step(x, target=torch.ones(4, 3))
+    modules[0].fails = False
+    for module in modules:
+        module.zero_grad()
+    x, target = torch.randn(4, 3), torch.randn(4, 3)
+    losses: list[Tensor] = []
+    pipeline.step(x, target=target, losses=losses)
+    found = [p.grad for module in modules for p in module.parameters()]
+    expected = functional.mse_loss(nn.Sequential(*modules)(x), target)
+    grads = torch.autograd.grad(expected, [p for module in modules for p in module.parameters()])
+    torch.testing.assert_close(found, [*grads])
+    torch.testing.assert_close(torch.stack(losses).mean(), expected.detach())

@@ -6,7 +6,7 @@ each rank also writes down its plan (which schedule, how many stages and microba
 those that are there already: of two ranks that disagree, the later one sees it.
 
 Private names of torch that this stands on: of a schedule `_PipelineSchedule`, `_step_microbatches`,
-`_n_microbatches`, `_has_backward`, `_stages` and `_stage`, and `_get_default_store`.
+`_internal_losses`, `_n_microbatches`, `_has_backward`, `_stages` and `_stage`, and `_get_default_store`.
 
 Nothing of this costs anything in a step that goes well. Connections are broken off where they are gloo's; on
 a GPU the others wait for at most the group's timeout.
@@ -214,8 +214,10 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
     kind, weak = type(schedule), weakref.ref(schedule)
 
     def step_microbatches(*args: Any, **kwargs: Any) -> Any:
+        watched: Any = weak()
+        watched._internal_losses.clear()  # those of a step that failed, which torch would pull back
         try:
-            return kind._step_microbatches(weak(), *args, **kwargs)
+            return kind._step_microbatches(watched, *args, **kwargs)
         except Exception as error:
             share(stage, groups(), error)
             raise
