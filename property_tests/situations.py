@@ -57,12 +57,7 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
         for saved in (True, False)
     ),
     "argument": tuple(map(Carried, CARRIERS)),
-    "filled argument": tuple(
-        Filled(kind, detached)
-        for kind in FILLED
-        if "namespace" in kind or "cache" in kind
-        for detached in (False, True)
-    ),
+    "filled argument": tuple(Filled(kind, detached) for kind in FILLED for detached in (False, True)),
     "transform": tuple(map(Transformed, TRANSFORMS)),
     "type": tuple(map(Returned, PACKS)),
     "draw": (Draws(),),
