@@ -83,7 +83,7 @@ class Pipeline:
         modules: one for each stage.
         stages: of a schedule, where there is one.
         step: runs all microbatches forward and backward.
-        seen: what hooks saw, in the order of each parameter's.
+        seen: what hooks saw, by parameter.
     """
 
     modules: list[nn.Module]
@@ -91,11 +91,12 @@ class Pipeline:
     step: Callable[[Tensor, Tensor], Any]
     seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def watch(self, name: str, place: int, late: bool) -> None:
+    def watch(self, place: int, late: bool) -> None:
         """Give a parameter of each stage a hook that notes its gradient and changes it."""
         for i, module in enumerate(self.modules):
-            trained = [p for p in module.parameters() if p.requires_grad]
-            seen = self.seen.setdefault(f"{name} of {i}", [])
+            trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+            name, parameter = trained[place % len(trained)]
+            seen = self.seen.setdefault(f"{i}.{name}", [])
             if late:
 
                 def after(parameter: Tensor, seen: list[Tensor] = seen) -> None:
@@ -103,14 +104,14 @@ class Pipeline:
                     seen.append(parameter.grad.clone())
                     parameter.grad.mul_(1.5)
 
-                trained[place % len(trained)].register_post_accumulate_grad_hook(after)
+                parameter.register_post_accumulate_grad_hook(after)
             else:
 
                 def changed(grad: Tensor, seen: list[Tensor] = seen) -> Tensor:
                     seen.append(grad.clone())
                     return grad * 2
 
-                trained[place % len(trained)].register_hook(changed)
+                parameter.register_hook(changed)
 
     def state(self) -> list[tuple[str, Tensor | None]]:
         """Parameters, gradients, buffers and what hooks saw."""
@@ -120,7 +121,7 @@ class Pipeline:
                 found += [(f"{i}.{name}", p.detach()), (f"the gradient of {i}.{name}", p.grad)]
             found += [(f"{i}.{name}", b) for name, b in module.named_buffers()]
         for name, values in self.seen.items():
-            found += [(f"seen {k} by the hook {name}", value) for k, value in enumerate(values)]
+            found += [(f"seen {k} by hooks of {name}", value) for k, value in enumerate(values)]
         return found
 
 
@@ -161,11 +162,11 @@ def of_eager(modules: list[nn.Module]) -> Pipeline:
 
 
 def hooked(pipeline: Pipeline, place: int) -> None:
-    pipeline.watch(f"{place}", place, late=False)
+    pipeline.watch(place, late=False)
 
 
 def hooked_late(pipeline: Pipeline, place: int) -> None:
-    pipeline.watch(f"{place} (late)", place, late=True)
+    pipeline.watch(place, late=True)
 
 
 def stepped(pipeline: Pipeline, place: int) -> None:
@@ -282,6 +283,8 @@ class Plot:
         faulty.left = 1 if self.engine == "aten" else 1 + self.fault[2]
         with pytest.raises(Exception) as caught:  # noqa: PT011
             pipeline.step(x, target)
+        if isinstance(caught.value, fs.TraceError) and not is_fault(caught.value):
+            raise caught.value  # a module that cannot be compiled
         assert is_fault(caught.value), caught.value
         faulty.left = 0
         for module, state in zip(pipeline.modules, before, strict=True):
