@@ -103,10 +103,15 @@ class Containers:
         """Let the caller's containers hold what the stage has left in its own.
 
         Raises:
-            PurityError: if one is of a type whose contents cannot be exchanged.
+            PurityError: if one is of a type whose contents cannot be exchanged, or there more than once.
         """
         changed = self.changed()
         for each in changed:
+            if sum(each.given is other.given for other in self._found) > 1:
+                raise PurityError(
+                    f"{stage} writes into {each.name}, a {type(each.given).__qualname__} that is among the "
+                    f"arguments more than once, of which it is handed several copies. {WAY_OUT}"
+                )
             if type(each.given) not in _FILLED and not _is_open_dataclass(each.given):
                 raise PurityError(
                     f"{stage} writes into {each.name}, a {type(each.given).__qualname__} of which it is "

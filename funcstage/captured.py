@@ -61,12 +61,19 @@ def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
             yield from ((f"the captured tensor {place!r}", value) for place, value in entries)
         functions += [part.forward for part in module.modules()]
+        for kind in {kind: None for part in module.modules() for kind in type(part).__mro__}:
+            yield from ((f"the captured tensor {kind.__name__}.{name}", v) for name, v in vars(kind).items())
     for function in functions:
         if isinstance(function, MethodType):
             function = function.__func__
         if isinstance(function, FunctionType):
             for name in function.__code__.co_names:
-                yield f"the global {name!r}", function.__globals__.get(name)
+                value = function.__globals__.get(name)
+                yield f"the global {name!r}", value
+                if isinstance(value, nn.Module):
+                    yield from ((f"the global {name}.{key}", p) for key, p in value.named_parameters())
+            for value in function.__defaults__ or ():
+                yield f"a default argument of {function.__qualname__}", value
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
                 try:
                     yield f"the captured variable {name!r}", cell.cell_contents

@@ -220,6 +220,11 @@ def ids(case: Any) -> str:
     return case[0].__name__
 
 
+@pytest.mark.supports(
+    "lists and dicts among the arguments that the forward writes into",
+    "as eager leaves them, detached",
+    "refused: return what is new",
+)
 @pytest.mark.parametrize("case", WRITING, ids=ids)
 def test_uncompiled_the_callers_containers_hold_what_eager_leaves_in_them(case: Any) -> None:
     body, make, kwargs = case
@@ -280,3 +285,17 @@ def test_a_type_whose_contents_cannot_be_exchanged_is_refused(engine: str) -> No
     with pytest.raises(fs.StageError, match=r"writes into args\[1\], a Cache.*make a copy"):
         fs.stage_vjp(stage, params, buffers, X, cache)
     assert len(cache.values) == 1
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_container_that_is_passed_twice_may_not_be_written_into(engine: str) -> None:
+    def counts(proj: Any, x: Tensor, log: list[int], same: list[int]) -> Tensor:
+        log.append(1)
+        return proj(x) * len(same)
+
+    apply, params, buffers = fs.functionalize(Writes(counts))
+    stage = apply if engine == "closures" else fs.compile(apply, backend="aten")
+    log = [1]
+    with pytest.raises(fs.StageError, match=r"writes into args\[1\], a list"):
+        fs.stage_vjp(stage, params, buffers, X, log, log)
+    assert log == [1]

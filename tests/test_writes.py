@@ -225,6 +225,17 @@ def in_a_cell() -> Captures:
     return module
 
 
+TEACHER = nn.Linear(4, 4)
+
+
+class OfItsClass(Captures):
+    SCALE = torch.ones(4)
+
+
+def scaled_by_default(m: Any, x: Tensor, scale: Tensor = OfItsClass.SCALE) -> Tensor:
+    return m.proj(x * scale)
+
+
 Captured = Callable[[Any], Tensor]
 OF_MASK: Captured = lambda m: m.mask  # noqa: E731
 CAPTURING: dict[str, tuple[Callable[[], nn.Module], Captured, str]] = {
@@ -232,6 +243,13 @@ CAPTURING: dict[str, tuple[Callable[[], nn.Module], Captured, str]] = {
     "deep": (lambda: Captures(lambda m, x: m.proj(x * m.kept["deep"][0])), lambda m: m.kept["deep"][0], "0"),
     "global": (lambda: Captures(lambda m, x: m.proj(x * GLOBAL)), lambda m: GLOBAL, "(float32[4])"),
     "cell": (in_a_cell, lambda m: m.cell[0], "captured"),
+    "class": (lambda: OfItsClass(lambda m, x: m.proj(x * m.SCALE)), lambda m: m.SCALE, "OfItsClass.SCALE"),
+    "default": (lambda: Captures(scaled_by_default), lambda m: OfItsClass.SCALE, "captured"),
+    "a global module": (
+        lambda: Captures(lambda m, x: m.proj(TEACHER(x))),
+        lambda m: TEACHER.weight,
+        "(float32[4, 4])",
+    ),
     "of W alone": (lambda: Captures(lambda m, x: x + m.proj(m.mask.expand(5, 4))), OF_MASK, "'mask'"),
     "by a view": (lambda: Captures(lambda m, x: m.proj(x * m.mask.view(2, 2).view(4))), OF_MASK, "'mask'"),
     "a matrix": (
@@ -264,7 +282,7 @@ CAPTURING: dict[str, tuple[Callable[[], nn.Module], Captured, str]] = {
 
 
 def write(captured: Tensor) -> None:
-    captured.copy_(captured.flip(0) if not captured.is_floating_point() else captured * 2)
+    captured.detach().copy_(captured.flip(0) if not captured.is_floating_point() else captured * 2)
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "inductor"])
