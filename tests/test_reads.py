@@ -364,6 +364,12 @@ def test_a_function_with_attributes_is_seen_to_change() -> None:
     check_change(stage, lambda: setattr(noted, "scale", 2.0), torch.randn(2, 4))
 
 
+def test_a_global_function_with_attributes_is_seen_to_change() -> None:
+    noted.scale = 1.0  # type: ignore[attr-defined]
+    stage = compiled(Reading(lambda: noted(), float))
+    check_change(stage, lambda: setattr(noted, "scale", 2.0), torch.randn(2, 4))
+
+
 def test_a_variable_of_the_context_is_seen_to_change() -> None:
     VARIABLE.set(1.0)
     stage = compiled(Reading(lambda: VARIABLE.get(), float))
