@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, call, itemgetter
 from typing import Any, NamedTuple
 
 import optree
@@ -222,14 +223,15 @@ class ModuleState:
         seen = set(self._ids)
         others = [content(namespace.get(name), seen) for namespace, name in self._others]
         try:
-            plain = [value for namespace, reader in self._readers for value in reader(namespace)]
+            plain = [*chain.from_iterable(map(call, self._readers))]
         except KeyError:  # one attribute in place of another
             self._collect()
             return self.glance()
         parameters = held_in(self._parameters)
         hooked = self._hooks_matter and any_hooked(parameters)
         kinds = [*map(type, self._parts), *map(type, parameters)]
-        return Glance(plain, [*sizes, *chain.from_iterable(self._hooks), *others, hooked], kinds)
+        hooks = chain.from_iterable(self._hooks) if any(self._hooks) else ()
+        return Glance(plain, [*sizes, *hooks, *others, hooked], kinds)
 
     def _collect(self) -> None:
         parts = [part for module in self._modules for part in module.modules()]
@@ -238,7 +240,7 @@ class ModuleState:
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
         self._sizes = [*map(len, self._namespaces)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
-        self._readers: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
+        self._readers: list[Callable[[], Any]] = []
         self._others: list[tuple[dict[str, Any], str]] = []
         for part in parts:
             attributes = vars(part)
@@ -248,7 +250,7 @@ class ModuleState:
                 plain.insert(0, "training")
             for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
                 if names:  # the first one twice, as a getter of one item returns no tuple
-                    self._readers.append((namespace, itemgetter(names[0], *names)))
+                    self._readers.append(partial(itemgetter(names[0], *names), namespace))
             self._others += [(attributes, name) for name in own if name not in plain]
 
 
