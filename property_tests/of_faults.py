@@ -38,13 +38,15 @@ class Interrupt(Situation):
     refusable = ("closures", "aten")
 
     def around(self, verb: str) -> AbstractContextManager[object]:
-        return _Interrupts(self.at, FAULTS[self.what]) if verb == self.verb else nullcontext()
+        return Interrupts(self.at, FAULTS[self.what]) if verb == self.verb else nullcontext()
 
     def around_eager(self, verb: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-class _Interrupts(TorchDispatchMode):
+class Interrupts(TorchDispatchMode):
+    """Raises an error instead of running operation number `at`."""
+
     def __init__(self, at: int, error: type[BaseException]) -> None:
         super().__init__()
         self.left, self.error = at, error

@@ -22,6 +22,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from of_faults import Interrupts
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -45,10 +46,12 @@ class Link(nn.Module):
 
     Attributes:
         faulty: whether it throws after all it computes, its buffers' updates included.
+        differentiates: whether it takes a gradient inside.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, differentiates: bool = False) -> None:
         super().__init__()
+        self.differentiates = differentiates
         self.scale = nn.Parameter(torch.full((SHAPE[-1],), 0.9, **MADE))
         self.body = body
         self.faulty = False
@@ -57,6 +60,8 @@ class Link(nn.Module):
         y = self.body(x)
         if self.faulty:
             raise Fault
+        if self.differentiates:
+            x = torch.func.grad(lambda point: (point * self.scale).sin().sum())(x)
         return x * self.scale + torch.tanh(y.abs().sum() if y.is_complex() else y.sum())
 
 
@@ -73,8 +78,8 @@ class Running:
     expected_total: list[Tensor | None] | None = None
 
     @classmethod
-    def of(cls, body: nn.Module, compiled: bool) -> Running:
-        module = Link(body)
+    def of(cls, body: nn.Module, compiled: bool, differentiates: bool) -> Running:
+        module = Link(body, differentiates)
         apply, params, buffers = fs.functionalize(module)
         if compiled and is_traceable(module):
             apply = fs.compile(apply, backend="aten")
@@ -135,15 +140,15 @@ class Training(RuleBasedStateMachine):
 
     @initialize(
         bodies=st.lists(
-            st.tuples(strategies.modules(blocks=PRECISE, **MADE), st.booleans()),
+            st.tuples(strategies.modules(blocks=PRECISE, **MADE), st.booleans(), st.booleans()),
             min_size=1,
             max_size=3,
         )
     )
-    def build(self, bodies: list[tuple[nn.Module, bool]]) -> None:
+    def build(self, bodies: list[tuple[nn.Module, bool, bool]]) -> None:
         gc.collect()
         self.allocated = allocated()  # with the bodies, which Hypothesis keeps alive
-        self.stages = [Running.of(copy.deepcopy(body), compiled) for body, compiled in bodies]
+        self.stages = [Running.of(copy.deepcopy(body), *how) for body, *how in bodies]
         for stage in self.stages:
             self.note((stage.params, stage.buffers))
 
@@ -230,6 +235,21 @@ class Training(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         """A microbatch that is never pulled back."""
         del self.microbatches[draw_place(data, self.microbatches)]
+
+    @precondition(lambda self: self.microbatches)
+    @rule(data=st.data(), at=st.integers(0, 5))
+    def interrupt(self, data: st.DataObject, at: int) -> None:
+        """I of a microbatch is interrupted: it can be tried again, or says that it is consumed."""
+        passed = self.microbatches.pop(draw_place(data, self.microbatches)).passed.pop()
+        assert passed.pullback is not None
+        try:
+            with Interrupts(at, Fault):
+                passed.pullback(drawn(0))
+        except Fault:
+            if not passed.pullback.consumed:
+                self.run_input_backward(passed, drawn(0), False)
+        with pytest.raises(fs.ConsumedError):
+            passed.pullback(drawn(0))
 
     @precondition(lambda self: self.pending)
     @rule(data=st.data())
