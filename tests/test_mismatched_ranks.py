@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn import functional
 
-from funcstage.pipelining import FunctionalPipelineStage, failures
+from funcstage.pipelining import FunctionalPipelineStage, plans
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -242,7 +242,7 @@ def test_a_rank_with_torchs_stages_alone_is_no_reason_to_refuse() -> None:
 
 
 def test_plans_name_what_differs() -> None:
-    plan = failures.Plan("ScheduleGPipe", 2, 4, True, True, (0,))
-    other = failures.Plan("ScheduleGPipe", 2, 4, True, False, (1,))
+    plan = plans.Plan("ScheduleGPipe", 2, 4, True, True, (0,))
+    other = plans.Plan("ScheduleGPipe", 2, 4, True, False, (1,))
     assert plan.disagreement(other) == "whether the schedule has a loss_fn: True and False"
-    assert not plan.disagreement(failures.Plan("ScheduleGPipe", 2, 4, True, True, (1,)))
+    assert not plan.disagreement(plans.Plan("ScheduleGPipe", 2, 4, True, True, (1,)))

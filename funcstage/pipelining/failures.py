@@ -1,23 +1,20 @@
 """What one rank fails with, the others raise too, instead of waiting for messages that never come.
 
 A rank that fails writes down why, in the store that all ranks of the process group share, and then breaks off
-its connections, so that whoever waits for it wakes up, looks there, and does likewise. Before the first step
-each rank also writes down its plan (which schedule, how many stages and microbatches), and compares it with
-those that are there already: of two ranks that disagree, the later one sees it.
-
-Private names of torch that this stands on: of a schedule `_PipelineSchedule`, `_step_microbatches`,
-`_internal_losses`, `_n_microbatches`, `_has_backward`, `_stages` and `_stage`, and `_get_default_store`.
+its connections, so that whoever waits for it wakes up, looks there, and does likewise.
 
 Nothing of this costs anything in a step that goes well. Connections are broken off where they are gloo's; on
-a GPU the others wait for at most the group's timeout.
+a GPU the others wait for at most the group's timeout. After that the messages of the step are under way for
+good: no rank runs anything more in the group. A process alone may go on.
+
+The one private name of torch that this stands on is `_get_default_store`.
 """
 
 from __future__ import annotations
 
 import pickle
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import schedules
 
 from funcstage.errors import StageError, StructureError
 
@@ -43,24 +39,59 @@ class Failure:
     message: str
 
     @classmethod
-    def of(cls, stage: str, error: Exception) -> Failure:
+    def of(cls, stage: str, error: BaseException) -> Failure:
         """Describe an error of a stage."""
         if isinstance(error, StageError):
             text = str(error)
             return cls(type(error), text if text.lower().startswith(stage.lower()) else f"{stage}: {text}")
-        return cls(StageError, f"{stage} has failed: {type(error).__name__}: {error}")
+        return cls(StageError, f"{stage} has failed: {type(error).__name__}: {error}".removesuffix(": "))
 
 
-def tell(group: dist.ProcessGroup | None, failure: Failure) -> None:
-    """Write down why this rank fails."""
-    _store().set(_key(group, "failure"), pickle.dumps(failure))
+def tell(groups: Iterable[dist.ProcessGroup | None], failure: Failure) -> None:
+    """Write down why this rank fails, and that it runs nothing more in these groups."""
+    for group in set(map(the, groups)):
+        if dist.get_world_size(group) > 1:
+            _BROKEN[group] = failure
+            with suppress(RuntimeError):  # the store's rank has ended, and the others will notice that
+                store().set(key(group, "failure"), pickle.dumps(failure))
 
 
-def heard(group: dist.ProcessGroup | None) -> Failure | None:
-    """Read why a rank has failed, if one said so."""
-    store, key = _store(), _key(group, "failure")
-    failure: Failure | None = pickle.loads(store.get(key)) if store.check([key]) else None
-    return failure
+def heard(groups: Iterable[dist.ProcessGroup | None]) -> Failure | None:
+    """Read why a rank of one of the groups has failed, if one said so."""
+    with suppress(RuntimeError):  # as above
+        for group in set(map(the, groups)):
+            told = written(key(group, "failure"))
+            if told is not None:
+                failure: Failure = pickle.loads(told)
+                return failure
+    return None
+
+
+def heard_by_all(failure: Failure) -> StageError:
+    """Make the error of a failure that all ranks hear of without being told once more."""
+    error = failure.kind(failure.message)
+    error.known_to_all = True  # type: ignore[attr-defined]
+    return error
+
+
+_BROKEN: weakref.WeakKeyDictionary[Any, Failure] = weakref.WeakKeyDictionary()
+"""The groups in which a step has failed, with messages under way."""
+
+
+def check_unbroken(group: dist.ProcessGroup | None) -> None:
+    """Refuse to go on in a group in which a step has failed.
+
+    Raises:
+        StructureError: names that failure.
+    """
+    failure = _BROKEN.get(the(group))
+    if failure is not None:
+        text = (
+            "A step has failed before in this process group, and its messages would be taken for those of "
+            f"the next one. That was: {failure.message.rstrip('.')}. On every rank, make a new process group "
+            "(torch.distributed.new_group), new stages and a new schedule in it, or let the process end."
+        )
+        raise heard_by_all(Failure(StructureError, text))
 
 
 def break_off(groups: Iterable[dist.ProcessGroup | None]) -> None:
@@ -79,7 +110,7 @@ def break_off(groups: Iterable[dist.ProcessGroup | None]) -> None:
 _NEVER_SENT = 0x7FFF_0001
 
 
-def lost(error: Exception) -> bool:
+def lost(error: BaseException) -> bool:
     """Whether an error says no more than that another rank does not answer."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
 
@@ -87,146 +118,7 @@ def lost(error: Exception) -> bool:
 _SIGNS_OF_LOSS = ("gloo", "Connection closed", "Timed out", "pair closure", "reset by peer", "Broken pipe")
 
 
-# What ranks must agree about.
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a rank is about to run.
-
-    Attributes:
-        schedule: its class.
-        num_stages: over all ranks.
-        num_microbatches: of a step.
-        scales: whether gradients are divided by the number of microbatches.
-        trains: whether there is a loss.
-        stages: those of this rank.
-    """
-
-    schedule: str
-    num_stages: int
-    num_microbatches: int
-    scales: bool
-    trains: bool
-    stages: tuple[int, ...]
-
-    @classmethod
-    def of(cls, schedule: Any) -> Plan:
-        """Read a schedule of torch's."""
-        stages = _stages_of(schedule)
-        return cls(
-            type(schedule).__name__,
-            stages[0].num_stages,
-            schedule._n_microbatches,
-            bool(getattr(schedule, "scale_grads", True)),
-            bool(schedule._has_backward),
-            tuple(sorted(stage.stage_index for stage in stages)),
-        )
-
-    def disagreement(self, other: Plan) -> str:
-        """Say what two ranks disagree about; nothing if they do not.
-
-        The two are in the order of the ranks.
-        """
-        for name, what in _AGREED.items():
-            if getattr(self, name) != getattr(other, name):
-                return f"{what}: {getattr(self, name)} and {getattr(other, name)}"
-        both = sorted({*self.stages} & {*other.stages})
-        return f"where stage {both[0]} is: both have it" if both else ""
-
-
-_AGREED = {
-    "num_stages": "the number of stages",
-    "num_microbatches": "the number of microbatches",
-    "schedule": "the schedule",
-    "scales": "scale_grads",
-    "trains": "whether the schedule has a loss_fn",
-}
-
-
-def _stages_of(schedule: Any) -> list[Any]:
-    return schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
-
-
-def check_agreement(
-    group: dist.ProcessGroup | None, number: int, plan: Plan, rank_of: Mapping[int, int]
-) -> None:
-    """Compare the plan of this rank with those that others have written down.
-
-    Args:
-        group: of the pipeline.
-        number: how many schedules this rank has run in the group before.
-        plan: of this rank.
-        rank_of: where the schedule looks for each stage.
-
-    Raises:
-        StructureError: if another rank has another plan; it says which, and about what they disagree.
-    """
-    store, rank, world = _store(), dist.get_rank(group), dist.get_world_size(group)
-    keys = [_key(group, f"plan {number} of {other}") for other in range(world)]
-    store.set(keys[rank], pickle.dumps(plan))
-    plans = {
-        r: pickle.loads(store.get(keys[r])) for r in range(world) if r != rank and store.check([keys[r]])
-    }
-    for other, theirs in plans.items():
-        first, second = sorted((rank, other))
-        mine_first = rank == first
-        said = (plan if mine_first else theirs).disagreement(theirs if mine_first else plan)
-        if said:
-            raise StructureError(
-                f"Rank {first} and rank {second} of the pipeline disagree about {said}. Give all ranks the "
-                "same schedule, loss_fn, number of stages and number of microbatches, and each stage to one."
-            )
-    for i in plan.stages:
-        if rank_of.get(i, rank) != rank:
-            raise StructureError(
-                f"Rank {rank} of the pipeline and its schedule disagree about where stage {i} is: the "
-                f"schedule looks for it on rank {rank_of[i]}. Make it there."
-            )
-    missing = set(range(plan.num_stages)).difference(plan.stages, *(p.stages for p in plans.values()))
-    if len(plans) == world - 1 and missing:
-        raise StructureError(
-            f"Stage {min(missing)} of {plan.num_stages} is on no rank of the pipeline. Make it on one."
-        )
-
-
-# Schedules, which know when a step begins and what it fails with.
-
-_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""The schedules that are watched, and how many there were in their group before."""
-
-_COUNTS: dict[str, int] = {}
-
-
-def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | None]]) -> None:
-    """Watch the schedule that begins a step with this stage: compare plans, and share what a step fails with.
-
-    Args:
-        stage: whose method the schedule has called.
-        groups: the process groups that the stage's messages go through.
-    """
-    schedule = _calling_schedule()
-    if schedule is None or schedule in _NUMBERS:
-        return
-    name = _key(stage.group, "")
-    _NUMBERS[schedule] = number = _COUNTS.get(name, 0)
-    _COUNTS[name] = number + 1
-    kind, weak = type(schedule), weakref.ref(schedule)
-
-    def step_microbatches(*args: Any, **kwargs: Any) -> Any:
-        watched: Any = weak()
-        watched._internal_losses.clear()  # those of a step that failed, which torch would pull back
-        try:
-            return kind._step_microbatches(watched, *args, **kwargs)
-        except Exception as error:
-            share(stage, groups(), error)
-            raise
-
-    schedule._step_microbatches = step_microbatches
-    check_agreement(stage.group, number, Plan.of(schedule), stage.stage_index_to_group_rank)
-
-
-def share(stage: Any, groups: Iterable[dist.ProcessGroup | None], error: Exception) -> None:
+def share(stage: Any, groups: Iterable[dist.ProcessGroup | None], error: BaseException) -> None:
     """Tell the other ranks of an error, or raise what one of them has told.
 
     Args:
@@ -239,31 +131,33 @@ def share(stage: Any, groups: Iterable[dist.ProcessGroup | None], error: Excepti
     """
     if getattr(error, "known_to_all", False):
         return
-    told = heard(stage.group) if lost(error) else None
-    if told is None:
-        tell(stage.group, Failure.of(f"Stage {stage.stage_index} of {stage.num_stages}", error))
+    groups = list(groups)
+    told = heard(groups) if lost(error) else None
+    tell(groups, told or Failure.of(f"Stage {stage.stage_index} of {stage.num_stages}", error))
     break_off(groups)
     if told is not None:
         raise told.kind(told.message) from error
 
 
-def _calling_schedule() -> Any:
-    frame: Any = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return None
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, schedules._PipelineSchedule):
-            return caller
-        frame = frame.f_back
-    return None
+# The store.
 
 
-def _key(group: dist.ProcessGroup | None, what: str) -> str:
-    group = group or dist.group.WORLD
-    assert group is not None
-    return f"funcstage {group.group_name}: {what}"
+def the(group: dist.ProcessGroup | None) -> Any:
+    """Return the process group that is meant."""
+    return group or dist.group.WORLD
 
 
-def _store() -> Any:
+def key(group: dist.ProcessGroup | None, what: str) -> str:
+    """Name a place in the store."""
+    return f"funcstage {the(group).group_name}: {what}"
+
+
+def store() -> Any:
+    """Return the store that all ranks share."""
     return dist.distributed_c10d._get_default_store()
+
+
+def written(key: str) -> bytes | None:
+    """Read what is at a place in the store, without waiting for it; nothing if it is empty."""
+    found: bytes = store().get(key) if store().check([key]) else b""
+    return found or None

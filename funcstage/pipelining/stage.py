@@ -25,7 +25,7 @@ from funcstage.errors import LeafError, StructureError
 from funcstage.graph import _torch as tt
 from funcstage.graph import compile as compile_stage
 from funcstage.parameter_hooks import hooked, with_hooks_on_accumulators
-from funcstage.pipelining import failures, hooks
+from funcstage.pipelining import constructors, failed_steps, failures, hooks, plans
 from funcstage.pipelining._torch import (
     EVERY_INPUT_RETURNS_A_GRADIENT,
     Examples,
@@ -34,8 +34,10 @@ from funcstage.pipelining._torch import (
     without_memory,
 )
 from funcstage.pipelining.binding import Binding, Structure, read, untouched, update
+from funcstage.pipelining.preparations import Preparations
 from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.same_dtypes import SameDtypes
+from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.upstream import Upstream
 from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -119,37 +121,42 @@ class FunctionalPipelineStage(ExchangingStage):
         data_parallel: dist.ProcessGroup | DeviceMesh | None = None,
         param_dtype: torch.dtype | None = None,
     ) -> None:
-        device = torch.device(device)
-        _check_position(stage_index, num_stages)
-        _check_module(submodule, device)
-        _check_loss(loss_fn)
-        _check_param_dtype(param_dtype)
-        if dw_builder is not None:
-            raise StructureError(
-                "dw_builder must be None: this stage splits its backward itself, into I and W."
-            )
-        # The examples stay here: torch would take them for the truth, and skip the exchange that checks it.
-        super().__init__(submodule, stage_index, num_stages, device, group=group)
-        self._given_inputs = input_args
-        self._given_outputs = output_args
-        self._compile_options: dict[str, Any] | None = {} if compile is True else compile or None
-        self._loss = None if loss_fn is None else FoldedLoss(loss_fn)
-        self._grad_dtype = grad_dtype
-        self._param_dtype = param_dtype
-        self._output: PyTree = None
-        self._prepared_for: tuple[Any, dict[str, Any]] | None = None
-        self._forwards: dict[int, _Forward] = {}
-        self._pending: dict[int, _Pending] = {}
-        self._weight_pullbacks: dict[int, WeightPullback] = {}
-        self._shared: set[str] = set()
-        self._shared_grads: dict[str, Tensor] = {}
-        self._upstream = Upstream()
-        self._hooks_of_accumulators: list[str] = []
-        self._replicas = None if data_parallel is None else replicas_of(data_parallel)
-        self._parameters: dict[str, Any] = {}
-        self._bind()
-        if self._replicas is not None:
-            self._replicas.replicate([*submodule.parameters(), *submodule.buffers()])
+        with constructors.constructing(group, stage_index, num_stages):
+            device = torch.device(device)
+            _check_position(stage_index, num_stages)
+            _check_module(submodule, device)
+            _check_loss(loss_fn)
+            _check_param_dtype(param_dtype)
+            if dw_builder is not None:
+                raise StructureError(
+                    "dw_builder must be None: this stage splits its backward itself, into I and W."
+                )
+            # The examples stay here: torch would take them for the truth, and skip the exchange that
+            # checks it.
+            super().__init__(submodule, stage_index, num_stages, device, group=group)
+            self._given_inputs = input_args
+            self._given_outputs = output_args
+            self._compile_options: dict[str, Any] | None = {} if compile is True else compile or None
+            self._loss = None if loss_fn is None else FoldedLoss(loss_fn)
+            self._grad_dtype = grad_dtype
+            self._param_dtype = param_dtype
+            self._output: PyTree = None
+            self._prepared_for: tuple[Any, dict[str, Any]] | None = None
+            self._forwards: dict[int, _Forward] = {}
+            self._pending: dict[int, _Pending] = {}
+            self._weight_pullbacks: dict[int, WeightPullback] = {}
+            self._shared: set[str] = set()
+            self._shared_grads: dict[str, Tensor] = {}
+            self._upstream = Upstream()
+            self._hooks_of_accumulators: list[str] = []
+            self._replicas = None if data_parallel is None else replicas_of(data_parallel)
+            self._parameters: dict[str, Any] = {}
+            self._fitting: Binding | None = None
+            self._progress = failed_steps.Progress()
+            self._preparations = Preparations(self)
+            self._bind()
+            if self._replicas is not None:
+                self._replicas.replicate([*submodule.parameters(), *submodule.buffers()])
 
     @property
     def loss_fn(self) -> FoldedLoss | None:
@@ -175,18 +182,28 @@ class FunctionalPipelineStage(ExchangingStage):
     def clear_runtime_states(self) -> None:
         """Begin a step."""
         super().clear_runtime_states()
-        self._forwards.clear()
-        self._pending.clear()
-        self._weight_pullbacks.clear()
-        self._shared_grads.clear()
+        for left in (
+            self.bwd_cache,
+            self._forwards,
+            self._pending,
+            self._weight_pullbacks,
+            self._shared_grads,
+        ):
+            left.clear()
+        self._progress.begin()
         self._upstream.clear()
         if self._replicas is not None:
             self._replicas.drop(self)
         try:
-            failures.watch_caller(self, self._groups)
+            schedule = plans.watch_caller(self, self._all_groups)
+            if schedule is not None:
+                self._preparations.turn_to(schedule, self)
             self._read_state()
-        except Exception as error:
-            failures.share(self, self._groups(), error)
+            if self._fitting is not self._binding:  # has changed while another schedule drove the stage
+                self._check_still_fits()
+                self._fitting = self._binding
+        except BaseException as error:
+            failures.share(self, self._all_groups(), error)
             raise
         if self.has_backward:
             self._hooks_of_accumulators = with_hooks_on_accumulators(self._parameters)
@@ -221,6 +238,7 @@ class FunctionalPipelineStage(ExchangingStage):
         if not self.is_first:
             args = tuple(map(trees.detached, self.received(fwd_chunk_id)))
         call = _Call(fwd_chunk_id, args, kwargs or {})
+        self._look_again(fwd_chunk_id)
         self._check_call(call)
         if not self.is_last:
             outputs = tuple(tensor.contiguous() for tensor in _as_tuple(self._forward(self._apply, call)))
@@ -318,6 +336,10 @@ class FunctionalPipelineStage(ExchangingStage):
             grad_scale_factor: the number.
         """
         self._upstream.deliver(grad_scale_factor)
+        frozen = [p for p in read(self._binding.constant).values() if isinstance(p, nn.Parameter)]
+        for parameter in frozen if grad_scale_factor != 1 else ():
+            if parameter.grad is not None:  # of an earlier step; torch's stage divides it too
+                parameter.grad.div_(grad_scale_factor)
         if self._replicas is not None and self._replicas.scale(self, grad_scale_factor):
             return
         shared, self._shared_grads = self._shared_grads, {}
@@ -327,6 +349,7 @@ class FunctionalPipelineStage(ExchangingStage):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             elif parameter.grad is not None and name not in self._shared:
                 parameter.grad.div_(grad_scale_factor)
+        self._progress.whole = bool(self._progress.added)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce and divide the gradients at the end of a step; torch does not divide by one."""
@@ -338,13 +361,14 @@ class FunctionalPipelineStage(ExchangingStage):
 
     def _bind(self) -> None:
         """Read what the module is made of."""
-        self._binding = Binding.of(self.submod)
-        apply: StageFunction = self._binding.apply
+        binding = Binding.of(self.submod)
+        apply: StageFunction = binding.apply
         if self._param_dtype is not None:
             apply = _computing_in(self._param_dtype, apply)
         self._eager = apply
         self._apply = self._compiled(apply)
         self._apply_with_loss = self._compiled(_with_loss(apply, self._loss)) if self._loss else None
+        self._binding = binding  # last: if this was interrupted, the next step reads it all again
         self._read_tensors()
 
     def _current(self) -> Binding:
@@ -360,7 +384,8 @@ class FunctionalPipelineStage(ExchangingStage):
             _check_module(self.submod, self.device)
             self._bind()
             self._check_still_fits()
-        except Exception:
+            self._fitting = self._binding
+        except BaseException:
             self._binding = before  # so that the next step looks again
             raise
         if self._replicas is not None and not before.structure.same_modules(self._binding.structure):
@@ -391,6 +416,27 @@ class FunctionalPipelineStage(ExchangingStage):
             name: tensor.detach().clone() for name, tensor in read(self._binding.updated).items()
         }
         self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
+        self._snapshot = Snapshot.of(
+            self.submod,
+            self._binding.structure.parts,
+            {**self._binding.trainable, **self._binding.constant},
+            copied=self._param_dtype is not None,
+        )
+        self._owned = OwnedBuffers.of(self._binding.updated)
+
+    def _look_again(self, chunk: int) -> None:
+        """Notice what was done to the module since the last microbatch of the step."""
+        change = self._snapshot.change(self.submod)
+        if change:
+            raise StructureError(
+                f"{self._name}: {change} in the midst of a step, before microbatch {chunk}. Do that between "
+                "steps, which take it up."
+            )
+        if self._owned.changed(self._binding.updated):
+            self._current()
+            self._read_tensors()
+        elif self._snapshot.written():
+            self._read_tensors()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """Detach a parameter, cast to the dtype to compute in, or a buffer, as it is."""
@@ -430,6 +476,9 @@ class FunctionalPipelineStage(ExchangingStage):
         before, self._buffers = self._buffers, new
         if update(self._binding.updated, before, new) or self._binding.buffers_registered():
             self._bind()
+            self._fitting = self._binding
+        else:
+            self._owned = OwnedBuffers.of(self._binding.updated)
 
     def _find_shared(self) -> None:
         """Find the parameters that other stages of this process have as well.
@@ -448,10 +497,12 @@ class FunctionalPipelineStage(ExchangingStage):
             hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
     def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
+        self._progress.add(chunk)
         if self._hooks_of_accumulators or hooked(self._parameters.values()):
             self._accumulate_by_autograd(chunk, weight_pullback, whole)
         else:
             self._accumulate_directly(weight_pullback)
+        self._progress.added_all()
         if last and self._replicas is not None:
             grads = (parameter.grad for parameter in self._parameters.values())
             self._replicas.average(self, [grad for grad in grads if grad is not None])
@@ -617,6 +668,9 @@ class FunctionalPipelineStage(ExchangingStage):
         with tt.own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
             output, _ = self._eager(params, buffers, *args, **kwargs)
         return output
+
+    def _all_groups(self) -> set[dist.ProcessGroup | None]:
+        return self._groups() | (set() if self._replicas is None else {self._replicas.group})
 
     @property
     def _name(self) -> str:

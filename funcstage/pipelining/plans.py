@@ -1,0 +1,192 @@
+"""What the ranks of a pipeline must agree about, compared before the first step of each schedule.
+
+Each rank writes down its plan (which schedule, how many stages and microbatches), and compares it with those
+of the others. From then on the schedule is watched: what a step of it fails with is shared with the others.
+
+Private names of torch that this stands on: of a schedule `_PipelineSchedule`, `_step_microbatches`,
+`_n_microbatches`, `_has_backward`, `_stages` and `_stage`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules
+
+from funcstage.errors import StructureError
+from funcstage.pipelining import constructors, failed_steps
+from funcstage.pipelining.failures import check_unbroken, key, share, store, written
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rank is about to run.
+
+    Attributes:
+        schedule: its class.
+        num_stages: over all ranks.
+        num_microbatches: of a step.
+        scales: whether gradients are divided by the number of microbatches.
+        trains: whether there is a loss.
+        stages: those of this rank.
+    """
+
+    schedule: str
+    num_stages: int
+    num_microbatches: int
+    scales: bool
+    trains: bool
+    stages: tuple[int, ...]
+
+    @classmethod
+    def of(cls, schedule: Any) -> Plan:
+        """Read a schedule of torch's."""
+        stages = _stages_of(schedule)
+        return cls(
+            type(schedule).__name__,
+            stages[0].num_stages,
+            schedule._n_microbatches,
+            bool(getattr(schedule, "scale_grads", True)),
+            bool(schedule._has_backward),
+            tuple(sorted(stage.stage_index for stage in stages)),
+        )
+
+    def disagreement(self, other: Plan) -> str:
+        """Say what two ranks disagree about; nothing if they do not.
+
+        The two are in the order of the ranks.
+        """
+        for name, what in _AGREED.items():
+            if getattr(self, name) != getattr(other, name):
+                return f"{what}: {getattr(self, name)} and {getattr(other, name)}"
+        both = sorted({*self.stages} & {*other.stages})
+        return f"where stage {both[0]} is: both have it" if both else ""
+
+
+_AGREED = {
+    "num_stages": "the number of stages",
+    "num_microbatches": "the number of microbatches",
+    "schedule": "the schedule",
+    "scales": "scale_grads",
+    "trains": "whether the schedule has a loss_fn",
+}
+
+
+def _stages_of(schedule: Any) -> list[Any]:
+    return schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+
+
+def plan_key(group: dist.ProcessGroup | None, number: int, rank: int) -> str:
+    """Name the place in the store of a rank's plan for the schedule of that number."""
+    return key(group, f"plan {number} of {rank}")
+
+
+def check_agreement(
+    group: dist.ProcessGroup | None, number: int, plan: Plan, rank_of: Mapping[int, int]
+) -> None:
+    """Compare the plan of this rank with those that others have written down.
+
+    Args:
+        group: of the pipeline.
+        number: how many schedules this rank has run in the group before.
+        plan: of this rank.
+        rank_of: where the schedule looks for each stage.
+
+    Raises:
+        StructureError: if another rank has another plan; it says which, and about what they disagree.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    texts = {r: written(plan_key(group, number, r)) for r in range(world) if r != rank}
+    plans = {r: pickle.loads(text) for r, text in texts.items() if text}
+    for other, theirs in plans.items():
+        first, second = sorted((rank, other))
+        mine_first = rank == first
+        said = (plan if mine_first else theirs).disagreement(theirs if mine_first else plan)
+        if said:
+            raise StructureError(
+                f"Rank {first} and rank {second} of the pipeline disagree about {said}. Give all ranks the "
+                "same schedule, loss_fn, number of stages and number of microbatches, and each stage to one."
+            )
+    for i in plan.stages:
+        if rank_of.get(i, rank) != rank:
+            raise StructureError(
+                f"Rank {rank} of the pipeline and its schedule disagree about where stage {i} is: the "
+                f"schedule looks for it on rank {rank_of[i]}. Make it there."
+            )
+    missing = set(range(plan.num_stages)).difference(plan.stages, *(p.stages for p in plans.values()))
+    if len(plans) == world - 1 and missing:
+        raise StructureError(
+            f"Stage {min(missing)} of {plan.num_stages} is on no rank of the pipeline. Make it on one."
+        )
+
+
+_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""The schedules that are watched, and how many there were in their group before."""
+
+_COUNTS: dict[str, int] = {}
+
+
+def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | None]]) -> Any:
+    """Watch the schedule that begins a step with this stage: compare plans, and share what a step fails with.
+
+    Args:
+        stage: whose method the schedule has called.
+        groups: the process groups that the stage's messages go through.
+
+    Returns:
+        The schedule; `None` if the caller is none.
+
+    Raises:
+        StageError: if the ranks disagree, or one has failed before.
+    """
+    check_unbroken(stage.group)
+    schedule = _calling_schedule()
+    if schedule is None:
+        return None
+    failed_steps.forget(schedule)
+    if schedule in _NUMBERS:
+        return schedule
+    name = key(stage.group, "")
+    number = _COUNTS.get(name, 0)
+    plan, rank = Plan.of(schedule), dist.get_rank(stage.group)
+    if dist.get_world_size(stage.group) > 1:
+        store().set(plan_key(stage.group, number, rank), pickle.dumps(plan))
+        try:
+            constructors.wait_for_plans(stage.group, partial(plan_key, stage.group, number))
+        except BaseException:
+            store().set(plan_key(stage.group, number, rank), b"")
+            raise
+    _NUMBERS[schedule] = number
+    _COUNTS[name] = number + 1
+    kind, weak = type(schedule), weakref.ref(schedule)
+
+    def step_microbatches(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return kind._step_microbatches(weak(), *args, **kwargs)
+        except BaseException as error:
+            failed_steps.note_gradients(error, _stages_of(weak()))
+            share(stage, groups(), error)
+            raise
+
+    schedule._step_microbatches = step_microbatches
+    check_agreement(stage.group, number, plan, stage.stage_index_to_group_rank)
+    return schedule
+
+
+def _calling_schedule() -> Any:
+    frame: Any = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            return None
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, schedules._PipelineSchedule):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,0 +1,62 @@
+"""A stage that several schedules drive in turn: each finds what it prepared the stage for.
+
+Before its first step a schedule lets its stages make receive buffers, and find out what they send and get,
+for microbatches of its size and number. It does so once, so that another schedule's preparation in between
+would leave it with buffers of the other's microbatches.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+PREPARED = (
+    "args_recv_info",
+    "act_send_info",
+    "grad_recv_info",
+    "grad_send_info",
+    "chunks",
+    "inputs_meta",
+    "_outputs_meta",
+    "_stage_meta",
+    "_inference_mode",
+    "_input_examples",
+    "_output_examples",
+    "_output",
+    "_prepared_for",
+    "_fitting",
+)
+"""Attributes of a stage that a preparation sets; the first nine are torch's, of which no version has all."""
+
+
+class Preparations:
+    """What the schedules of a stage have prepared it for.
+
+    Args:
+        stage: the stage, which no schedule has prepared yet.
+    """
+
+    def __init__(self, stage: Any) -> None:
+        self._unprepared = _copied(stage)
+        self._of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._current: weakref.ref[Any] | None = None
+
+    def turn_to(self, schedule: Any, stage: Any) -> None:
+        """Let the stage be as a schedule has prepared it."""
+        before = None if self._current is None else self._current()
+        self._current = weakref.ref(schedule)
+        if before is not schedule and before is not None:
+            self._of[before] = {name: getattr(stage, name) for name in self._unprepared}
+            found = self._of.pop(schedule, None)
+            vars(stage).update(_copies(self._unprepared) if found is None else found)
+        if hasattr(schedule, "stage_index_to_group_rank"):  # a later schedule's constructor has set its own
+            stage.stage_index_to_group_rank = schedule.stage_index_to_group_rank
+
+
+def _copied(stage: Any) -> dict[str, Any]:
+    return _copies({name: getattr(stage, name) for name in PREPARED if hasattr(stage, name)})
+
+
+def _copies(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) for name, value in attributes.items()}
