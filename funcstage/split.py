@@ -257,6 +257,7 @@ class WeightPullback(_Linear[WeightTape]):
 
         return tuple(map(site, places_of(tape)))
 
+    @undone_if_interrupted
     def _add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Compute the gradients and add them into `totals`, which are donated."""
         if torch.is_inference_mode_enabled():  # only there can be added into what was made there

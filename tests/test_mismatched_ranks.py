@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pipeline_cases import ONE_STAGE_A_RANK, Case, make_schedule, make_stages
-from pipeline_ranks import Raised, ranks, run
+from pipeline_ranks import GROUP_SECONDS, Raised, ranks, run
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn import functional
@@ -246,3 +246,99 @@ def test_plans_name_what_differs() -> None:
     other = plans.Plan("ScheduleGPipe", 2, 4, True, False, (1,))
     assert plan.disagreement(other) == "whether the schedule has a loss_fn: True and False"
     assert not plan.disagreement(plans.Plan("ScheduleGPipe", 2, 4, True, True, (1,)))
+
+
+# Constructors that fail.
+
+
+class Untold(ValueError):
+    """A user's own error."""
+
+
+class Refusing(nn.Linear):
+    """Cannot be walked, so that the stage's constructor fails with the user's error."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        raise Untold("of the user")
+
+
+FAILING: dict[str, tuple[Callable[..., Any], str]] = {
+    "another device": (
+        lambda i, n, group: FunctionalPipelineStage(nn.Linear(4, 4), i, n, "cuda:7", group=group),
+        "but the stage's device is cuda:7",
+    ),
+    "dw_builder": (
+        lambda i, n, group: FunctionalPipelineStage(
+            nn.Linear(4, 4), i, n, "cpu", group=group, dw_builder=lambda: None
+        ),
+        "dw_builder must be None",
+    ),
+    "wrapped": (
+        lambda i, n, group: FunctionalPipelineStage(
+            nn.DataParallel(nn.Linear(4, 4)), i, n, "cpu", group=group
+        ),
+        "DataParallel",
+    ),
+    "position": (
+        lambda i, n, group: FunctionalPipelineStage(nn.Linear(4, 4), i + n, n, "cpu", group=group),
+        "stage_index must be one of",
+    ),
+    "the user's": (
+        lambda i, n, group: FunctionalPipelineStage(Refusing(4, 4), i, n, "cpu", group=group),
+        "Untold: of the user",
+    ),
+}
+
+
+def constructs(rank: int, group: dist.ProcessGroup, at: int, name: str, late: float) -> Any:
+    """Rank `at` fails, the others come later. Then all try again in the same group."""
+    said, seconds = "", 0.0
+    for attempt in range(2):
+        if attempt and rank == at:
+            time.sleep(1.5)  # until all have heard of it
+        if not attempt and rank != at:
+            time.sleep(late)
+        began = time.monotonic()
+        try:
+            make = FAILING[name][0] if rank == at and not attempt else stage
+            made = make(rank, group.size(), group)
+            schedule = schedules.Schedule1F1B(made, 4, loss_fn=functional.mse_loss)
+            schedule.step(*([torch.randn(8, 4)] if rank == 0 else []), target=torch.randn(8, 4))
+        except Exception as error:
+            if attempt:
+                raise
+            said, seconds = f"{type(error).__name__}: {error}", time.monotonic() - began
+    return said, seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "late"),
+    [*((name, 1, 0.5) for name in FAILING), ("the user's", 0, 0.5), ("the user's", 2, 0.5)],
+)
+def test_a_constructor_that_fails_is_heard_on_every_rank_and_all_may_try_again(
+    name: str, at: int, late: float
+) -> None:
+    answers = answers_of(3, constructs, at, name, late)
+    for rank, answer in enumerate(answers):
+        assert not isinstance(answer, Raised), (rank, answer)
+        said, seconds = answer
+        assert FAILING[name][1] in said, (rank, said)
+        if rank != at:
+            assert f"Rank {at} of the pipeline could not construct stage" in said
+            assert seconds < GROUP_SECONDS / 2  # not by waiting in vain
+
+
+def constructs_late(rank: int, group: dist.ProcessGroup, at: int) -> None:
+    if rank == at:
+        time.sleep(2.0)
+        FAILING["the user's"][0](rank, group.size(), group)
+    made = stage(rank, group.size(), group)
+    schedule = schedules.Schedule1F1B(made, 4, loss_fn=functional.mse_loss)
+    schedule.step(*([torch.randn(8, 4)] if rank == 0 else []), target=torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_constructor_that_fails_while_others_wait_for_its_messages_wakes_them(at: int) -> None:
+    answers = answers_of(2, constructs_late, at)
+    assert "Untold" in answers[at].kinds
+    assert_all_refuse([answers[1 - at]], f"Rank {at} of the pipeline could not construct stage {at} of 2")

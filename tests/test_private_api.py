@@ -671,7 +671,7 @@ def stages_under_schedules() -> None:
         raise AttributeError(f"no schedule calls PipelineStage.{name}")
 
 
-@stands_on("pipelining/_torch.py", "pipelining/stage.py", "pipelining/failures.py")
+@stands_on("pipelining/_torch.py", "pipelining/stage.py", "pipelining/failures.py", "pipelining/plans.py")
 def messages_between_ranks() -> None:
     from pipeline_cases import Case, assert_same, expected, gathered, train, with_everything
     from pipeline_ranks import run

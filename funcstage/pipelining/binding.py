@@ -176,9 +176,17 @@ def untouched(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, attributes, dicts in kept:
-            vars(part).clear()
-            vars(part).update(attributes)
-            for own, values in dicts:
-                own.clear()
-                own.update(values)
+        try:
+            _put_back(kept)
+        except BaseException:
+            _put_back(kept)  # an interrupt may come in the midst of it
+            raise
+
+
+def _put_back(kept: list[Any]) -> None:
+    for part, attributes, dicts in kept:
+        vars(part).clear()
+        vars(part).update(attributes)
+        for own, values in dicts:
+            own.clear()
+            own.update(values)

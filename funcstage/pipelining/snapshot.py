@@ -32,7 +32,7 @@ class Snapshot:
 
     module: nn.Module
     children: list[tuple[dict[str, Any], list[Any]]]
-    tensors: list[tuple[str, dict[str, Any], str, Tensor, bool, int | None]]
+    tensors: list[tuple[str, dict[str, Any], str, Any, bool, int | None]]
     copied: tuple[list[Tensor], list[int]]
 
     @classmethod
@@ -45,7 +45,7 @@ class Snapshot:
             places: where its parameters hang, those that train and those that do not.
             copied: whether the stage computes with copies of them.
         """
-        tensors = []
+        tensors: list[tuple[str, dict[str, Any], str, Any, bool, int | None]] = []
         for name, (owner, attribute) in places.items():
             found = owner._parameters.get(attribute)
             if found is not None:
@@ -59,8 +59,8 @@ class Snapshot:
         """Say what is no longer as it was; nothing if it is."""
         if module is not self.module:
             return "the stage was given another module"
-        for now, before in self.children:
-            if list(now.values()) != before:
+        for children, were in self.children:
+            if list(children.values()) != were:
                 return "a submodule was replaced"
         for name, owned, attribute, before, trained, address in self.tensors:
             now = owned.get(attribute)

@@ -41,6 +41,7 @@ from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.upstream import Upstream
 from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.undone import undone_if_interrupted
 from funcstage.wrappers import check_unwrapped
 
 StageFunction = Callable[..., tuple[PyTree, Buffers]]
@@ -59,8 +60,10 @@ class FunctionalPipelineStage(ExchangingStage):
     as ever. What crosses between stages is found out with fake tensors before the first microbatch, and
     stages that do not fit together are refused there.
 
-    An error in the midst of a step leaves messages of the group in flight, and the other ranks waiting for
-    at most the group's timeout: let the process end.
+    An error in the midst of a step says which microbatches are in `.grad`. It leaves messages in flight, so
+    that no rank goes on in the group of several: make a new group, or let the process end. Others are woken
+    at once where the group is gloo's; on a GPU they wait for at most its timeout. A stage whose constructor
+    fails is heard of on all ranks before their first step.
 
     Args:
         submodule: the module of this stage, not compiled or wrapped. What is changed between steps
@@ -553,6 +556,7 @@ class FunctionalPipelineStage(ExchangingStage):
         """Run F: return the output, keep the pullback and update the module's buffers."""
         return self.in_forward_context(call.chunk, self._run_forward, apply, call)
 
+    @undone_if_interrupted
     def _run_forward(self, apply: StageFunction, call: _Call) -> PyTree:
         args, kwargs = trees.map_leaves(trees.detached, (call.args, call.kwargs))
         try:
@@ -651,6 +655,7 @@ class FunctionalPipelineStage(ExchangingStage):
         self._prepared_for = trees.map_leaves(_example, (inputs, kwargs))
         return tuple(map(_example, received)), tuple(map(_example, sent))
 
+    @undone_if_interrupted
     def _output_for(self, inputs: Any, kwargs: dict[str, Any]) -> PyTree:
         """Run the stage on fake tensors, which have no memory and cost no computation."""
         mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
