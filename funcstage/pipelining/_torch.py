@@ -152,6 +152,12 @@ class ExchangingStage(PipelineStage):
         infos: Any = self.args_recv_info[chunk]
         return tuple(info.take_buffer() if _CHUNKS_HAVE_STATES else info.buffer for info in infos)
 
+    def drop_received(self) -> None:
+        """Let go of what a step that failed has not taken; torch 2.15 receives into no such place again."""
+        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            for info in infos if _CHUNKS_HAVE_STATES else ():
+                info.buffer = None
+
     def in_forward_context(
         self, microbatch: int, forward: Callable[..., Any], *args: Any, inferring: bool = False
     ) -> Any:

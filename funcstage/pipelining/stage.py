@@ -185,6 +185,7 @@ class FunctionalPipelineStage(ExchangingStage):
     def clear_runtime_states(self) -> None:
         """Begin a step."""
         super().clear_runtime_states()
+        self.drop_received()
         for left in (
             self.bwd_cache,
             self._forwards,
