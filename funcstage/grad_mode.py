@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._functorch import current_level
+from funcstage.argument_containers import Containers
 from funcstage.trees import Buffers, Params
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -40,9 +41,12 @@ def with_gradients_on(stage_vjp: Function) -> Function:
     def run(apply: Any, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or current_level():
             return stage_vjp(apply, params, buffers, *args, **kwargs)
+        given = args, kwargs
         params, buffers, args, kwargs = trees.map_leaves(_unrecorded, (params, buffers, args, kwargs))
+        containers = Containers(given, (args, kwargs))
         with torch.enable_grad():
             output, new_buffers, pullback = stage_vjp(apply, params, buffers, *args, **kwargs)
+        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
         return *trees.map_leaves(_unrecorded, (output, new_buffers)), pullback
 
     return run  # type: ignore[return-value]  # with the same parameters

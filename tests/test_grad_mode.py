@@ -189,3 +189,21 @@ def test_a_compiled_forward_alone_sees_the_callers_grad_mode(enabled: bool) -> N
     fast = fs.compile(apply, backend="aten")
     with torch.set_grad_enabled(enabled):
         torch.testing.assert_close(fast(params, {}, x)[0], apply(params, {}, x)[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_list_that_the_forward_fills_is_the_callers_in_every_mode(mode: Any) -> None:
+    class Fills(nn.Linear):
+        def forward(self, x: Tensor, seen: list[Tensor], *, table: dict[str, Any]) -> Tensor:
+            y = super().forward(x)
+            seen.append(y * 2)
+            table["last"] = [y]
+            return y
+
+    module, x, seen, table = Fills(3, 3), torch.randn(2, 3), [], {}
+    apply, params, buffers = fs.functionalize(module)
+    with mode():
+        output, _, _ = fs.stage_vjp(apply, params, buffers, x, seen, table=table)
+    assert not output.requires_grad
+    torch.testing.assert_close(seen, [output * 2])
+    torch.testing.assert_close(table["last"], [output])
