@@ -805,7 +805,7 @@ class _Split(TorchFunctionMode):
             raise custom_functions.Formula(function)
         if inner_gradients.backward_differentiates(function):
             self.take_gradients(f"the backward of {function.__name__}")
-        if custom_functions.takes_ctx(function):
+        if custom_functions.wants_context(function):
             return custom_functions.applied(function, args)
         return apply(*args)
 

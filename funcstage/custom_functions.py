@@ -30,6 +30,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from funcstage import _functorch as ft
 from funcstage import inner_gradients
 from funcstage.errors import StageError
+from funcstage.turns import Turns, copied, looks_writing
 
 
 class Context:
@@ -46,6 +47,9 @@ class Context:
         self.needs_input_grad = needs_input_grad
         self._function = function
         self._noted = _Noted()
+        self._turns = Turns()
+        self._given: frozenset[int] = frozenset()
+        self._made: frozenset[int] = frozenset()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self._noted.saved = tensors
@@ -62,14 +66,36 @@ class Context:
     def set_materialize_grads(self, value: bool) -> None:
         self._noted.materialized = value
 
-    def at(self, ctx: Any) -> Context:
-        """A copy for one backward of the level that `ctx` belongs to."""
+    def forget(self, n_args: int) -> None:
+        """Let go of what the forward has told, which would keep arguments and outputs alive."""
+        tensors = self._noted.tensors or ()
+        outputs_too = looks_writing(self._function.backward)
+        self._given = frozenset(map(id, tensors[:n_args] if outputs_too else tensors))
+        self._made = frozenset(i for i, t in enumerate(self._noted.saved) if id(t) not in self._given)
+        del self._noted
+
+    def at(self, ctx: Any, again: bool) -> Context:
+        """A copy for one backward of the level that `ctx` belongs to.
+
+        Args:
+            ctx: the level's.
+            again: whether another level will call the backward, so that this one must not write into what
+                that reads.
+        """
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
+        for name, value in self.__dict__.items():
+            own = again and name not in _OURS
+            copy.__dict__[name] = copied(value, self._given) if own else value
         copy.needs_input_grad = ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        copy.saved_tensors = tuple(None if t is None else ft.without_dead_wrappers(t) for t in saved)
+        saved = [None if t is None else ft.without_dead_wrappers(t) for t in ctx.saved_tensors]
+        copy.saved_tensors = tuple(
+            copied(t) if again and i in self._made else t for i, t in enumerate(saved)
+        )
         return copy
+
+
+_OURS = frozenset(("needs_input_grad", "_function", "_noted", "_turns", "_given", "_made"))
+"""Attributes of a context that are none of the function's."""
 
 
 @dataclass(slots=True)
@@ -163,14 +189,28 @@ def takes_ctx(function: type[Function]) -> bool:
     return function.setup_context is Function.setup_context
 
 
+def wants_context(function: type[Function]) -> bool:
+    """Tell whether a function is to be applied with a `Context`.
+
+    So is one with a setup_context whose backward looks as if it wrote into what it reads, unless it tells
+    other transforms what to do, which it could not do then.
+    """
+    transformable = (
+        function.generate_vmap_rule
+        or function.vmap is not Function.vmap
+        or function.jvp is not Function.jvp
+    )
+    return takes_ctx(function) or (not transformable and looks_writing(function.backward))
+
+
 def applied(function: type[Function], args: Sequence[Any]) -> Any:
-    """Apply a function whose forward takes `ctx`, inside of a level."""
+    """Apply a function with a `Context`, inside of a level."""
     if function is BackwardHookFunction:
         return _applied_to_wrappers(function, args)
     wanted = tuple(isinstance(arg, Tensor) and ft.requires_grad(arg) for arg in args)
     context = Context(function, wanted)
     result = _Bridge.apply(context, *args)
-    del context._noted  # which would keep arguments and outputs alive
+    context.forget(len(args))
     return result
 
 
@@ -194,19 +234,28 @@ class _Bridge(Function):
 
     @staticmethod
     def forward(context: Context, *args: Any) -> Any:
-        return context._function.forward(context, *args)
+        function = context._function
+        if takes_ctx(function):
+            return function.forward(context, *args)
+        output = function.forward(*args)
+        function.setup_context(context, args, output)
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.context, *args = inputs
         outputs = output if isinstance(output, tuple) else (output,)
+        if any(ctx.needs_input_grad):  # or it is a level that will not call the backward
+            ctx.turn = ctx.context._turns.enter()
         ctx.context._noted.tell(ctx, (*args, *outputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        context = ctx.context.at(ctx)
-        function = context._function
+        function = ctx.context._function
         has_own_tape = issubclass(function, HasOwnTape)
+        again = ctx.context._turns.has_another(ctx.turn) and not has_own_tape
+        context = ctx.context.at(ctx, again)
+        grads = copied(grads) if again else grads
         with nullcontext() if has_own_tape else inner_gradients.Refusing(function.__name__):
             found = function.backward(context, *grads)
         return None, *(found if isinstance(found, tuple) else (found,))

@@ -79,10 +79,10 @@ class Refusing(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=1024)
 def _differentiates(function: Any) -> bool:
-    return any(_NAMES.intersection(code.co_names) for code in _codes(function))
+    return any(_NAMES.intersection(code.co_names) for code in codes(function))
 
 
-def _codes(function: Any) -> Iterator[types.CodeType]:
+def codes(function: Any) -> Iterator[types.CodeType]:
     """The code of a function, of those within it, and of those it calls by global names or closes over."""
     stack, seen = [function], set[int]()
     while stack and len(seen) < 200:

@@ -173,7 +173,7 @@ def cases(name: str, samples: int) -> Iterator[Case]:
             if op.inplace_variant is not None and not sample.broadcasts_input:
                 calls.append(("in place", _on_a_copy(op.inplace_variant)))
             for variant, function in calls:
-                call, tensors, others = _closed(function, sample)
+                call, tensors, others = closed(function, sample)
                 label = f"{str(dtype).removeprefix('torch.')} {number}"
                 for role in ROLES if tensors else ():
                     yield Case(name, variant, role, call, tensors, others, label)
@@ -183,7 +183,7 @@ def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda first, *args, **kwargs: function(first.clone(), *args, **kwargs)
 
 
-def _closed(
+def closed(
     function: Callable[..., Any], sample: Any
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Fix everything in a call but its tensors: those that require grad, and the others."""

@@ -106,6 +106,136 @@ def grid_sampler(make: Make, dim: int, layout: str) -> Case:
     return lambda mask: backward(grad, x, grid, 0, 0, False, mask), (True, True)
 
 
+def batch_norm_with_update(make: Make, layout: str) -> Case:
+    x, grad = laid_out(make(*SHAPES[4]), layout), laid_out(make(*SHAPES[4]), layout)
+    weight, statistics = make(4), (make(4), make(4).abs() + 0.5)
+    _, mean, rstd, reserve = aten._batch_norm_with_update(x, weight, make(4), *statistics, 0.1, 1e-5)
+
+    def backward(mask: list[bool]) -> Any:
+        return aten.batch_norm_backward(
+            grad, x, weight, *statistics, mean, rstd, True, 1e-5, mask, reserve.clone()
+        )
+
+    return backward, (True, True, True)
+
+
+def batch_norm_by_index(make: Make, layout: str) -> Case:
+    x, grad = laid_out(make(*SHAPES[4]), layout), laid_out(make(*SHAPES[4]), layout)
+    weight, statistics = make(4), (make(4), make(4).abs() + 0.5)
+    _, mean, rstd, reserve, index = aten._batch_norm_impl_index(
+        x, weight, make(4), *statistics, True, 0.1, 1e-5, True
+    )
+
+    def backward(mask: list[bool]) -> Any:
+        return aten._batch_norm_impl_index_backward(
+            index, x, grad, weight, *statistics, mean, rstd, True, 1e-5, mask, reserve
+        )
+
+    return backward, (True, True, True)
+
+
+def slow_convolution(make: Make, layout: str) -> Case:
+    x = laid_out(make(*SHAPES[4]), layout)
+    weight = laid_out(make(4, 4, 3, 3), layout if layout == "channels_last" else "")
+    y = aten._slow_conv2d_forward(x, weight, [3, 3], make(4), [1, 1], [1, 1])
+    grad = laid_out(make(*y.shape), layout)
+    return lambda mask: aten._slow_conv2d_backward.output_mask(
+        grad, x, weight, [3, 3], [1, 1], [1, 1], mask
+    ), (True, True, True)
+
+
+def convolution_twice(make: Make, dim: int, layout: str) -> Case:
+    """The backward of a convolution's backward."""
+    x, seed = laid_out(make(*SHAPES[dim + 2]), layout), laid_out(make(*SHAPES[dim + 2]), layout)
+    weight = make(4, 4, *[3] * dim)
+    settings = ([1] * dim, [1] * dim, [1] * dim, False, [0] * dim, 1)
+    y = aten.convolution(x, weight, make(4), *settings)
+    grad, seeds = laid_out(make(*y.shape), layout), (seed, make(*weight.shape), make(4))
+    return lambda mask: aten._convolution_double_backward(*seeds, grad, weight, x, *settings, mask), (
+        True,
+        True,
+        True,
+    )
+
+
+def efficient_attention(make: Make, biased: bool, layout: str) -> Case:
+    # Where a head's elements do not lie side by side, torch takes another kernel.
+    layout = "contiguous" if layout == "transposed" else layout
+    query, key, value, grad = (laid_out(make(2, 4, 8, 16), layout) for _ in range(4))
+    bias = make(2, 4, 8, 8) if biased else None
+    attention = aten._scaled_dot_product_efficient_attention
+    out, *saved = attention(query, key, value, bias, True)
+
+    def backward(mask: list[bool]) -> Any:
+        return aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, bias, out, *saved, 0.0, mask
+        )
+
+    return backward, (True, True, True, biased)
+
+
+def cudnn_rnn(make: Make, mode: int, layout: str) -> Case:
+    """Mode 2 is an LSTM, 3 a GRU; of the list of gradients of weights, the first."""
+    gates = {2: 4, 3: 3}[mode]
+    x, weights = (
+        laid_out(make(5, 2, 3), layout),
+        [make(gates * 4, 3), make(gates * 4, 4), *(make(gates * 4) for _ in range(2))],
+    )
+    hx, cx = make(1, 2, 4), make(1, 2, 4) if mode == 2 else None
+    settings = (mode, 4, 0, 1, False, 0.0, True, False, [], None)
+    out, _, _, reserve, flat = torch._cudnn_rnn(x, weights, 4, None, hx, cx, *settings)
+    grad = laid_out(make(*out.shape), layout)
+
+    def backward(mask: list[bool]) -> Any:
+        dx, dhx, dcx, dweights = aten._cudnn_rnn_backward(
+            x, weights, 4, flat, hx, cx, out, grad, None, None, *settings, reserve.clone(), mask
+        )
+        return dx, dhx, dcx, dweights[0] if dweights else None
+
+    return backward, (True, True, mode == 2, True)
+
+
+ELSEWHERE = {
+    "_scaled_dot_product_fused_attention_overrideable_backward": "of devices outside torch",
+    "convolution_backward_overrideable": "of devices outside torch",
+    "_sparse_mm_reduce_impl_backward": "of sparse tensors, which stages refuse",
+    "linear_backward": "of nested tensors, which stages refuse, and of Apple's devices",
+    "matmul_backward": "of nested tensors, which stages refuse",
+    "miopen_rnn_backward": "of AMD's devices",
+    "mkldnn_linear_backward": "of tensors in oneDNN's own layout, which stages refuse",
+    "mps_convolution_backward": "of Apple's devices",
+    "mps_convolution_transpose_backward": "of Apple's devices",
+}
+"""Operations with an output mask that are not run here."""
+
+RUN = {
+    "_batch_norm_impl_index_backward",
+    "_convolution_double_backward",
+    "_cudnn_rnn_backward",
+    "_fused_rms_norm_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_slow_conv2d_backward",
+    "batch_norm_backward",
+    "convolution_backward",
+    "grid_sampler_2d_backward",
+    "grid_sampler_3d_backward",
+    "native_batch_norm_backward",
+    "native_group_norm_backward",
+    "native_layer_norm_backward",
+}
+"""Those that are, on the devices that have them."""
+
+
+def masked_operations() -> set[str]:
+    """All of torch's operations that are told by a list of booleans what to compute."""
+    return {
+        schema.name.removeprefix("aten::")
+        for schema in torch._C._jit_get_all_schemas()
+        for argument in schema.arguments
+        if argument.name.endswith("mask") and argument.N and str(argument.type) == "List[bool]"
+    }
+
+
 def cases(device: str) -> Iterator[tuple[str, Callable[[Make, str], Case]]]:
     for affine in (True, False):
         for dim in (3, 4, 5):
@@ -125,16 +255,35 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[Make, str], Case]]]:
         )
     for dim in (2, 3):
         yield f"grid_sampler{dim}", lambda m, o, d=dim: grid_sampler(m, d, o)
+    yield "batch_norm_with_update", batch_norm_with_update
+    yield "batch_norm_by_index", batch_norm_by_index
+    yield "slow_convolution", slow_convolution
+    for dim in (1, 2, 3):
+        yield f"convolution_twice{dim}", lambda m, o, d=dim: convolution_twice(m, d, o)
+    if device == "cuda":
+        for biased in (True, False):
+            yield (
+                f"efficient_attention, bias {biased}",
+                lambda m, o, b=biased: efficient_attention(m, b, o),
+            )
+        for mode in (2, 3):
+            yield f"cudnn_rnn, mode {mode}", lambda m, o, k=mode: cudnn_rnn(m, k, o)
 
 
-def differences(device: str, make_case: Callable[[Make, str], Case], layout: str, dtype: torch.dtype) -> Any:
+def differences(
+    device: str,
+    make_case: Callable[[Make, str], Case],
+    layout: str,
+    dtype: torch.dtype,
+    widest: torch.dtype,
+) -> Any:
     """The masks with which a gradient is not what it is without a mask."""
 
     def case(dtype: torch.dtype) -> Case:
         torch.manual_seed(0)
         return make_case(lambda *shape: torch.randn(*shape, dtype=torch.float64).to(device, dtype), layout)
 
-    exact, there = case(torch.float64)
+    exact, there = case(widest)
     expected = exact([*there])
     backward, _ = case(dtype)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3}[dtype]
@@ -155,11 +304,14 @@ def main(device: str) -> None:
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # which rounds float32 to ten bits
     for name, make_case in cases(device):
-        for layout, dtype in itertools.product(LAYOUTS, (torch.float64, torch.float32, torch.bfloat16)):
+        dtypes = [torch.float64, torch.float32, torch.bfloat16]
+        if "attention" in name:
+            del dtypes[0]  # which has no such kernel
+        for layout, dtype in itertools.product(LAYOUTS, dtypes):
             if dtype is torch.bfloat16 and "grid" in name:
                 continue  # which has no such kernel
             print(f"{name}, {layout}, {dtype}", flush=True)
-            for mask, i in differences(device, make_case, layout, dtype):
+            for mask, i in differences(device, make_case, layout, dtype, dtypes[0]):
                 print(f"DIFFERS: gradient {i} with mask {mask}", flush=True)
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from masked_backwards import ELSEWHERE, RUN, masked_operations
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -23,6 +24,10 @@ def test_every_mask_gives_the_gradients_of_none(device: str) -> None:
     assert ran.returncode == 0, f"{lines[-1]}: exit {ran.returncode}\n{ran.stderr[-1000:]}"
     assert len(lines) > 500
     assert [line for line in lines if line.startswith("DIFFERS")] == []
+
+
+def test_every_operation_that_torch_gives_an_output_mask_is_run_or_has_a_reason() -> None:
+    assert masked_operations() == RUN | set(ELSEWHERE)
 
 
 GROUP_NORM = """

@@ -81,8 +81,9 @@ class Prices(TorchFunctionMode):
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, operands)):
             self.found.append(Price(name, "a torch.func transform inside the stage", 2 * _BACKWARD * flops))
         elif by_params and by_input:
-            if function is torch.einsum and len(operands) > 2:
-                self.found.append(Price(name, "one einsum over several operands", _BACKWARD * flops))
+            if function in _CHAINS and len(operands) > 2:
+                why = f"one {name} over more than two operands"
+                self.found.append(Price(name, why, _BACKWARD * flops))
             elif function in _ATTENTION:
                 self.found.append(Price(name, "attention to what is made of parameters", _BACKWARD * flops))
         if by_params and _writes(name) and id(operands[0]) not in map(id, by_params):
@@ -115,4 +116,5 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
+_CHAINS = (torch.einsum, torch.linalg.multi_dot, torch.chain_matmul)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
