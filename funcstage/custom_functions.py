@@ -88,9 +88,7 @@ class Context:
             copy.__dict__[name] = copied(value, self._given) if own else value
         copy.needs_input_grad = ctx.needs_input_grad[1:]
         saved = [None if t is None else ft.without_dead_wrappers(t) for t in ctx.saved_tensors]
-        copy.saved_tensors = tuple(
-            copied(t) if again and i in self._made else t for i, t in enumerate(saved)
-        )
+        copy.saved_tensors = tuple(copied(t) if again and i in self._made else t for i, t in enumerate(saved))
         return copy
 
 
@@ -196,9 +194,7 @@ def wants_context(function: type[Function]) -> bool:
     other transforms what to do, which it could not do then.
     """
     transformable = (
-        function.generate_vmap_rule
-        or function.vmap is not Function.vmap
-        or function.jvp is not Function.jvp
+        function.generate_vmap_rule or function.vmap is not Function.vmap or function.jvp is not Function.jvp
     )
     return takes_ctx(function) or (not transformable and looks_writing(function.backward))
 

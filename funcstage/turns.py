@@ -1,8 +1,8 @@
-"""A custom function's backward runs more than once in a split: for I, and for W, each for a level of its own.
+"""A custom function's backward runs twice in a split, for I and for W, each for a level of its own.
 
-In eager it runs once, and may write into what it reads: fused losses scale the gradients that their forward has
-computed ahead, fused norms write a gradient over the cotangent that they were handed. Whoever is not the last to
-call it gets copies of what the forward made for it, and of the cotangents.
+In eager it runs once, and may write into what it reads: fused losses scale the gradients that their forward
+has computed ahead, fused norms write a gradient over the cotangent that they were handed. Whoever is not the
+last to call it gets copies of what the forward made for it, and of the cotangents.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ Call = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 Sample = tuple[Call, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 KNOWN = {
-    "group_norm": "before torch 2.14, where dX is not asked for, in channels_last on the CPU: the engines run "
-    "the contiguous kernel instead (`funcstage/group_norm.py`)",
+    "group_norm": "before torch 2.14, where dX is not asked for, in channels_last on the CPU: the engines "
+    "run the contiguous kernel instead (`funcstage/group_norm.py`)",
 }
 """What is seen, by a part of the operator's name, and what the engines do about it."""
 
@@ -107,7 +107,7 @@ def convolution(dim: int, groups: int, transposed: bool, plain: bool, make: Call
             return getattr(F, name)(*tensors, groups=groups, padding=1, dilation=dim)
 
     shape = [2, 4, 7, 6, 7][: dim + 2]
-    return call, (make(*shape), make(4, 4 // groups, *[3] * dim), make(4 if groups == 1 else 4)), ()
+    return call, (make(*shape), make(4, 4 // groups, *[3] * dim), make(4)), ()
 
 
 def batch_norm(training: bool, plain: bool, make: Callable[..., Tensor]) -> Sample:

@@ -100,6 +100,16 @@ class Cotangent(Function):
         return grad.mul_(w), dw
 
 
+class Scaled(Cotangent):
+    """What it has written over the cotangent is read again."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        grad.mul_(2)
+        return grad * w, grad * x
+
+
 class Scratch(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -178,6 +188,7 @@ product_ahead.register_autograd(
     lambda ctx, grad, *_: (ctx.dx.mul_(grad), ctx.dw.mul_(grad)), setup_context=_keep
 )
 
+
 class Operator:
     """With the looks of a function."""
 
@@ -194,6 +205,7 @@ FUNCTIONS: tuple[Any, ...] = (
     Saved,
     SavedUnseen,
     Cotangent,
+    Scaled,
     Scratch,
     Apart,
     ApartSaved,

@@ -185,6 +185,7 @@ def trace(
             roots = [] if diff is None else roots
             note["roots"] = roots
             cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
+            as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
             grads: list[Tensor | None] = [None] * len(values)
             if roots and wanted:
                 with (
@@ -207,9 +208,8 @@ def trace(
                 fresh,
                 grads[n_leaves : n_leaves + n_args],
                 grads[:n_params],
-                cotangents,
             )
-            return tuple([_unwrapped(leaf) for leaf in part] for part in parts)
+            return *([_unwrapped(leaf) for leaf in part] for part in parts), as_they_come
 
     with (
         tt.without_modes(),
