@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RELEASES = runpy.run_path(str(ROOT / "funcstage" / "_torch" / "versions.py"))["RELEASES"]
 NEEDED = ["numpy>=1.26", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5"]
-SLICE = ["-m", "versions", "-n", "0", "tests/test_private_api.py"]
+SLICE = ["-m", "versions", "-n", "0", "tests/_torch/test_private_api.py"]
 
 
 def passes(release: str) -> bool:

@@ -53,11 +53,12 @@ from torch._inductor.utils import fresh_cache
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 import funcstage as fs
-from funcstage.graph import compile as fs_compile
-from funcstage.graph.partition import partition
-from funcstage.graph.plan import plan_of
-from funcstage.graph.separate import DECOMPOSED, separate
-from funcstage.graph.trace import trace
+from funcstage.engines.base import StageCall
+from funcstage.engines.graph import compile as fs_compile
+from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.partition import partition
+from funcstage.engines.graph.plan import plan_of
+from funcstage.engines.graph.trace import trace
 
 
 class Size(NamedTuple):
@@ -526,7 +527,7 @@ def trace_of_meta(layers: int = 80) -> dict[str, float]:
     apply, params, buffers = fs.functionalize(module)
     imported = peak_rss_gib()
     marks = [time.perf_counter()]
-    joint = trace(apply, params, buffers, (x,), {}, [0], DECOMPOSED)
+    joint = trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED)
     marks.append(time.perf_counter())
     separated = separate(joint)
     marks.append(time.perf_counter())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from funcstage import _torch as _torch  # warns of a torch newer than those that were tried
 from funcstage.derived import DerivedPullback, derive
+from funcstage.engines.levels.sites import Site
 from funcstage.errors import (
     ConsumedError,
     LeafError,
@@ -20,8 +21,7 @@ from funcstage.errors import (
     WrittenError,
 )
 from funcstage.functional import FunctionalStage, functionalize
-from funcstage.sites import Site
-from funcstage.split import (
+from funcstage.pullback import (
     Pullback,
     WeightPullback,
     stage_backward,
@@ -31,19 +31,20 @@ from funcstage.split import (
 )
 
 if TYPE_CHECKING:
-    from funcstage.graph.compile import CompiledStage, compile
+    from funcstage.engines.graph.compile import CompiledStage, compile
 else:
 
     def __getattr__(name):
         """Import the graph engine when it is first asked for: what it needs of torch takes a second."""
         if name not in ("CompiledStage", "compile"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from funcstage import graph
+        from funcstage.engines import graph
 
         return getattr(graph, name)
 
     def __dir__():
-        return sorted({*globals(), *__all__})
+        """The public names, and the modules beside them that are imported by name."""
+        return sorted([*__all__, "__version__", "autograd", "pipelining", "schedules", "testing"])
 
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from funcstage.commands import check, plan, timeline
+from funcstage.cli import check, plan, timeline
 from funcstage.demo.distributed import RANK, WORLD_SIZE
 from funcstage.errors import StageError
 from funcstage.pipelining import SCHEDULES, ScheduleError

@@ -8,7 +8,7 @@ parameters. It is a stage without inputs, and split as one: all of its backward 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import optree
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage.checks import Meta
 from funcstage.copies import CopiedByLeaves
 from funcstage.errors import LeafError, StructureError
-from funcstage.split import Meta, Pullback, stage_vjp
-from funcstage.trees import Params, PyTree, describe
+from funcstage.pullback import Pullback, stage_vjp
+from funcstage.trees import AnyParams, Output, Params, PyTree, describe
 
 
-class DerivedPullback(CopiedByLeaves):
+class DerivedPullback(CopiedByLeaves, Generic[AnyParams]):
     """From gradients of derived parameters to those of the parameters. Returned by `derive`.
 
     Linear like the pullbacks of a stage: used once, unless asked to be retained. As a pytree (namespace
@@ -43,7 +44,7 @@ class DerivedPullback(CopiedByLeaves):
         self._metas = metas  # of the derived parameters
         self._passed = passed  # which parameter a derived one is, if it is one as it came
 
-    def __call__(self, derived_grads: PyTree, *, retain: bool = False) -> Params:
+    def __call__(self, derived_grads: PyTree, *, retain: bool = False) -> AnyParams:
         """Compute the gradients of the parameters.
 
         Args:
@@ -111,7 +112,9 @@ class DerivedPullback(CopiedByLeaves):
         return leaves
 
 
-def derive(make: Callable[[Params], Params], params: Params) -> tuple[Params, DerivedPullback]:
+def derive(
+    make: Callable[[AnyParams], Output], params: AnyParams
+) -> tuple[Output, DerivedPullback[AnyParams]]:
     """Compute derived parameters once for all microbatches, and the way back for their gradients.
 
     What `make` computes runs once, and so does its backward, when the pullback is called with the gradients
@@ -148,7 +151,7 @@ def derive(make: Callable[[Params], Params], params: Params) -> tuple[Params, De
     passed: list[int | None] = []
     spec: optree.PyTreeSpec
 
-    def apply(params: Params, _: None) -> tuple[list[Any], list[Any]]:
+    def apply(params: Params, _: list[Any]) -> tuple[list[Any], list[Any]]:
         nonlocal spec
         places = {id(leaf): i for i, leaf in enumerate(trees.flatten(params)[0])}
         with _Casts() as casts:
@@ -158,7 +161,8 @@ def derive(make: Callable[[Params], Params], params: Params) -> tuple[Params, De
         return [casts.source(leaf) for leaf in leaves], leaves
 
     apply.__qualname__ = getattr(make, "__qualname__", type(make).__name__)
-    _, derived, pullback = stage_vjp(apply, params, None)
+    none: list[Any] = []
+    _, derived, pullback = stage_vjp(apply, params, none)
     leaves = [leaf if i is None else given[i] for leaf, i in zip(derived, passed, strict=True)]
     metas = [Meta.of(leaf) for leaf in leaves]
     return trees.unflatten(spec, leaves), DerivedPullback(pullback, spec, metas, passed)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.errors import PurityError, StageError
-from funcstage.reentrant import Leftovers
 
 
 def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

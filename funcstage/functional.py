@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funcstage.contents import Contents
+from funcstage._torch.modules import weight_names
+from funcstage._torch.operators import without_torch_function
 from funcstage.errors import LeafError, StageError, StructureError
-from funcstage.html import table
-from funcstage.locks import lent, look_over
-from funcstage.parameter_hooks import any_hooked, check_no_hooks, held_in
 from funcstage.registration import WAY_OUT, holds_tensor
-from funcstage.trees import Buffers, Params, PyTree, describe, flatten, leaf_names
+from funcstage.report import table
+from funcstage.state.contents import Contents
+from funcstage.state.locks import lent, look_over
+from funcstage.state.parameter_hooks import any_hooked, check_no_hooks, held_in
+from funcstage.trees import Buffers, Params, PyTree, Tensors, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
 
 
@@ -37,9 +39,9 @@ class FunctionalStage(NamedTuple):
         buffers: the buffers, then the frozen parameters, by qualified name, likewise.
     """
 
-    apply: Callable[..., tuple[PyTree, Buffers]]
-    params: Params
-    buffers: Buffers
+    apply: Callable[..., tuple[PyTree, Tensors]]
+    params: Tensors
+    buffers: Tensors
 
     def _repr_html_(self) -> str:
         name = getattr(self.apply, "__qualname__", type(self.apply).__name__)
@@ -164,7 +166,7 @@ class ModuleFunction:
     def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
         module = self.module
         self._check_parts()
-        with torch._C.DisableTorchFunction():
+        with without_torch_function():
             if self.refuses_hooks and any_hooked(held_in(self._spaces)):
                 trained = {n: p for n, p in module.named_parameters() if n in self._param_shapes}
                 check_no_hooks(self.__qualname__, trained)
@@ -279,7 +281,7 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     kept = [(rnn, rnn._flat_weights, rnn._flat_weight_refs) for rnn in recurrent.values()]
     try:
         for prefix, rnn in recurrent.items():
-            names = (f"{prefix}.{name}" if prefix else name for name in rnn._flat_weights_names)
+            names = (f"{prefix}.{name}" if prefix else name for name in weight_names(rnn))
             weights: list[Any] = [state.get(name) for name in names]
             rnn._flat_weights = weights
             rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
+
+from funcstage._torch.pytree import SUPPORTED_NODES
 
 NAMESPACE = "funcstage"
 
@@ -70,7 +71,7 @@ def _rule(kind: type) -> tuple[Any, Any, Any] | None:
         return partial(_flatten_items, tuple), partial(_unflatten_items, kind), optree.AutoEntry
     if dataclasses.is_dataclass(kind) or hasattr(kind, "__attrs_attrs__"):
         return _flatten_object, partial(_unflatten_object, kind), optree.GetAttrEntry
-    node = _pytree.SUPPORTED_NODES.get(kind)
+    node = SUPPORTED_NODES.get(kind)
     if node is not None:
         return partial(_flatten_torch, node), partial(_unflatten_torch, node), optree.AutoEntry
     if issubclass(kind, (UserDict, UserList)):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from funcstage import _functorch as ft
+from funcstage._torch import functorch as ft
+from funcstage._torch.tensors import indices_and_values
 from funcstage.errors import StageError
 
 _RAW = "_raw_saved_"
@@ -176,7 +177,7 @@ def _pack(cell: Cell, tensor: Tensor) -> Cell:
 def _parts(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a sparse one consists of."""
     if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        return indices_and_values(tensor)
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):

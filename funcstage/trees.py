@@ -13,12 +13,19 @@ from typing import Any, TypeAlias
 import optree
 import torch
 from torch.nn.parameter import is_lazy
+from typing_extensions import TypeVar
 
 from funcstage.registration import LEAVES, NAMESPACE, has_new
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
 Buffers: TypeAlias = Any
+Tensors: TypeAlias = dict[str, torch.Tensor]
+"""Parameters or buffers of a module, by qualified name."""
+
+AnyParams = TypeVar("AnyParams", default=Any)
+AnyBuffers = TypeVar("AnyBuffers", default=Any)
+Output = TypeVar("Output", default=Any)
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:

@@ -46,6 +46,14 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="Complex modules are a new feature")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of these tests draw examples, for seconds and more."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-operators", action="store_true", help="try every operator of torch, and write OPERATORS.md"

@@ -19,10 +19,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from funcstage import trees
+from funcstage.checks import differentiated_leaves
 from funcstage.errors import ConsumedError, StageError
 from funcstage.functional import functionalize
-from funcstage.split import Pullback, WeightPullback, differentiated_leaves, stage_vjp
-from funcstage.testing.check import _Twin, _twin, normal_like
+from funcstage.pullback import Pullback, WeightPullback, stage_vjp
+from funcstage.testing.reference import _Twin, _twin, normal_like
 from funcstage.testing.stages import Stage
 from funcstage.testing.tolerances import compare, nodes_on_tape
 

@@ -46,7 +46,7 @@ Sample = tuple[Call, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 KNOWN = {
     "group_norm": "before torch 2.14, where dX is not asked for, in channels_last on the CPU: the engines "
-    "run the contiguous kernel instead (`funcstage/group_norm.py`)",
+    "run the contiguous kernel instead (`funcstage/engines/rules/group_norm.py`)",
 }
 """What is seen, by a part of the operator's name, and what the engines do about it."""
 

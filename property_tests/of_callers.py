@@ -106,6 +106,13 @@ class SavedTensorHooks(Situation):
             return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda packed: packed[0])
 
+    def around_eager(self, verb: str) -> AbstractContextManager[object]:
+        """None: hooks that change nothing still switch off autograd's look for writes in place.
+
+        torch's own derivative of softmax's dual writes over what it has saved, and is wrong under them.
+        """
+        return nullcontext()
+
 
 @dataclass(frozen=True)
 class Write(Situation):

@@ -20,7 +20,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage.errors import StageError
 from funcstage.testing import StageMismatch, check_stage
-from funcstage.testing.check import normal_like
+from funcstage.testing.reference import normal_like
 
 # The import freezes torch.backends and points Inductor's cache elsewhere, for all tests of the process.
 with patch.dict(os.environ), patch.object(torch.backends, "disable_global_flags"):

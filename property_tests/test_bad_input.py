@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage import _functorch as ft
-from funcstage import _interception, trees
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch import interception as _interception
 
 TRIED: collections.Counter[tuple[str, str, str]] = collections.Counter()
 """How often each (place, mutation, outcome) came up."""

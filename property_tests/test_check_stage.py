@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import funcstage as fs
-from funcstage import closures
+from funcstage.engines.base import Linearized, StageCall
+from funcstage.engines.levels import linearize as levels
 from funcstage.testing import StageMismatch, check_stage
 from funcstage.testing.stages import Block, use
 from funcstage.testing.stages import Stage as Generated
@@ -33,13 +34,15 @@ class Tape:
     def with_leaves(self, leaves: Sequence[Tensor]) -> Tape:
         return Tape(self.tape.with_leaves(leaves), self.spoil, self.keeps)
 
-    def pull(self, *args: Any) -> Any:
-        *args, retain = args
-        *results, rest = self.tape.pull(*args, retain or self.keeps)
-        self.spoil("I" if args else "W", results[0], list(args))
-        if args:
-            results[1] = Tape(results[1], self.spoil, self.keeps)
-        return *results, rest if rest is None else Tape(rest, self.spoil, self.keeps)
+    def input_vjp(self, cotangents: list[Any], retain: bool) -> Any:
+        grads, weight_tape, rest = self.tape.input_vjp(cotangents, retain or self.keeps)
+        self.spoil("I", grads, [cotangents])
+        return grads, Tape(weight_tape, self.spoil, self.keeps), rest and Tape(rest, self.spoil, self.keeps)
+
+    def weight_vjp(self, retain: bool) -> Any:
+        grads, rest = self.tape.weight_vjp(retain or self.keeps)
+        self.spoil("W", grads, [])
+        return grads, rest and Tape(rest, self.spoil, self.keeps)
 
 
 def engine(
@@ -50,14 +53,14 @@ def engine(
     """The closures engine with a defect."""
 
     def wrap(apply: Any) -> Any:
-        def linearize(params: Any, buffers: Any, args: Any, kwargs: Any, diff: Any) -> Any:
-            output, buffers, tape = closures.linearize(apply, params, buffers, args, kwargs, diff)
-            return *forward(output, buffers, params), Tape(tape, spoil, keeps)
+        def spoiled(call: StageCall) -> Linearized:
+            output, buffers, tape = levels.linearize(call.to(apply))
+            return Linearized(*forward(output, buffers, call.params), Tape(tape, spoil, keeps))
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return apply(*args, **kwargs)
 
-        wrapped.linearize = linearize  # type: ignore[attr-defined]
+        wrapped.linearize = spoiled  # type: ignore[attr-defined]
         return wrapped
 
     return wrap

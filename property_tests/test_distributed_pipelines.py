@@ -6,19 +6,10 @@ So it is with hooks of parameters, an encoder that feeds the pipeline, and modul
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn.utils import parametrizations, parametrize
-
-from funcstage.pipelining import SCHEDULES, ScheduleError, pipeline_order
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
 from pipeline_cases import (
     ONE_STAGE_A_RANK,
     V_SHAPED,
@@ -30,6 +21,10 @@ from pipeline_cases import (
     with_widths,
 )
 from pipeline_ranks import ranks, run
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from funcstage.pipelining import SCHEDULES, ScheduleError, pipeline_order
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import funcstage as fs
 from funcstage import trees
 from funcstage.testing import TOLERANCES, strategies
-from funcstage.testing.check import normal_like
+from funcstage.testing.reference import normal_like
 from funcstage.testing.stages import Stage
 from funcstage.testing.tolerances import compare
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import funcstage as fs
 from funcstage import trees
-from funcstage.split import differentiated_leaves
+from funcstage.checks import differentiated_leaves
 from funcstage.testing import strategies
 from funcstage.testing.stages import Stage
 from funcstage.testing.tolerances import compare

@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage, pipeline_value_and_grad
 from funcstage.testing import check_stage
-from funcstage.testing.layers import Symmetric
+from funcstage.testing.layers.weights import Symmetric
+
+pytestmark = pytest.mark.slow
 
 aten = functools.partial(fs.compile, backend="aten")
 inductor = functools.partial(fs.compile, backend="inductor")

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from funcstage import _tape
+from funcstage._torch import tape as _tape
 from funcstage.autograd import stage_backward, stage_backward_input, stage_backward_weight
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 

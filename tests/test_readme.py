@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 TESTING = README.with_name("TESTING.md")
 
@@ -34,6 +36,7 @@ def test_the_readme_names_the_two_commands() -> None:
     assert "pip install -e '.[test]' && pytest" in text
 
 
+@pytest.mark.slow
 def test_the_table_of_what_is_supported_is_that_of_the_tests() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "--collect-only", "--print-support", "tests"]
     found = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)

@@ -228,7 +228,11 @@ def test_a_compiled_stage_says_where_its_sites_can_be_had() -> None:
     assert weight_pullback().keys() == {"weight", "bias"}
 
 
-@given(module=strategies.modules(dtype=torch.float64), seed=st.integers(0, 99))
+# Sums are compared to nine digits, which casts and autocast do not leave.
+PRECISE = tuple(block for block in strategies.BLOCKS if block not in ("cast", "autocast"))
+
+
+@given(module=strategies.modules(PRECISE, dtype=torch.float64), seed=st.integers(0, 99))
 def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
     apply, params, buffers = fs.functionalize(module)
     torch.manual_seed(seed)

@@ -19,6 +19,8 @@ from torch.fx import GraphModule
 
 import funcstage as fs
 
+pytestmark = pytest.mark.slow
+
 ENGINES = pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
 
 
@@ -80,7 +82,7 @@ def test_the_least_recently_used_signatures_are_forgotten_with_all_that_they_hol
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # By its full name, as the package has a function of the last part of it.
-    monkeypatch.setattr(sys.modules["funcstage.graph.compile"], "MAX_SIGNATURES", 4)
+    monkeypatch.setattr(sys.modules["funcstage.engines.graph.compile"], "MAX_SIGNATURES", 4)
     apply, params, buffers, module = stage(compiled=True)
     made: list[weakref.ref[GraphModule]] = []
     for n in range(1, 41):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from funcstage.demo import model
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining import Costs
-from funcstage.split import stage_vjp
+from funcstage.pullback import stage_vjp
 
 T = TypeVar("T")
 

@@ -8,16 +8,32 @@ timeline = simulate(pipeline_order("ZBVZeroBubble", 4, 8), costs)
 plot_timeline(timeline, "timeline.png")
 """
 
-from funcstage.pipelining.chrome_trace import chrome_trace, write_chrome_trace
-from funcstage.pipelining.costs import Costs, measure_costs, planned_costs
 from funcstage.pipelining.cut import CutError, cut
 from funcstage.pipelining.local import pipeline_value_and_grad
-from funcstage.pipelining.order_files import read_order, write_order
-from funcstage.pipelining.orders import SCHEDULES, Action, Order, ScheduleError, pipeline_order
-from funcstage.pipelining.plot import plot_comparison, plot_memory, plot_timeline
-from funcstage.pipelining.search import find_schedule, zero_bubble_h1
+from funcstage.pipelining.measure import measure_costs
 from funcstage.pipelining.stage import FunctionalPipelineStage
-from funcstage.pipelining.timeline import Span, Timeline, peak_memory, simulate
+from funcstage.schedules import (
+    SCHEDULES,
+    Action,
+    Costs,
+    Order,
+    ScheduleError,
+    Span,
+    Timeline,
+    chrome_trace,
+    find_schedule,
+    peak_memory,
+    pipeline_order,
+    planned_costs,
+    plot_comparison,
+    plot_memory,
+    plot_timeline,
+    read_order,
+    simulate,
+    write_chrome_trace,
+    write_order,
+    zero_bubble_h1,
+)
 
 __all__ = [
     "SCHEDULES",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from funcstage import trees
+from funcstage._torch.operators import copy_into_all
 from funcstage.functional import function_of
 from funcstage.trees import Buffers, PyTree
 
@@ -155,7 +156,7 @@ def update(places: Places, before: Buffers, after: Buffers) -> bool:
     same = [name for name, buffer in owned.items() if _fits(buffer, after[name])]
     with torch.no_grad():
         if same:
-            torch._foreach_copy_([owned[name] for name in same], [after[name] for name in same])
+            copy_into_all([owned[name] for name in same], [after[name] for name in same])
         for name in changed.keys() - set(same):
             value = after[name]
             changed[name].put(value.detach().clone() if isinstance(value, Tensor) else value)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining import pipe_split
-from torch.utils import _pytree as pytree
 
+from funcstage._torch import pytree
+from funcstage._torch.modules import has_hooks, is_saved_without
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.trees import describe, look
 
@@ -120,12 +121,7 @@ class Chain(nn.Sequential):
 
 
 def _is_chain(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
+    return type(module).forward is nn.Sequential.forward and not has_hooks(module)
 
 
 def _containers(names: Sequence[str]) -> set[str]:
@@ -199,7 +195,7 @@ def _required(argument: fx.Proxy) -> Any:
 def _cut_symbolically(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     containers = [module.get_submodule(name) for name in _containers(names)]
     for container in containers:
-        if _has_hooks(container):
+        if has_hooks(container):
             raise CutError(
                 f"{_class(module)}: hooks are registered on {_class(container)}, which would be cut apart; "
                 "they have no place in the stages. Register them on modules that stay whole."
@@ -448,7 +444,7 @@ def _stage(root: nn.Module, graph: fx.Graph, kind: type[fx.GraphModule], name: s
     for prefix, part in stage.named_modules():
         for buffer in part._buffers:
             if (f"{prefix}.{buffer}" if prefix else buffer) not in kept:
-                part._non_persistent_buffers_set.add(buffer)
+                is_saved_without(part).add(buffer)
     return stage
 
 

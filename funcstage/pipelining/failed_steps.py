@@ -10,15 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-KEPT_BY_SCHEDULES = (
-    "_internal_losses",
-    "fwd_recv_ops",
-    "bwd_recv_ops",
-    "backward_counter",
-    "unshard_ops",
-    "unsharded_stages",
-)
-"""Attributes of torch's schedules, containers, which are empty between steps; not all schedules have all."""
+from funcstage._torch.schedules import KEPT_BY_SCHEDULES
 
 
 def forget(schedule: Any) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from funcstage._torch.distributed import default_store
 from funcstage.errors import StageError, StructureError
 
 
@@ -154,7 +155,7 @@ def key(group: dist.ProcessGroup | None, what: str) -> str:
 
 def store() -> Any:
     """Return the store that all ranks share."""
-    return dist.distributed_c10d._get_default_store()
+    return default_store()
 
 
 def written(key: str) -> bytes | None:

@@ -19,8 +19,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from funcstage._torch.tensors import has_accumulation_hooks
 from funcstage.errors import StructureError
-from funcstage.parameter_hooks import Parameters
+from funcstage.state.parameter_hooks import Parameters
 
 
 def accumulate(parameters: Parameters, grads: Mapping[str, Tensor | None]) -> None:
@@ -65,7 +66,7 @@ def _views(
 
 def after_accumulation(parameters: Parameters) -> list[str]:
     """Name the parameters with hooks that see `.grad` itself."""
-    return [name for name, parameter in parameters.items() if parameter._post_accumulate_grad_hooks]
+    return [name for name, parameter in parameters.items() if has_accumulation_hooks(parameter)]
 
 
 def check_shared(stage: str, names: Collection[str], shared: Collection[str], replicated: bool) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from funcstage import trees
+from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.pipelining.orders import Action, pipeline_order
-from funcstage.split import Meta, Pullback, WeightPullback, stage_backward_weight, stage_vjp
+from funcstage.pullback import Pullback, WeightPullback, stage_backward_weight, stage_vjp
+from funcstage.schedules.orders import Action, pipeline_order
 from funcstage.trees import Buffers, Params, PyTree, describe
 
 StageFunction: TypeAlias = Callable[..., tuple[PyTree, Buffers]]

@@ -3,8 +3,6 @@
 Each rank writes down its plan (which schedule, how many stages and microbatches), and compares it with those
 of the others. From then on the schedule is watched: what a step of it fails with is shared with the others.
 
-Private names of torch that this stands on: of a schedule `_PipelineSchedule`, `_step_microbatches`,
-`_n_microbatches`, `_has_backward`, `_stages` and `_stage`.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.pipelining import schedules
 
+from funcstage._torch.schedules import is_schedule, num_microbatches, stages_of, trains
 from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps
 from funcstage.pipelining.failures import check_unbroken, key, share, store, written
@@ -48,13 +46,13 @@ class Plan:
     @classmethod
     def of(cls, schedule: Any) -> Plan:
         """Read a schedule of torch's."""
-        stages = _stages_of(schedule)
+        stages = stages_of(schedule)
         return cls(
             type(schedule).__name__,
             stages[0].num_stages,
-            schedule._n_microbatches,
+            num_microbatches(schedule),
             bool(getattr(schedule, "scale_grads", True)),
-            bool(schedule._has_backward),
+            trains(schedule),
             tuple(sorted(stage.stage_index for stage in stages)),
         )
 
@@ -77,10 +75,6 @@ _AGREED = {
     "scales": "scale_grads",
     "trains": "whether the schedule has a loss_fn",
 }
-
-
-def _stages_of(schedule: Any) -> list[Any]:
-    return schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
 
 
 def plan_key(group: dist.ProcessGroup | None, number: int, rank: int) -> str:
@@ -171,7 +165,7 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
         try:
             return kind._step_microbatches(weak(), *args, **kwargs)
         except BaseException as error:
-            failed_steps.note_gradients(error, _stages_of(weak()))
+            failed_steps.note_gradients(error, stages_of(weak()))
             share(stage, groups(), error)
             raise
 
@@ -186,7 +180,7 @@ def _calling_schedule() -> Any:
         if frame is None:
             return None
         caller = frame.f_locals.get("self")
-        if isinstance(caller, schedules._PipelineSchedule):
+        if is_schedule(caller):
             return caller
         frame = frame.f_back
     return None

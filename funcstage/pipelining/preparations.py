@@ -11,23 +11,10 @@ import copy
 import weakref
 from typing import Any
 
-PREPARED = (
-    "args_recv_info",
-    "act_send_info",
-    "grad_recv_info",
-    "grad_send_info",
-    "chunks",
-    "inputs_meta",
-    "_outputs_meta",
-    "_stage_meta",
-    "_inference_mode",
-    "_input_examples",
-    "_output_examples",
-    "_output",
-    "_prepared_for",
-    "_fitting",
-)
-"""Attributes of a stage that a preparation sets; the first nine are torch's, of which no version has all."""
+from funcstage._torch.pipelining import PREPARED_BY_TORCH
+
+PREPARED = (*PREPARED_BY_TORCH, "_input_examples", "_output_examples", "_output", "_prepared_for", "_fitting")
+"""Attributes of a stage that a preparation sets."""
 
 
 class Preparations:

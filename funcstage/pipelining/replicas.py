@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from funcstage._torch.operators import divide_all
 from funcstage.errors import StructureError
 
 
@@ -83,7 +84,7 @@ class Replicas:
             for work in average.works:
                 work.wait()
             if average.grads:
-                torch._foreach_div_(average.grads, average.divisor)
+                divide_all(average.grads, average.divisor)
         self._averages.clear()
 
 

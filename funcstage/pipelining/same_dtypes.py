@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcstage._torch.operators import TorchDispatchMode
 
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, tuple[int, ...]] = {

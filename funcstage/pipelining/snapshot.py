@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from funcstage.pipelining.binding import Places
-from funcstage.writes import versions
+from funcstage.state.writes import versions
 
 
 @dataclass(frozen=True, slots=True, eq=False)

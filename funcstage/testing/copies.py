@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage.errors import StageError
-from funcstage.kept import holders, objects_among
+from funcstage.state.kept import holders, objects_among
 
 
 def copied(module: nn.Module) -> nn.Module:

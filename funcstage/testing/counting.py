@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from funcstage._torch.operators import HigherOrderOperator, TorchDispatchMode, packet_of
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ class FlopCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         higher = isinstance(function, HigherOrderOperator)
-        formula = flop_registry.get(function if higher else function._overloadpacket)
+        formula = flop_registry.get(function if higher else packet_of(function))
         if formula is None and higher:
             return function(*map(self._counting, args), **kwargs)
         if function is torch.ops.prim.device.default:  # a question of fake tensors, which has no parts

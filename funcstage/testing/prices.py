@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage._torch.functorch import is_functorch_wrapped_tensor
 from funcstage.testing.counting import FlopCounter
 from funcstage.testing.tolerances import nodes_on_tape
 
@@ -78,7 +79,7 @@ class Prices(TorchFunctionMode):
                 unknown = not by_input and not by_params
                 (self._of_inputs if by_input or unknown else self._of_params)[id(leaf)] = leaf
         name = getattr(function, "__name__", str(function))
-        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, operands)):
+        if any(map(is_functorch_wrapped_tensor, operands)):
             self.found.append(Price(name, "a torch.func transform inside the stage", 2 * _BACKWARD * flops))
         elif by_params and by_input:
             if function in _CHAINS and len(operands) > 2:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from funcstage import trees
-from funcstage.pipelining.orders import SCHEDULES, Order, ScheduleError, pipeline_order
+from funcstage.schedules.orders import SCHEDULES, Order, ScheduleError, pipeline_order
 from funcstage.testing.layers import LAYERS, Place
 from funcstage.testing.stages import (
     _INPUTS,

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from funcstage._torch.operators import TorchDispatchMode, returns_of
+from funcstage._torch.pytree import tree_map
+from funcstage._torch.tape import dtypes_into
 from funcstage.trees import describe, is_differentiable
 
 TOLERANCES: dict[torch.dtype, float] = {
@@ -124,7 +125,7 @@ def dtypes_on_tape(outputs: Sequence[Tensor]) -> set[torch.dtype]:
     """Collect the dtypes of all values that an eager tape differentiates, casts inside it included."""
     dtypes = {output.dtype for output in outputs}
     for node in nodes_on_tape(outputs):
-        dtypes.update(meta.dtype for meta in node._input_metadata if meta is not None)
+        dtypes.update(dtypes_into(node))
     return dtypes
 
 
@@ -163,7 +164,7 @@ class Rounding(TorchDispatchMode):
     ) -> Any:
         results = function(*args, **(kwargs or {}))
         # What is a view, or was written in place, has neighbours that must see the same values.
-        if any(value.alias_info is not None for value in function._schema.returns):
+        if any(value.alias_info is not None for value in returns_of(function)):
             return results
         return tree_map(self, results)
 

@@ -8,21 +8,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "funcstage"
 
 TARGETS = (
-    "funcstage/split*.py",
-    "funcstage/closures*.py",
-    "funcstage/graph/[!_]*.py",
-    "funcstage/grad_mode.py",
-    "funcstage/writes.py",
+    "funcstage/pullback.py",
+    "funcstage/engines/levels/*.py",
+    "funcstage/engines/graph/*.py",
+    "funcstage/state/grad_mode.py",
+    "funcstage/state/writes.py",
     "funcstage/pipelining/stage*.py",
     "funcstage/pipelining/hooks.py",
     "funcstage/pipelining/upstream.py",
 )
 """Globs of the files that faults are planted in."""
 
-ON_A_GPU_ONLY = ("funcstage/graph/cuda_graphs.py", "funcstage/graph/norms.py")
+ON_A_GPU_ONLY = ("funcstage/engines/graph/cuda_graphs.py", "funcstage/engines/graph/norms.py")
 """Files among these that do nothing without one."""
 
-TESTS = ("tests/test_*.py", "property_tests/test_*.py")
+TESTS = ("tests/**/test_*.py", "property_tests/test_*.py")
 
 UNRELATED = {
     # what runs for long, or in processes of its own, and tests other parts of the package

@@ -1,0 +1,34 @@
+# The few commands. Each says itself what it does; `make` lists them.
+
+.PHONY: help install fast test check guide torches coverage mutation
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install:  ## everything that a contributor needs, into this environment
+	pip install -e '.[dev,docs]'
+	pre-commit install
+
+fast:     ## the tests that take seconds, in about two minutes
+	pytest -m "not slow"
+
+test:     ## all tests, a tenth of CI's examples
+	pytest
+
+check:    ## linter, formatter, type checker
+	ruff check .
+	ruff format --check .
+	mypy
+
+guide:    ## the guide and the reference, into site/
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+torches:  ## what stands on private torch, on every torch that is supported
+	python .ci/torches.py
+
+coverage: ## which lines the fast tests run
+	coverage run -m pytest -m "not slow" -n 0 -q
+	coverage report
+
+mutation: ## plant 200 faults, one at a time, and see the tests fail
+	python -m property_tests.mutation --sample 200

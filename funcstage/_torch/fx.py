@@ -1,0 +1,92 @@
+"""A recording that other threads do not notice, and that a stage's libraries take for a compilation.
+
+While torch.fx records, it patches `nn.Module` for the whole process, and before torch 2.14 says to all
+threads that somebody records, so that their compiled functions refuse to run. Neither is needed here.
+
+Model libraries read the values of masks to choose a faster way, unless they are compiled: they ask
+`torch.compiler.is_compiling`, whose answer is a setting of the process. While a stage is traced that
+function asks for the thread first; torch's own code, which would go other ways, gets torch's answer.
+Private: the patched methods, the flag, and that the function is Python.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import _symbolic_trace
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Put around a call of `make_fx`, of which there is one at a time."""
+    _thread.methods = {name: vars(nn.Module)[name] for name in _PATCHED}
+    functions = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling)
+    codes = [function.__code__ for function in functions]
+    _thread.traces += 1
+    for function, asking in zip(functions, (_is_compiling, _is_dynamo_compiling), strict=True):
+        function.__code__ = asking.__code__
+    try:
+        yield
+    finally:
+        for function, code in zip(functions, codes, strict=True):
+            function.__code__ = code
+        _thread.traces -= 1
+
+
+def unpatch() -> None:
+    """Undo what the recorder has patched for everybody; called first in what is recorded."""
+    for name, method in _thread.methods.items():
+        setattr(nn.Module, name, method)
+    if isinstance(getattr(_symbolic_trace, _FLAG, None), bool):
+        setattr(_symbolic_trace, _FLAG, False)
+
+
+class _OfThread(threading.local):
+    traces = 0
+    methods: dict[str, Any] = {}  # noqa: RUF012  # never written, but replaced
+
+
+_thread = _OfThread()
+_PATCHED = ("__call__", "__getattr__")
+_FLAG = "_is_fx_tracing_flag"
+
+
+def is_seen_compiling(caller: Any) -> bool:
+    """Tell whether the code of a frame is to think that it is compiled."""
+    if not _thread.traces:
+        return False
+    name = caller.f_globals.get("__name__", "")
+    if name in _FORWARDING:
+        name = caller.f_back.f_globals.get("__name__", "")
+    return not name.startswith(("torch.", "funcstage.")) or name.startswith(_OF_MODULES)
+
+
+_FORWARDING = {"torch._utils", "torch._dynamo.external_utils"}
+"""Where further names of `torch.compiler.is_compiling` are."""
+
+_OF_MODULES = ("torch.nn.modules.transformer",)
+"""Parts of torch that read values unless they are compiled."""
+
+
+# Their code runs in place of that of `torch.compiler`, with its globals.
+def _is_compiling() -> bool:
+    import sys
+
+    from funcstage._torch.fx import is_seen_compiling
+
+    if torch.jit.is_scripting():
+        return False
+    return is_seen_compiling(sys._getframe(1)) or _is_compiling_flag  # type: ignore[name-defined]  # noqa: F821
+
+
+def _is_dynamo_compiling() -> bool:
+    import sys
+
+    from funcstage._torch.fx import is_seen_compiling
+
+    return is_seen_compiling(sys._getframe(1))

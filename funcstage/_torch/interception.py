@@ -1,0 +1,186 @@
+"""What torch hides from a `TorchFunctionMode`: checkpointed regions and custom autograd functions.
+
+Both are plain Python calls that reach a mode as what they consist of, if at all, however they were
+imported. While a stage runs, its calls of `torch.utils.checkpoint.checkpoint` and of
+`torch.autograd.Function.apply` in the same thread go to an interceptor instead; everything else, and
+everybody once no stage runs, has torch's own.
+Private: `__dynamo_disable`, which torch's wrapper of
+`checkpoint` looks up in every call, and the code of `Function.apply`. `tests/_torch/test_private_api.py`
+says so when they move.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+
+class Interceptor(Protocol):
+    """What is asked in place of torch."""
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        """Run a checkpointed region; `call` has all of the parameters of `checkpoint`."""
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        """Apply a custom autograd function; `apply` is its own."""
+
+
+class intercepting:
+    """Ask `interceptor` about the calls of this thread."""
+
+    def __init__(self, interceptor: Interceptor) -> None:
+        self._interceptor = interceptor
+        self._before = current()
+
+    def __enter__(self) -> None:
+        _current.interceptor = self._interceptor
+        _patches.hold(self._before.depth + 1)
+
+    def __exit__(self, *error: object) -> None:
+        restore(self._before)
+
+
+class Current(NamedTuple):
+    """Who is asked in this thread, and how many have asked to be."""
+
+    interceptor: Interceptor | None
+    depth: int
+
+
+def current() -> Current:
+    """What holds in this thread."""
+    return Current(current_interceptor(), _patches.depth())
+
+
+def restore(before: Current) -> None:
+    """Let it hold again."""
+    _patches.hold(before.depth)
+    _current.interceptor = before.interceptor
+
+
+def current_interceptor() -> Interceptor | None:
+    """The interceptor that is asked about calls of this thread."""
+    return _current.interceptor
+
+
+class _OfThread(threading.local):
+    interceptor: Interceptor | None = None
+
+
+_current = _OfThread()
+_BODY: Any = checkpoint.__wrapped__  # type: ignore[attr-defined]
+_DISABLED = "__dynamo_disable"
+_PARAMETERS = inspect.signature(_BODY)
+
+
+class _Patches:
+    """The patches, in place while any stage runs in any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depths: dict[int, int] = {}  # by thread
+        self._in_place: bool | None = False  # None while that changes
+        self._checkpoint: Any = None
+
+    @property
+    def _users(self) -> int:
+        return sum(self._depths.values())
+
+    def depth(self) -> int:
+        """How deep this thread is in stages."""
+        return self._depths.get(threading.get_ident(), 0)
+
+    def hold(self, depth: int) -> None:
+        """Be in place as long as any thread holds them; may be broken off anywhere, and called again."""
+        with self._lock:
+            if depth:
+                self._depths[threading.get_ident()] = depth
+            else:
+                self._depths.pop(threading.get_ident(), None)
+            wanted = bool(self._depths)
+            if self._in_place is wanted:
+                return
+            if self._in_place is False:
+                self._checkpoint = getattr(_BODY, _DISABLED, None)
+            self._in_place = None
+            if wanted:
+                setattr(_BODY, _DISABLED, self._asked_checkpoint())
+            elif self._checkpoint is not None:
+                setattr(_BODY, _DISABLED, self._checkpoint)
+            elif hasattr(_BODY, _DISABLED):
+                delattr(_BODY, _DISABLED)
+            _set_apply(asked=wanted)
+            self._in_place = wanted
+
+    def _asked_checkpoint(self) -> Callable[..., Any]:
+        original = self._checkpoint
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            interceptor = current_interceptor()
+            if interceptor is None:
+                # Made by torch in the first call, as it takes a second.
+                run = original or torch._dynamo.disable(_BODY, wrapping=False)
+                return run(*args, **kwargs)
+            call = _PARAMETERS.bind(*args, **kwargs)
+            call.apply_defaults()
+            return interceptor.checkpoint(call)
+
+        return asked
+
+
+class _Asking(Function):
+    """Holds what takes the place of `Function.apply`."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        __class__  # type: ignore[name-defined]  # noqa: B018  # torch's code has this free variable too
+        from funcstage._torch.interception import asked_to_apply
+
+        return asked_to_apply(cls, args, kwargs)
+
+
+def asked_to_apply(function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply a custom function, or ask the interceptor of this thread to."""
+    own = _OWN_APPLY.__get__(None, function)
+    interceptor = current_interceptor()
+    if interceptor is None or kwargs or not torch._C._are_functorch_transforms_active():
+        return own(*args, **kwargs)
+    return interceptor.custom_function(own, function, args)
+
+
+_IN_CLASS: Any = Function.__dict__["apply"]
+_IN_PYTHON = isinstance(_IN_CLASS, classmethod)
+"""Up to torch 2.13. Its code is exchanged, so that an `apply` that was bound before is found too."""
+
+
+def _copied(method: Any) -> Any:
+    function = method.__func__
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return classmethod(copy)
+
+
+_OWN_APPLY: Any = _copied(_IN_CLASS) if _IN_PYTHON else _IN_CLASS
+
+
+def _set_apply(*, asked: bool) -> None:
+    if _IN_PYTHON:
+        source = _Asking.__dict__["apply"] if asked else _OWN_APPLY
+        _IN_CLASS.__func__.__code__ = source.__func__.__code__
+    else:
+        Function.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS  # type: ignore[method-assign]
+
+
+_patches = _Patches()

@@ -1,0 +1,110 @@
+"""The tables of `torch.distributed.pipelining.schedules`: what its constructors read of a stage, and compute.
+
+No process group is needed: a schedule computes the order of all ranks from a few numbers. Importing torch's
+schedules takes a second, as they load Dynamo and FSDP, so it waits until somebody asks for a table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from funcstage._torch.versions import TRIED
+
+# Torch's runtime puts these between the units of work; an order says nothing of them, as they follow from it.
+MESSAGES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "WAIT_SEND_F", "WAIT_SEND_B")
+"""Of a stage for a microbatch. A wait lets go of what was sent (torch 2.15)."""
+HOUSEKEEPING = ("UNSHARD", "RESHARD", "REDUCE_GRAD", "WAIT_REDUCE_GRAD")
+"""Of a stage, for all microbatches."""
+
+Unit = tuple[str, int, int]
+"""A unit of work: its kind (F, I, W or B), stage and microbatch."""
+
+
+def table_of(torch_class: str, num_stages: int, num_microbatches: int, num_ranks: int) -> list[list[Unit]]:
+    """Return what each rank does under one of torch's schedule classes.
+
+    Raises:
+        ValueError: torch's own, if the schedule cannot run these numbers.
+        RuntimeError: if this torch builds its schedules in another way than those that were tried.
+    """
+    from torch.distributed.pipelining import schedules
+
+    # What torch's constructors read of a stage. They compute the order of every rank, whichever rank
+    # they are told to be, and refuse numbers that the schedule cannot run.
+    stages: Any = [
+        SimpleNamespace(
+            stage_index=i,
+            num_stages=num_stages,
+            group_size=num_ranks,
+            group_rank=0,
+            is_last=False,
+            submod=None,
+        )
+        for i in range(num_stages // num_ranks)
+    ]
+    try:
+        kind = getattr(schedules, torch_class)
+        single = issubclass(kind, schedules.PipelineScheduleSingle)
+        if not single:
+            # Where communication goes is nothing to us, and takes time that is quadratic in the actions.
+            unused = {"_prepare_schedule_with_comms": lambda self, actions: None}
+            kind = type(kind.__name__, (kind,), unused)
+        order = kind(stages[0] if single else stages, num_microbatches).pipeline_order
+        return [[unit for given in order[rank] for unit in _units(given)] for rank in range(num_ranks)]
+    except (AttributeError, TypeError, KeyError) as change:
+        raise RuntimeError(
+            f"torch {torch.__version__} builds its pipeline schedules in another way than torch {TRIED[0]} "
+            f"to {TRIED[-1]}, which funcstage was tested with; use one of them. ({change!r})"
+        ) from change
+
+
+def _units(given: Any) -> Iterator[Unit]:
+    """Translate one entry of torch's table: an idle slot, an action, or several that are overlapped."""
+    if given is None:
+        return
+    if given.sub_actions is not None:
+        for sub_action in given.sub_actions:
+            yield from _units(sub_action)
+    elif given.computation_type.value in ("F", "I", "W", "B"):
+        yield given.computation_type.value, given.stage_index, given.microbatch_index
+    elif given.computation_type.value not in MESSAGES + HOUSEKEEPING:
+        raise KeyError(given.computation_type.value)
+
+
+# What a schedule that is being run is read for.
+
+KEPT_BY_SCHEDULES = (
+    "_internal_losses",
+    "fwd_recv_ops",
+    "bwd_recv_ops",
+    "backward_counter",
+    "unshard_ops",
+    "unsharded_stages",
+)
+"""Attributes of torch's schedules, containers, which are empty between steps; not all schedules have all."""
+
+
+def is_schedule(value: object) -> bool:
+    """Tell whether a value is one of torch's schedules."""
+    schedules = sys.modules.get("torch.distributed.pipelining.schedules")
+    return schedules is not None and isinstance(value, schedules._PipelineSchedule)
+
+
+def stages_of(schedule: Any) -> list[Any]:
+    """The stages of this rank."""
+    return schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+
+
+def num_microbatches(schedule: Any) -> int:
+    """How many microbatches a step has."""
+    return int(schedule._n_microbatches)
+
+
+def trains(schedule: Any) -> bool:
+    """Tell whether there is a loss."""
+    return bool(schedule._has_backward)

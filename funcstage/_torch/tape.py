@@ -1,0 +1,190 @@
+"""The eager autograd tape as `funcstage.autograd` sees it: its sites, and how to call one of them.
+
+The one file in which the eager engine's private side is used. It rests on
+
+- `node._input_metadata`: shape and dtype of each output of the operation that recorded `node`;
+- a node that is called from Python *while the engine runs* computes only the gradients that this run
+  needs, as it would if the engine had called it;
+- `torch._C._is_alias_of`: whether two tensors share memory;
+- a node recorded by a Python `torch.autograd.Function` is that function's `ctx`, with its `backward` bound as
+  `apply`, and is owned by the nodes recorded after it, not by references from Python.
+
+`tests/test_autograd.py` tests each by itself, so that a torch release that changes one fails by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node
+
+Edge = tuple[Node, int]
+"""A node and the number of one output of the operation that recorded it."""
+
+NumberedEdges = tuple[tuple[int, Edge], ...]
+"""Edges of one node, each with its place in `node.next_functions`."""
+
+
+class Site(NamedTuple):
+    """Where weights' gradients start: an entry of `param_groups[i]["intermediates"]`.
+
+    `weight_edges` are the node's edges into the weight side, and empty where the node itself is of the weight
+    side: an output that depends on no input. `owner` keeps a Python node alive.
+    """
+
+    node: Node
+    weight_edges: NumberedEdges
+    owner: Node | None
+
+
+def param_groups_of(
+    roots: Sequence[GradientEdge], inputs: set[Edge], weights: Sequence[Node]
+) -> list[dict[str, Any]]:
+    """The connected components of sites and weight side below `roots`, in the weights' order."""
+    roots = [root for root in roots if root[:2] not in inputs]
+    tape, owners = _walk(roots, inputs)
+    outermost, is_weight = {root.node for root in roots}, set(weights)
+    input_side: set[Node] = set()
+    weight_side: set[Node] = set()
+    sites: list[Site] = []
+    leader: dict[Node, Node] = {}
+    for node, edges in tape.items():
+        into_weights = tuple((k, edge) for k, edge in edges if edge not in inputs and edge[0] in weight_side)
+        if any(edge in inputs or edge[0] in input_side for _, edge in edges):
+            input_side.add(node)
+            if into_weights:
+                sites.append(Site(node, into_weights, owners[node]))
+        elif into_weights or node in is_weight:
+            weight_side.add(node)
+            if node in outermost:
+                sites.append(Site(node, (), owners[node]))
+        if into_weights or node in is_weight:
+            leader[node] = node
+            for _, (after, _) in into_weights:
+                leader[_find(leader, after)] = node
+
+    groups: dict[Node, dict[str, Any]] = {}
+    for node in weights:
+        if node in weight_side:
+            group = groups.setdefault(_find(leader, node), {"params": [], "intermediates": [], "grads": []})
+            group["params"].append(node)
+    for site in sites:
+        groups[_find(leader, site.node)]["intermediates"].append(site)
+    return list(groups.values())
+
+
+def _walk(
+    roots: Sequence[GradientEdge], stops: set[Edge]
+) -> tuple[dict[Node, NumberedEdges], dict[Node, Node | None]]:
+    """Each node's edges, a node after all that it leads to; and who keeps each Python node alive.
+
+    Iterative and linear in the number of edges: a stage may be thousands of operations deep.
+    """
+    entered: dict[Node, NumberedEdges] = {}
+    tape: dict[Node, NumberedEdges] = {}
+    owners: dict[Node, Node | None] = {}
+    stack: list[tuple[Node, Node | None]] = [(root.node, root.ownership_token) for root in roots]
+    while stack:
+        node, above = stack[-1]
+        if node in entered:
+            stack.pop()
+            tape.setdefault(node, entered[node])
+            continue
+        owners[node] = above if _is_python(node) else None
+        following = enumerate(node.next_functions)
+        edges = tuple((k, (after, number)) for k, (after, number) in following if after is not None)
+        entered[node] = edges
+        keeper = above if _is_python(node) else node
+        stack.extend((edge[0], keeper) for _, edge in edges if edge not in stops and edge[0] not in entered)
+    return tape, owners
+
+
+def _find(leader: dict[Node, Node], node: Node) -> Node:
+    """The representative of a node's component, with path halving."""
+    while leader[node] is not node:
+        leader[node] = node = leader[leader[node]]
+    return node
+
+
+class _During(torch.autograd.Function):
+    """A scalar whose backward calls a function."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
+        ctx.call = call
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[None, None]:
+        ctx.call()
+        return None, None
+
+
+def during_backward(edges: Sequence[Edge], call: Callable[[], None]) -> None:
+    """Call `call` inside an engine run that wants the gradients at `edges` and nothing else.
+
+    Nothing connects the run to `edges`; naming them is what makes each node that `call` calls compute its
+    gradients towards them and leave out the others. The anchor lies on the CPU, so that the engine runs
+    `call` in this thread and on the current streams.
+    """
+    with torch.enable_grad():
+        anchor = torch.zeros((), requires_grad=True)
+        result = _During.apply(anchor, call)
+    wanted: list[Any] = [anchor, *(GradientEdge(*edge) for edge in edges)]
+    torch.autograd.grad(result, wanted, allow_unused=True)
+
+
+def call_node(node: Node, cotangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The gradients that `node` passes on, one per entry of `node.next_functions`.
+
+    A node of a Python `autograd.Function` always computes all of its gradients: its `needs_input_grad` is
+    fixed in forward.
+    """
+    if not _is_python(node):
+        gradients = node(*cotangents)  # type: ignore[operator]
+        return list(gradients) if isinstance(gradients, tuple) else [gradients]
+    # The engine too fills in zeros, unless the function declined them; they are right in either case.
+    filled = [
+        torch.zeros(m.shape, dtype=m.dtype, device=m.device) if c is None else c
+        for c, m in zip(cotangents, node._input_metadata, strict=True)
+    ]
+    gradients = node.apply(*filled)  # type: ignore[attr-defined]
+    if not isinstance(gradients, tuple):
+        gradients = (gradients,)
+    # `next_functions` skips arguments that are not tensors and holds no node for tensors without gradient.
+    needed = (g for g, wanted in zip(gradients, node.needs_input_grad, strict=False) if wanted)  # type: ignore[attr-defined]
+    return [None if after is None else next(needed) for after, _ in node.next_functions]
+
+
+def conform(gradient: torch.Tensor, edge: Edge, not_sharing: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The gradient that a node passed on, as it arrives at `edge`, in memory that `.grad` may take over.
+
+    Broadcasting and promotion are undone, as the engine does between two nodes. An operation may pass on its
+    cotangent itself, or a view of it, and the engine makes a `.grad` of such a view without a copy; later
+    accumulation would then change the cotangent, which is still the caller's.
+    """
+    metadata = edge[0]._input_metadata[edge[1]]
+    if gradient.shape != metadata.shape:
+        gradient = gradient.sum_to_size(metadata.shape)
+    gradient = gradient.to(metadata.dtype)
+    alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+    shared = any(other is not None and alias(gradient, other) for other in not_sharing)
+    return gradient.clone() if shared else gradient
+
+
+def _is_python(node: Node) -> bool:
+    """Whether a Python `autograd.Function` recorded `node`, so that holding it does not keep it alive."""
+    return isinstance(node, BackwardCFunction)
+
+
+def output_shapes(node: Node) -> list[torch.Size]:
+    """The shape of each differentiable output of the operation that recorded `node`."""
+    return [torch.Size(metadata.shape) for metadata in node._input_metadata]
+
+
+def dtypes_into(node: Node) -> set[torch.dtype]:
+    """The dtypes of the values whose gradients arrive at a node."""
+    return {meta.dtype for meta in node._input_metadata if meta is not None}

@@ -1,0 +1,53 @@
+"""What a tensor does not tell publicly: how often it was written, and whose memory it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+from torch import _is_functional_tensor as is_functionalized
+
+__all__ = [
+    "has_hooks",
+    "indices_and_values",
+    "is_functionalized",
+    "is_symbolic_zero",
+    "memory_of",
+    "users_of",
+    "version_of",
+]
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""How often a tensor's memory was written; inference tensors do not count."""
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def users_of(memory: int) -> int:
+    """How many tensors and storages hold a piece of memory."""
+    return torch._C._storage_Use_Count(memory)
+
+
+def is_symbolic_zero(tensor: Tensor) -> bool:
+    """Tell whether it is a gradient of zeros without memory."""
+    return tensor._is_zerotensor()
+
+
+def indices_and_values(tensor: Tensor) -> list[Tensor]:
+    """The parts of a sparse tensor, coalesced or not."""
+    return [tensor._indices(), tensor._values()]
+
+
+def has_accumulation_hooks(parameter: Tensor) -> bool:
+    """Tell whether a parameter has hooks that run after gradients were added."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Tell whether a parameter has hooks that a backward by autograd would run."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -1,0 +1,262 @@
+"""The private parts of torch that tracing needs, in one place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from operator import call
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._dynamo.guards import TensorGuards
+from torch._ops import HigherOrderOperator
+from torch._prims.rng_prims import run_and_save_rng_state as draw_and_save
+from torch._prims.rng_prims import run_with_rng_state as draw_again
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+
+from funcstage.dtensors import first_dtensor
+
+UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+)
+"""What fake tensors raise where the program depends on the values of tensors."""
+
+__all__ = [
+    "UNTRACEABLE",
+    "BoxedCodeGen",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "FunctionalTensorMode",
+    "HigherOrderOperator",
+    "LazyGraphModule",
+    "Policy",
+    "autocast_off",
+    "autocast_state",
+    "comparison",
+    "draw_again",
+    "draw_and_save",
+    "fake_like",
+    "from_functional",
+    "global_flags",
+    "has_no_memory_of_its_own",
+    "is_any_autocast_enabled",
+    "last_recorded",
+    "lent",
+    "make_fx",
+    "one_at_a_time",
+    "own_autocast_cache",
+    "policy_of",
+    "to_functional",
+    "was_written",
+    "without_modes",
+]
+
+
+one_at_a_time = threading.RLock()
+"""Tracing and lowering patch what all threads of a process share."""
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A fake tensor with the geometry of a real one, which is neither read nor kept."""
+    with mode:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
+        )
+
+
+def last_recorded() -> Node:
+    """The last node of the graph that is being recorded."""
+    mode: Any = get_proxy_mode()
+    node: Node = mode.tracer.graph._root.prev
+    return node
+
+
+Policy: TypeAlias = Callable[[Node], bool]
+
+
+def policy_of(context: object) -> Policy | None:
+    """Whether to save a node, by the policy of a selective checkpoint that made this context; else None."""
+    policy = getattr(context, "policy_fn", None)
+    if policy is None:
+        return None
+
+    def saves(node: Node) -> bool:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
+        choice = policy(SelectiveCheckpointContext(is_recompute=False), node.target, *args, **kwargs)
+        return choice in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+    return saves
+
+
+def to_functional(tensor: Tensor) -> Tensor:
+    """Wrap a tensor so that in-place operations on it are recorded as functions."""
+    wrapped: Tensor = FunctionalTensor.to_functional(tensor)
+    return wrapped
+
+
+def from_functional(tensor: Tensor) -> Tensor:
+    """The current value of a functional tensor."""
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    value: Tensor = torch._from_functional_tensor(tensor.elem)
+    return value
+
+
+def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A check whether tensors agree with these in class, shape, strides, dtype, device and requires_grad.
+
+    Also in what the dispatcher sees: conjugation, negation, subclasses, wrappers of transforms, autocast.
+    """
+    shapes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
+    if not tensors:
+        return lambda: True
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
+    ).check
+    return check
+
+
+def has_no_memory_of_its_own(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for others: a wrapper subclass, or one that a transform has wrapped.
+
+    Not so DTensors, which are refused elsewhere.
+    """
+    keys = torch._C._dispatch_keys(tensor)
+    return any(map(keys.has, _OF_WRAPPERS)) and first_dtensor(tensor) is None
+
+
+_OF_WRAPPERS = [
+    torch._C.DispatchKey.Python,
+    torch._C.DispatchKey.Functionalize,
+    torch._C.DispatchKey.FuncTorchGradWrapper,
+    torch._C.DispatchKey.FuncTorchBatched,
+]
+
+
+def was_written(tensor: Tensor) -> bool:
+    """Tell whether an in-place operation changed a functional tensor."""
+    assert isinstance(tensor, FunctionalTensor)
+    return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
+
+
+def is_any_autocast_enabled() -> bool:
+    """Tell whether autocast is on for any device type."""
+    return torch._C._is_any_autocast_enabled()
+
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
+
+
+def autocast_state() -> tuple[Hashable, ...]:
+    """The device types for which autocast is on, with the dtypes that it casts to."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)
+    )
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Turn autocast off where it is on."""
+    with ExitStack() as stack:
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def own_autocast_cache() -> Iterator[None]:
+    """Keep what a trace casts out of the caller's autocast cache, and what it cast out of the trace."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Lend a module parameters and buffers, for a recompute that runs after its own call."""
+    if module is None:
+        return nullcontext()
+    # "Stacked", they are taken back in reverse, as is right for a module that is reached by two names.
+    return _reparametrize_module(module, state, tie_weights=True, stack_weights=True)
+
+
+def global_flags() -> tuple[Hashable, ...]:
+    """The global settings that a stage function, its trace or its lowering may read."""
+    return (
+        *map(call, _FLAGS),
+        torch.get_default_device() if _len_torch_function_stack() else None,
+        *_global_forward_hooks,
+        *_global_forward_pre_hooks,
+        *_global_backward_hooks,
+        *_global_backward_pre_hooks,
+        *torch._C._get_sdp_priority_order(),
+    )
+
+
+_EINSUM: Any = torch.backends.opt_einsum
+_FLAGS: tuple[Callable[[], Hashable], ...] = (
+    torch.get_default_dtype,
+    torch.is_inference_mode_enabled,
+    *[
+        partial(torch._C._get_fp32_precision_getter, of, part)
+        for of in ("cuda", "mkldnn")
+        for part in ("all", "matmul", "conv", "rnn")
+    ],
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_fp16_accumulation,
+    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_deterministic_algorithms_warn_only,
+    torch._C._get_deterministic_fill_uninitialized_memory,
+    torch.is_anomaly_enabled,
+    torch.is_anomaly_check_nan_enabled,
+    torch.get_num_threads,
+    torch.backends.mha.get_fastpath_enabled,
+    *[  # an attribute that is found behind a `__getattr__` takes a microsecond
+        partial(vars(place).get, name) for place in (_EINSUM, _EINSUM.m) for name in ("enabled", "strategy")
+    ],
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_mkldnn_deterministic,
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_overrideable_sdp_enabled,
+)

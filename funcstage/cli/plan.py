@@ -1,0 +1,53 @@
+"""`python -m funcstage plan`: what F, I and W of a stage cost, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from funcstage.cli import show, target
+from funcstage.engines.graph.compile import compile
+from funcstage.engines.graph.plan import Phase, Plan
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="FLOPs and residuals of a stage's three programs",
+        description=(
+            "Trace a stage and say what F, I and W compute and hold. The stage's tensors may be on the meta "
+            "device, so that a stage of any size is planned on any machine."
+        ),
+    )
+    parser.add_argument("stage", help="package.module:factory, which returns (module, *arguments)")
+    parser.add_argument(
+        "--remat",
+        default="min_cut",
+        choices=("none", "min_cut", "full"),
+        help="what backward computes again (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan."""
+    found = target.load(arguments.stage)
+    apply, params, buffers = found.functional
+    with show.working("tracing"):
+        plan = compile(apply, backend="aten", remat=arguments.remat).plan(params, buffers, *found.args)
+    if arguments.json:
+        values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+        phases = {name: value._asdict() for name, value in values.items() if isinstance(value, Phase)}
+        print(json.dumps(values | phases, indent=1))
+    else:
+        _print(plan)
+    return 0
+
+
+def _print(plan: Plan) -> None:
+    header, *rows = plan.rows()
+    show.table(plan.stage, header, rows)
+    show.table("residuals", ("", "size"), plan.edges())

@@ -1,0 +1,167 @@
+"""`python -m funcstage timeline`: a schedule on a clock, as numbers, a picture, a trace or torch's file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from funcstage.cli import show
+from funcstage.errors import StageError
+from funcstage.pipelining import (
+    SCHEDULES,
+    Costs,
+    Order,
+    Timeline,
+    find_schedule,
+    pipeline_order,
+    plot_timeline,
+    read_order,
+    simulate,
+    write_chrome_trace,
+    write_order,
+    zero_bubble_h1,
+)
+
+_TWO_STAGES = ("ZBVZeroBubble", "DualPipeV", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
+_ZB_H1, _FOUND = "ZB-H1", "found"
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "timeline",
+        help="simulate a schedule, and draw it",
+        description=(
+            "Put a pipeline schedule on a clock. Costs are those of a rank; with two stages a rank each has "
+            "half of them."
+        ),
+        epilog=(
+            "For example: python -m funcstage timeline --schedule ZBVZeroBubble --ranks 8 --microbatches 16 "
+            "-o timeline.png"
+        ),
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--schedule",
+        default="ZBVZeroBubble",
+        choices=(*SCHEDULES, _ZB_H1, _FOUND),
+        help=f"'{_FOUND}' is what find_schedule finds for the costs (default: %(default)s)",
+    )
+    which.add_argument("--csv", type=Path, metavar="FILE", help="a schedule's file, as torch writes them")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="devices (default: %(default)s)")
+    parser.add_argument(
+        "--microbatches", type=int, default=8, metavar="N", help="microbatches a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages-per-rank", type=int, choices=(1, 2), help="default: 2 for schedules of several, else 1"
+    )
+    parser.add_argument(
+        "--costs",
+        type=float,
+        nargs=3,
+        default=(1.0, 1.0, 1.0),
+        metavar=("F", "I", "W"),
+        help="seconds that a rank takes for a microbatch (default: 1 1 1)",
+    )
+    parser.add_argument(
+        "--held",
+        type=int,
+        nargs=2,
+        default=(2, 1),
+        metavar=("AFTER_F", "AFTER_I"),
+        help="bytes of residuals that a rank holds for a microbatch (default: 2 1)",
+    )
+    parser.add_argument(
+        "--comm", type=float, default=0.0, metavar="S", help="seconds between ranks (default: 0)"
+    )
+    parser.add_argument(
+        "--memory-limit", type=int, metavar="BYTES", help=f"of a rank, with --schedule {_FOUND}"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help=".png, .svg or .pdf: a picture; .json: a trace for Perfetto; .csv: for torch; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Simulate, write the files, print the numbers."""
+    for path in arguments.output:
+        if not path.parent.is_dir():
+            raise StageError(f"-o {path}: there is no folder {path.parent}.")
+    with show.working("simulating"):
+        order, costs = _order(arguments)
+        timeline = simulate(order, costs, comm=arguments.comm)
+    for path in show.progress(arguments.output, "writing"):
+        if path.suffix == ".json":
+            write_chrome_trace(timeline, path)
+        elif path.suffix == ".csv":
+            write_order(order, path)
+        else:
+            _draw(timeline, path)
+    if arguments.json:
+        print(json.dumps(_as_json(timeline), indent=1))
+    else:
+        header, *rows = timeline.rows()
+        show.table(str(timeline), header, rows)
+        for path in arguments.output:
+            print(f"written: {path}")
+    return 0
+
+
+def _order(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
+    ranks, microbatches = arguments.ranks, arguments.microbatches
+    if arguments.csv is not None:
+        try:
+            order = read_order(arguments.csv)
+        except OSError as error:
+            raise StageError(f"--csv {arguments.csv} cannot be read: {error.strerror}.") from error
+        share = len(order.stages_of(0))
+        return order, _costs(arguments, order.num_stages, share)
+    share = arguments.stages_per_rank or (2 if arguments.schedule in _TWO_STAGES else 1)
+    costs = _costs(arguments, ranks * share, share)
+    if arguments.schedule == _FOUND:
+        limit = arguments.memory_limit
+        return find_schedule(costs, ranks, microbatches, limit, comm=arguments.comm), costs
+    if arguments.memory_limit is not None:
+        raise StageError(
+            f"--memory-limit is for --schedule {_FOUND}; {arguments.schedule} holds what it holds."
+        )
+    if arguments.schedule == _ZB_H1:
+        return zero_bubble_h1(ranks, microbatches), costs
+    return pipeline_order(arguments.schedule, ranks * share, microbatches, num_ranks=ranks), costs
+
+
+def _costs(arguments: argparse.Namespace, num_stages: int, share: int) -> list[Costs]:
+    seconds = [cost / share for cost in arguments.costs]
+    held = [size // share for size in arguments.held]
+    return [Costs(*seconds, *held)] * num_stages
+
+
+def _draw(timeline: Timeline, path: Path) -> None:
+    try:
+        plot_timeline(timeline, path)
+    except ValueError as error:  # of matplotlib, to which the ending says nothing
+        raise StageError(f"-o {path}: {error}.") from error
+
+
+def _as_json(timeline: Timeline) -> dict[str, Any]:
+    order = timeline.order
+    return {
+        "schedule": order.schedule,
+        "ranks": order.num_ranks,
+        "stages": order.num_stages,
+        "microbatches": order.num_microbatches,
+        "seconds": timeline.makespan,
+        "bubble_fraction": timeline.bubble_fraction,
+        "peak_memory": timeline.peak_memory,
+        "critical_path": [str(span.action) for span in timeline.critical_path()],
+    }

@@ -1,0 +1,1 @@
+"""The engines: each is a way from a stage call to F, I and W."""

@@ -1,0 +1,214 @@
+"""What an engine is: a function from a call of a stage to its output and the tapes of I and W.
+
+The levels of `torch.func`, a plain tape and a compiled stage's programs are engines. What they have in common
+is written here, once; `choose` says which of them takes a call. None knows of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+from weakref import ref
+
+import optree
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage.functional import check_leaves
+from funcstage.state.writes import Watch
+from funcstage.trees import Buffers, Params, PyTree
+
+
+@dataclass(eq=False)
+class StageCall:
+    """One call of a stage function, whose trees are flattened once. Nobody changes it.
+
+    Attributes:
+        apply: the stage function.
+        params: its parameters; floating and complex leaves are differentiated.
+        buffers: its buffers.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        diff: indices of the differentiated leaves of `args`; None where nothing is, parameters included.
+        arg_leaves: leaves of the positional arguments.
+        args_spec: their structure.
+    """
+
+    apply: Callable[..., Any]
+    params: Params
+    buffers: Buffers
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    diff: Sequence[int] | None
+    arg_leaves: list[Any]
+    args_spec: optree.PyTreeSpec
+
+    @classmethod
+    def of(
+        cls,
+        apply: Callable[..., Any],
+        params: Params,
+        buffers: Buffers,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        diff: Sequence[int] | None,
+    ) -> StageCall:
+        """A call whose arguments nobody has flattened yet."""
+        return cls(apply, params, buffers, args, kwargs, diff, *trees.flatten(args))
+
+    def to(self, apply: Callable[..., Any]) -> StageCall:
+        """The same call of another stage function."""
+        return replace(self, apply=apply)
+
+    @property
+    def module(self) -> Any:
+        """The module behind the stage function, or None."""
+        return getattr(self.apply, "module", None)
+
+    @property
+    def name(self) -> str:
+        """What to call the stage."""
+        return getattr(self.apply, "__qualname__", type(self.apply).__name__)
+
+    @property
+    def given(self) -> dict[str, PyTree]:
+        """What the caller owns, by kind."""
+        return {
+            "parameter": self.params,
+            "buffer": self.buffers,
+            "positional argument": self.args,
+            "keyword argument": self.kwargs,
+        }
+
+    @cached_property
+    def of_params(self) -> tuple[list[Any], optree.PyTreeSpec]:
+        """Leaves of the parameters, and their structure."""
+        return check_leaves("params", self.params)
+
+    @cached_property
+    def of_buffers(self) -> tuple[list[Any], optree.PyTreeSpec]:
+        """Leaves of the buffers, and their structure."""
+        return check_leaves("buffers", self.buffers)
+
+    @cached_property
+    def of_kwargs(self) -> tuple[list[Any], optree.PyTreeSpec]:
+        """Leaves of the keyword arguments, and their structure."""
+        return trees.flatten(self.kwargs)
+
+    @cached_property
+    def whole(self) -> tuple[list[Any], optree.PyTreeSpec]:
+        """Leaves of (params, buffers, args, kwargs), and their structure."""
+        return trees.flatten((self.params, self.buffers, self.args, self.kwargs))
+
+    @property
+    def state(self) -> list[Tensor]:
+        """Tensors among parameters and buffers, which are no residuals: the caller holds them anyway."""
+        return [leaf for leaf in (*self.of_params[0], *self.of_buffers[0]) if isinstance(leaf, Tensor)]
+
+
+class Tape(Protocol):
+    """What both tapes of an engine offer: their residuals, to look at, to give away and to replace."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether it can be run (again), after a run that failed too."""
+
+    def leaves(self) -> list[Tensor]: ...
+    def share(self) -> list[Tensor]: ...
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Self: ...
+
+
+class Place(NamedTuple):
+    """A site on a tape.
+
+    Attributes:
+        node: of its output.
+        cotangent: what arrived there.
+        inputs: the residuals behind it.
+        reached: which parameter leaves are behind it.
+        vjp: from a cotangent to the gradients of all parameter leaves.
+    """
+
+    node: Node
+    cotangent: Tensor
+    inputs: list[Tensor]
+    reached: list[int]
+    vjp: Callable[[Tensor], list[Tensor | None]]
+
+
+class WeightTape(Tape, Protocol):
+    """An engine's W.
+
+    Attributes:
+        shares: the numbers of those of I's cotangents, then of its results, whose memory it may hold; None
+            where any may be.
+        checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
+    """
+
+    checks_nan: ClassVar[bool]
+
+    @property
+    def shares(self) -> Sequence[int] | None: ...
+    def reads(self) -> Iterable[Tensor]: ...
+    def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]: ...
+    def sites(self) -> Iterable[Place] | None:
+        """What W sums over, or None where it is one program or one tape."""
+
+
+class InputTape(Tape, Protocol):
+    """An engine's I.
+
+    Attributes:
+        watch: over what I and W may read of what the caller holds; None where that may be anything.
+        captured: tensors that F has read without being handed them, where nothing else looks for writes.
+        checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
+        higher: whether what I and W yield can be differentiated in turn, or transformed.
+    """
+
+    checks_nan: ClassVar[bool]
+    higher: ClassVar[bool]
+
+    @property
+    def watch(self) -> Watch | None: ...
+    @property
+    def captured(self) -> Sequence[ref[Tensor]]: ...
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterable[Tensor]: ...
+    def input_vjp(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]: ...
+
+
+AnyInputTape = TypeVar("AnyInputTape", bound=InputTape)
+
+
+class Linearized(NamedTuple, Generic[AnyInputTape]):
+    """What F returns.
+
+    Attributes:
+        output: free of whatever the engine wrapped it in.
+        new_buffers: likewise.
+        tape: what I and W need.
+    """
+
+    output: PyTree
+    new_buffers: Buffers
+    tape: AnyInputTape
+
+
+Engine: TypeAlias = Callable[[StageCall], Linearized[Any]]
+"""Runs a stage once and retains what its two reverse passes need."""
+
+
+def is_differentiated(leaves: Iterable[Any]) -> bool:
+    """Tell whether somebody outside differentiates what is computed from these leaves."""
+    if not torch.is_grad_enabled():
+        return False
+    if ft.current_level() > 0:
+        return True
+    return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))

@@ -1,0 +1,73 @@
+"""Which engine runs a call of a stage: the one place that knows them all.
+
+A compiled stage brings its own. The levels take every other call but those that only plain autograd can
+run: DTensors, whose class levels hide, and stages that take gradients inside themselves. That a stage does
+is seen in the middle of its run, which is then given up: generators and the attributes of its module go
+back to what they were, and it runs again. From then on it runs on the tape at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
+
+from funcstage.dtensors import first_dtensor
+from funcstage.engines.base import Engine, Linearized, StageCall, is_differentiated
+from funcstage.engines.levels import linearize as levels
+from funcstage.engines.levels.inner_gradients import TakesGradients
+from funcstage.engines.rules import control_flow
+from funcstage.engines.tape import eager as tape
+from funcstage.errors import StageError
+from funcstage.functional import lent
+from funcstage.state.before import Before
+
+
+def choose(call: StageCall) -> Engine:
+    """Return the engine that runs a call."""
+    own: Engine | None = getattr(call.apply, "linearize", None)
+    if own is not None:
+        return own
+    if first_dtensor((call.params, call.args)) is not None:
+        return tape.linearize
+    return uncompiled
+
+
+def uncompiled(call: StageCall) -> Linearized[Any]:
+    """Run a stage as its Python says: by levels, or on a plain tape where it takes gradients itself."""
+    try:
+        return _by_levels_or_tape(call)
+    except StageError:
+        raise
+    except Exception as error:
+        name = control_flow.operator_behind(error)
+        if name is None:
+            raise
+        raise StageError(control_flow.refusal("The stage", name, control_flow.COMPILED)) from error
+
+
+def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
+    if is_differentiated(call.of_params[0]) or is_differentiated(call.arg_leaves):
+        return levels.linearize(call)
+    if not _is_known(call.apply):
+        with lent(call.module):
+            before = Before.of(call.module, call.whole[0], getattr(call.apply, "contents", None))
+            try:
+                return levels.linearize(call, held=before.held)
+            except TakesGradients:
+                before.restore()
+        with suppress(TypeError):  # some callables cannot be remembered
+            _TAKING.add(call.apply)
+    return tape.linearize(call)
+
+
+def _is_known(apply: Callable[..., Any]) -> bool:
+    try:
+        return apply in _TAKING
+    except TypeError:
+        return False
+
+
+_TAKING: WeakSet[Callable[..., Any]] = WeakSet()
+"""Stage functions that were seen to take gradients."""

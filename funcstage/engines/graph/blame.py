@@ -1,0 +1,94 @@
+"""Whose error it is that ended a trace: the stage's own comes through as it is, others are refusals.
+
+What the stage raises by itself is passed on. Anything else may be a limit of the trace or a mistake of the
+stage's (a wrong shape, a missing argument), which look alike: the uncompiled stage is tried, once, and what
+it raises is the answer. Only where it works is it said to.
+"""
+
+from __future__ import annotations
+
+import dis
+import traceback
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from funcstage import trees
+from funcstage.engines.base import StageCall
+from funcstage.engines.choose import uncompiled
+from funcstage.errors import StageError, TraceError
+from funcstage.state.before import Before
+
+
+def is_raised_by_stage(error: BaseException) -> bool:
+    """Tell whether a `raise` or an `assert` outside of torch and funcstage raised an error."""
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code.co_code
+    raised = last.tb_lasti >= 0 and dis.opname[code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    return raised and is_of_stage(last.tb_frame)
+
+
+def is_of_stage(frame: Any) -> bool:
+    """Tell whether a frame is neither torch's nor ours, nor one that they have generated."""
+    name = str(frame.f_globals.get("__name__", ""))
+    generated = frame.f_code.co_filename.startswith("<") and name != "__main__"
+    return name.partition(".")[0] not in ("torch", "funcstage", "") and not generated
+
+
+def line_of(error: BaseException) -> str | None:
+    """The last line of the stage's own code on the way to an error, as ``file:number``."""
+    lines = (
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if is_of_stage(frame)
+    )
+    return next(reversed([*lines]), None)
+
+
+def tried_uncompiled(refusal: TraceError, call: StageCall) -> Exception:
+    """Run a stage that cannot be traced uncompiled, and return the error that is to be raised."""
+    if _has_other_ranks():
+        return TraceError(f"{refusal} {_UNTRIED}")
+    found = _error_of(call)
+    if found is None:
+        return TraceError(f"{refusal} {_WORKS}")
+    return refusal if _is_a_refusal(found) else found
+
+
+def failed(error: Exception, call: StageCall) -> Exception:
+    """Return what is to be raised where a program of F fails, which knows nothing of the stage's lines."""
+    if isinstance(error, (StageError, torch.OutOfMemoryError)) or _has_other_ranks():
+        return error
+    found = _error_of(call)
+    return error if found is None or _is_a_refusal(found) else found
+
+
+def _has_other_ranks() -> bool:
+    """They may not be there to meet a message of this one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _error_of(call: StageCall) -> Exception | None:
+    """What the uncompiled stage raises."""
+    args, kwargs = trees.map_leaves(lambda leaf: leaf, (call.args, call.kwargs))  # may be written into
+    before = Before.of(call.module, call.whole[0])
+    try:
+        uncompiled(replace(call, args=args, kwargs=kwargs))
+    except Exception as error:
+        return error
+    finally:
+        before.restore()
+    return None
+
+
+def _is_a_refusal(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] == "funcstage"
+
+
+_WORKS = "The uncompiled `apply` works: pass it to stage_vjp as it is."
+_UNTRIED = "The uncompiled `apply` may work: pass it to stage_vjp as it is."

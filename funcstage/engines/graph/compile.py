@@ -1,0 +1,342 @@
+"""`compile`: a stage function -> the same function, whose F, I and W are programs traced once.
+
+The passes, in order: trace -> separate -> partition -> programs, one result for each signature.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcstage import trees
+from funcstage._torch import tracing as tt
+from funcstage._torch.functorch import current_level
+from funcstage.checks import differentiated_leaves
+from funcstage.dtensors import first_dtensor
+from funcstage.engines.base import Linearized, StageCall
+from funcstage.engines.choose import choose
+from funcstage.engines.graph.blame import failed, tried_uncompiled
+from funcstage.engines.graph.cuda_graphs import SlotPool
+from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.draws import generators_restored
+from funcstage.engines.graph.guards import ModuleState, Recent, Signature, others_among, reasons, signature_of
+from funcstage.engines.graph.modules_behind import modules_behind
+from funcstage.engines.graph.partition import Remat, partition
+from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
+from funcstage.engines.graph.programs import Programs
+from funcstage.engines.graph.reads import Reads
+from funcstage.engines.graph.recorder import Recorder
+from funcstage.engines.graph.replay import draws_in_graphs, replay
+from funcstage.engines.graph.runners import Lower, run_as_python
+from funcstage.engines.graph.trace import trace
+from funcstage.errors import StructureError, TraceError
+from funcstage.report import table
+from funcstage.state.locks import lent
+from funcstage.trees import Buffers, Params, PyTree
+
+MAX_SIGNATURES = 64
+"""How many signatures a compiled stage keeps; the least recently used one makes room."""
+
+WARN_SIGNATURES = 8
+
+
+class CompiledStage:
+    """A stage function whose forward and split backward run as compiled programs.
+
+    It is called as the function that it was made from, and `stage_vjp` runs F, I and W from it. A call
+    that somebody differentiates from outside (an argument requires grad, or a transform or a mode of
+    torch is active) runs the original function, whose results are the same.
+    """
+
+    def __init__(self, apply: Callable[..., Any], backend: str, remat: Remat, cuda_graphs: bool) -> None:
+        self.apply = apply
+        self.backend = backend
+        self.remat = remat
+        self.cuda_graphs = cuda_graphs
+        self.module: nn.Module | None = getattr(apply, "module", None)
+        self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
+        self._modules = modules_behind(apply)
+        self._module_state = ModuleState(self._modules, hooks=getattr(apply, "refuses_hooks", True))
+        self._traced: OrderedDict[Signature, Programs] = OrderedDict()
+        self._reads: dict[Signature, list[Reads]] = {}  # by signatures without what was read outside
+        self._recent: tuple[Recent, Programs] | None = None
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        call = StageCall.of(self.apply, params, buffers, args, kwargs, None)
+        found = self._found(call)
+        if found is None:
+            return self.apply(params, buffers, *args, **kwargs)
+        output, new_buffers, _ = _run(found, call)
+        return output, new_buffers
+
+    def linearize(self, call: StageCall) -> Linearized[Any]:
+        """Run F: what makes it an engine."""
+        call = call.to(self.apply)
+        found = self._found(call)
+        return choose(call)(call) if found is None else _run(found, call)
+
+    def plan(
+        self,
+        params: Params,
+        buffers: Buffers,
+        *args: Any,
+        argnums: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Plan:
+        """Say what F, I and W cost for these arguments, which may be on the meta device.
+
+        Args:
+            params: as for `stage_vjp`, a pytree of tensors.
+            buffers: likewise.
+            *args: positional arguments.
+            argnums: which of them are differentiated.
+            **kwargs: keyword arguments.
+
+        Returns:
+            The plan; print it.
+        """
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        return plan_of(self.__qualname__, programs.joint, programs.partition)
+
+    def programs(
+        self,
+        params: Params,
+        buffers: Buffers,
+        *args: Any,
+        argnums: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> StagePrograms:
+        """Return the graphs of F, I and W for these arguments, for reading.
+
+        Args:
+            params: as for `stage_vjp`, a pytree of tensors.
+            buffers: likewise.
+            *args: positional arguments.
+            argnums: which of them are differentiated.
+            **kwargs: keyword arguments.
+
+        Returns:
+            The three graphs; print them.
+        """
+        leaves, structure = trees.flatten((params, buffers, args, kwargs))
+        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        parts = programs.partition
+        return StagePrograms(parts.forward.module, parts.input_grad.module, parts.weight_grad.module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, pickled ones too, are of the stage function, and trace anew."""
+        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs)
+
+    def __repr__(self) -> str:
+        remat = self.remat if isinstance(self.remat, str) else getattr(self.remat, "__name__", "policy")
+        return (
+            f"<CompiledStage of {self.__qualname__}, backend={self.backend!r}, remat={remat!r}, "
+            f"{len(self._traced)} signature(s)>"
+        )
+
+    def _repr_html_(self) -> str:
+        plans = [plan_of("", traced.joint, traced.partition) for traced in self._traced.values()]
+        rows = [
+            (
+                str(i),
+                *(f"{phase.flops:,}" for phase in (plan.forward, plan.input_grad, plan.weight_grad)),
+                f"{plan.held_after_forward:,} B",
+                f"{plan.held_after_input:,} B",
+            )
+            for i, plan in enumerate(plans)
+        ]
+        header = ("signature", "FLOPs of F", "of I", "of W", "held after F", "held after I")
+        return table(repr(self)[1:-1], header, rows)
+
+    def _found(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
+        """The programs for a call and its tensors; `None` where the original function must run."""
+        (leaves, structure), diff = call.whole, call.diff
+        if current_level():
+            return None  # a transform around the stage
+        if self._recent is not None:  # computing a signature takes as long as launching F
+            recent, programs = self._recent
+            tensors = recent.match(leaves, structure, diff, self._module_state)
+            if tensors is not None:
+                return programs, tensors
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
+        programs, signature, reads = self._looked_up(leaves, structure, diff)
+        now = signature_of(leaves, structure, diff, self._module_state)
+        if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
+            self._recent = Recent(leaves, structure, diff, self._module_state, reads), programs
+        return programs, tensors
+
+    def _programs(
+        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
+    ) -> Programs:
+        return self._looked_up(leaves, structure, diff)[0]
+
+    def _looked_up(
+        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
+    ) -> tuple[Programs, Signature, Reads]:
+        """The programs for a call, the signature that they were traced for, and what that trace read."""
+        called = signature_of(leaves, structure, diff, self._module_state)
+        with self._lock:
+            for reads in self._reads.get(called, ()):
+                signature = called._replace(outside=reads.now())
+                programs = self._traced.get(signature)
+                if programs is not None:
+                    self._traced.move_to_end(signature)
+                    return programs, signature, reads
+            return self._trace(called, leaves, structure, diff)
+
+    def _trace(
+        self,
+        called: Signature,
+        leaves: list[Any],
+        structure: optree.PyTreeSpec,
+        diff: Sequence[int] | None,
+    ) -> tuple[Programs, Signature, Reads]:
+        params, buffers, args, kwargs = trees.unflatten(structure, leaves)
+        _refuse_dtensors(params, args)
+        decompositions, lower = _backend(self.backend)
+        recorder = Recorder(self.apply, self._modules, others_among(leaves, structure))
+        # In this order, as a stage may run within another.
+        with lent(self.module), tt.one_at_a_time, generators_restored():
+            call = StageCall.of(self.apply, params, buffers, args, kwargs, diff)
+            try:
+                joint = trace(call, {**DECOMPOSED, **decompositions}, recorder=recorder)
+                reads, said = recorder.finish()
+            except TraceError as refusal:
+                error: Exception | None = tried_uncompiled(refusal, call)
+                cause = refusal.__cause__
+            else:
+                error = None
+            finally:
+                recorder.generators.undo()
+        if error is not None:
+            if isinstance(error, TraceError):
+                raise error from cause
+            raise error
+        on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
+        replayed = self.cuda_graphs and on_cuda and diff is not None and draws_in_graphs(joint)
+        slots = SlotPool() if replayed else None
+        joint = separate(joint)
+        if not self.cuda_graphs:  # which cannot read generators
+            joint = replay(joint)
+        programs = Programs(joint, partition(joint, self.remat), lower, slots)
+        # Tensors that an earlier call has kept and this trace reads are known by now.
+        called = signature_of(leaves, structure, diff, self._module_state)
+        signature = called._replace(outside=said)
+        self._traced[signature] = programs
+        alike = self._reads.setdefault(called, [])
+        if not any(map(reads.is_like, alike)):
+            alike.append(reads)
+        if len(self._traced) > WARN_SIGNATURES and not self._warned:
+            self._warned = True
+            self._warn()
+        if len(self._traced) > MAX_SIGNATURES:
+            gone, _ = self._traced.popitem(last=False)
+            left = {s._replace(outside=()) for s in self._traced}
+            if gone._replace(outside=()) not in left:
+                del self._reads[gone._replace(outside=())]
+        return programs, signature, reads
+
+    def _warn(self) -> None:
+        seen = list(self._traced)
+        misses = ("; ".join(reasons(old, new)) or "?" for old, new in itertools.pairwise(seen))
+        listed = "\n".join(f"  {i}: {miss}" for i, miss in enumerate(misses, 2))
+        warnings.warn(
+            f"{self.__qualname__} was traced for {len(seen)} signatures, each of which is compiled apart. "
+            f"What differed from the one before:\n{listed}",
+            stacklevel=2,
+        )
+
+
+def compile(
+    apply: Callable[..., Any],
+    *,
+    backend: Literal["inductor", "aten"] = "inductor",
+    remat: Remat = "min_cut",
+    cuda_graphs: bool = False,
+) -> CompiledStage:
+    """Compile a stage function: traced once for each signature, F, I and W become three programs.
+
+    A signature is all that a trace depends on: tree structure, shapes, dtypes, devices and strides of the
+    leaves, other arguments' values, what is differentiated, the module's modes, hooks and attributes,
+    autocast, grad mode, and torch's global settings. The programs of the 64 signatures that were used last
+    are kept.
+
+    Args:
+        apply: a stage function, from `functionalize` or hand-written.
+        backend: "inductor" lowers the programs with TorchInductor; "aten" runs them operation by
+            operation, bitwise as eager does.
+        remat: what backward computes again instead of holding it: "none", "min_cut" (cheap operations,
+            so that the fewest bytes are held), "full" (all, from the stage's inputs), or a policy that
+            tells of a graph node whether its value is to be saved.
+        cuda_graphs: replay the programs as CUDA graphs. Every microbatch between F and W takes a slot
+            of device memory, at most 16 for each signature; further ones run without graphs.
+
+    Returns:
+        A stage function for `stage_vjp`.
+
+    Raises:
+        StructureError: if an option is unknown or `apply` is no stage function.
+
+    Example:
+        >>> import torch, funcstage as fs
+        >>> apply, params, buffers = fs.functionalize(torch.nn.Linear(3, 2))
+        >>> fast = fs.compile(apply, backend="aten")
+        >>> output, buffers, pullback = fs.stage_vjp(fast, params, buffers, torch.ones(4, 3))
+        >>> (dx,), weight_pullback = pullback(torch.ones(4, 2))
+        >>> sorted(weight_pullback())
+        ['bias', 'weight']
+    """
+    if not callable(apply) or isinstance(apply, nn.Module):
+        raise StructureError(
+            f"compile expects a stage function, got {type(apply).__name__}. Take "
+            "apply, params, buffers = funcstage.functionalize(module) and compile apply."
+        )
+    if backend not in ("inductor", "aten"):
+        raise StructureError(f"backend must be 'inductor' or 'aten', got {backend!r}.")
+    if remat not in ("none", "min_cut", "full") and not callable(remat):
+        raise StructureError(f"remat must be 'none', 'min_cut', 'full' or a policy of nodes, got {remat!r}.")
+    return CompiledStage(apply, backend, remat, cuda_graphs)
+
+
+def _run(found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
+    """Run F; where it fails, raise what the stage itself raises."""
+    programs, tensors = found
+    try:
+        return programs.linearize(tensors)
+    except Exception as caught:
+        error = caught
+    raise failed(error, call)
+
+
+def _backend(name: str) -> tuple[Any, Lower]:
+    if name == "aten":
+        return {}, run_as_python
+    from funcstage.engines.graph import inductor  # here, as importing Inductor takes seconds
+
+    return inductor.decompositions(), inductor.lower
+
+
+def _refuse_dtensors(params: Params, args: tuple[Any, ...]) -> None:
+    for tree, root in ((params, "params"), (args, "args")):
+        place = first_dtensor(tree)
+        if place is not None:
+            leaves, spec = trees.flatten(tree)
+            raise TraceError(
+                f"{trees.leaf_names(spec, root)[place]} ({trees.describe(leaves[place])}) is a DTensor, "
+                "which is not compiled. Write the stage's communication as functional collectives "
+                "(torch.distributed._functional_collectives) on plain shards, or use the uncompiled "
+                "`apply`."
+            )

@@ -1,0 +1,90 @@
+"""Random numbers of Python and NumPy, and clocks: what a trace would keep for all calls."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple
+
+
+class _Generator(NamedTuple):
+    """One of the generators of random numbers that all of a process shares."""
+
+    name: str
+    getstate: Callable[[], Any]
+    setstate: Callable[[Any], Any]
+
+
+def generators() -> list[_Generator]:
+    found = [_Generator("random", random.getstate, random.setstate)]
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        found.append(_Generator("numpy.random", lambda: _hashable(numpy.get_state()), numpy.set_state))
+    return found
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Leave the generators as they were: a stage that draws from them is refused."""
+    states = [(generator, generator.getstate()) for generator in generators()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.setstate(state)
+
+
+def _hashable(state: Any) -> tuple[Any, ...]:
+    return tuple(tuple(part.tolist()) if hasattr(part, "tolist") else part for part in state)
+
+
+class Noted:
+    """Where a stage draws random numbers and reads clocks, as far as calls tell.
+
+    Attributes:
+        draws: places, by what was drawn.
+        clocks: places, by what was read.
+    """
+
+    def __init__(self, within_reach: Container[int]) -> None:
+        """`within_reach` has the ids of objects that were there before the stage ran."""
+        self.draws: dict[str, str] = {}
+        self.clocks: dict[str, str] = {}
+        self._within_reach = within_reach
+
+    def draw(self, frame: FrameType, caller: FrameType) -> None:
+        """Note a call into the library of random numbers, except on generators that the stage has made."""
+        owner, name = frame.f_locals.get("self"), frame.f_code.co_name
+        if not name.startswith("_") and (owner is None or self._is_shared(owner)):
+            self.draws.setdefault(f"{frame.f_globals['__name__']}.{name}", _where(caller))
+
+    def call(self, function: Any, frame: FrameType) -> None:
+        """Note a call of a function in C that answers differently every time."""
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__name__", "")
+        if isinstance(owner, ModuleType):
+            if owner.__name__ == "time" and name not in ("sleep", "strftime", "mktime"):
+                self.clocks.setdefault(f"time.{name}", _where(frame))
+            elif (owner.__name__, name) == ("posix", "urandom"):
+                self.draws.setdefault("os.urandom", _where(frame))
+        elif isinstance(owner, type):
+            if owner.__module__ == "datetime" and name in ("now", "utcnow", "today"):
+                self.clocks.setdefault(f"{owner.__name__}.{name}", _where(frame))
+        elif _is_generator(owner) and self._is_shared(owner):
+            self.draws.setdefault(f"{type(owner).__module__.partition('.')[0]}'s {name}", _where(frame))
+
+    def _is_shared(self, generator: Any) -> bool:
+        numpy = sys.modules.get("numpy.random")
+        shared = [random.random.__self__, *([] if numpy is None else [numpy.rand.__self__])]  # type: ignore[attr-defined]
+        return id(generator) in map(id, shared) or id(generator) in self._within_reach
+
+
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+
+
+def _where(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,76 @@
+"""The joint graph of a stage and its backward, which the passes hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from funcstage._torch import tracing as tt
+from funcstage._torch.operators import OpOverload, arguments_of
+from funcstage.state.kept import Changes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """The joint graph of a stage and its backward, with what its inputs and outputs are.
+
+    The graph's placeholders are the tensor leaves of (params, buffers), of (args, kwargs) and the
+    cotangents, in this order. Its output is a tuple of four tuples: output leaves, leaves of the new
+    buffers, input gradients and parameter gradients, each a node or `None`.
+
+    Attributes:
+        module: the graph; every tensor node carries its fake value in `meta["val"]`.
+        n_state: how many placeholders are parameters and buffers.
+        n_args: how many are arguments.
+        cotangents: for each cotangent placeholder, the index of its output leaf.
+        output_spec: the structure of the output.
+        buffers_spec: the structure of the new buffers.
+        constants: leaves of output and new buffers that are no tensors, by position among both.
+        changes: what F does to the module, if anything; the new buffers are then a pair, of which the second
+            part is the tensors that stay on the module.
+        given: what the placeholders of state and arguments are called by those who gave them.
+        captured: tensors that the graph reads and are no placeholders, with their names.
+    """
+
+    module: GraphModule
+    n_state: int
+    n_args: int
+    cotangents: tuple[int, ...]
+    output_spec: optree.PyTreeSpec
+    buffers_spec: optree.PyTreeSpec
+    constants: dict[int, Any]
+    given: tuple[str, ...]
+    changes: Changes | None = None
+    captured: dict[Tensor, str] = field(default_factory=dict)
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return self.module.graph.find_nodes(op="placeholder")
+
+    @property
+    def results(self) -> tuple[Sequence[Node | None], ...]:
+        """Output leaves, new buffers, input gradients, parameter gradients."""
+        (output,) = self.module.graph.find_nodes(op="output")
+        return output.args[0]
+
+
+def is_random(node: Node) -> bool:
+    """Tell whether a node draws random numbers; attention is one that may and does not, without dropout."""
+    target = node.target
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return target is tt.draw_and_save
+    names = [argument.name for argument in arguments_of(target)]
+    if "dropout_p" not in names:
+        return True
+    i = names.index("dropout_p")
+    return bool(node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0))
+
+
+CHECKPOINTED = "checkpointed"
+"""Tells, in a node's `meta`, whether the stage wants it to be computed again for the backward, or held."""

@@ -1,0 +1,176 @@
+"""Plans: what the three programs of a compiled stage compute, hold and compute again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import flop_registry
+
+from funcstage._torch.tensors import memory_of
+from funcstage.engines.graph.extract import Program
+from funcstage.engines.graph.joint import Joint
+from funcstage.engines.graph.nodes import is_view
+from funcstage.engines.graph.partition import Partition
+from funcstage.report import table
+
+
+class Phase(NamedTuple):
+    """One program.
+
+    Attributes:
+        flops: floating-point operations of its matrix products, convolutions and attention.
+        operations: ATen operations that are no views.
+        recomputed_flops: those of `flops` that an earlier program has done already.
+        recomputed_operations: likewise.
+        reads: bytes of the residuals that it reads.
+    """
+
+    flops: int
+    operations: int
+    recomputed_flops: int
+    recomputed_operations: int
+    reads: int
+
+
+class StagePrograms(NamedTuple):
+    """The three graphs of a signature; `str` prints their code with shapes and dtypes."""
+
+    forward: GraphModule
+    input_grad: GraphModule
+    weight_grad: GraphModule
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"# {name}\n{module.print_readable(print_output=False)}"
+            for name, module in zip(self._fields, self, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What F, I and W of one signature cost. Printable; a table in a notebook.
+
+    Attributes:
+        stage: the stage's name.
+        forward: the program F.
+        input_grad: the program I.
+        weight_grad: the program W.
+        forward_to_input: bytes of the residuals that F hands to I.
+        forward_to_weight: bytes of those that F hands to W.
+        input_to_weight: bytes of those that I hands to W.
+        held_after_forward: bytes held between F and I, memory that serves both counted once.
+        held_after_input: bytes held between I and W.
+    """
+
+    stage: str
+    forward: Phase
+    input_grad: Phase
+    weight_grad: Phase
+    forward_to_input: int
+    forward_to_weight: int
+    input_to_weight: int
+    held_after_forward: int
+    held_after_input: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all three programs."""
+        return self.forward.flops + self.input_grad.flops + self.weight_grad.flops
+
+    @property
+    def recomputed_flops(self) -> int:
+        """Those of `flops` that are done a second time."""
+        return self.input_grad.recomputed_flops + self.weight_grad.recomputed_flops
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the programs as a table, its header first."""
+        phases = (("F", self.forward), ("I", self.input_grad), ("W", self.weight_grad))
+        rows: list[tuple[str, ...]] = [
+            ("", "FLOPs", "recomputed", "operations", "recomputed", "residuals read")
+        ]
+        for name, phase in phases:
+            again = f"{phase.recomputed_flops:,}", f"{phase.recomputed_operations:,}"
+            reads = f"{phase.reads:,} B"
+            rows.append((name, f"{phase.flops:,}", again[0], f"{phase.operations:,}", again[1], reads))
+        return rows
+
+    def edges(self) -> list[tuple[str, str]]:
+        """Return the residuals between the programs as a table without a header."""
+        return [
+            ("F -> I", f"{self.forward_to_input:,} B"),
+            ("F -> W", f"{self.forward_to_weight:,} B"),
+            ("I -> W", f"{self.input_to_weight:,} B"),
+            ("held after F", f"{self.held_after_forward:,} B"),
+            ("held after I", f"{self.held_after_input:,} B"),
+        ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
+        lines += [f"{name:12} {size:>20}" for name, size in self.edges()]
+        return "\n".join((self.stage, *lines))
+
+    def _repr_html_(self) -> str:
+        header, *rows = self.rows()
+        return table(self.stage, header, rows) + table("residuals", ("", "size"), self.edges())
+
+
+def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:
+    """Count what the programs of a partition compute and hand on.
+
+    Args:
+        stage: the stage's name.
+        joint: the joint graph.
+        partition: of it.
+    """
+    nodes = {node.name: node for node in joint.module.graph.nodes}
+    after_forward = set(partition.after_forward)
+
+    def size(names: Iterable[str]) -> int:
+        values = [nodes[name].meta["val"] for name in names]
+        return sum({memory_of(value): value.untyped_storage().nbytes() for value in values}.values())
+
+    handed_on = {*partition.after_forward, *partition.from_input}
+    done: set[str] = set()
+    phases: list[Phase] = []
+    for program in (partition.forward, partition.input_grad, partition.weight_grad):
+        residuals = [] if program is partition.forward else [n for n in program.inputs if n in handed_on]
+        phases.append(_phase(program, done, size(residuals)))
+        done.update(node.name for node in program.module.graph.nodes)
+    forward, input_grad, weight_grad = phases
+    return Plan(
+        stage,
+        forward,
+        input_grad,
+        weight_grad,
+        forward_to_input=size(name for name in partition.input_grad.inputs if name in after_forward),
+        forward_to_weight=size(name for name in partition.for_weight if name in after_forward),
+        input_to_weight=size(partition.from_input),
+        held_after_forward=size(partition.after_forward),
+        held_after_input=size(partition.for_weight),
+    )
+
+
+def _phase(program: Program, done: set[str], reads: int) -> Phase:
+    work = [n for n in program.module.graph.nodes if n.op == "call_function" and not is_view(n)]
+    work = [node for node in work if node.target.__module__ != "_operator"]
+    again = [node for node in work if node.name in done]
+    return Phase(sum(map(flops, work)), len(work), sum(map(flops, again)), len(again), reads)
+
+
+def flops(node: Node) -> int:
+    """Floating-point operations of a node, as `torch.utils.flop_counter` counts them."""
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args = [_value(argument) for argument in node.args]
+    kwargs = {name: _value(argument) for name, argument in node.kwargs.items()}
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _value(argument: object) -> object:
+    return argument.meta["val"] if isinstance(argument, Node) else argument

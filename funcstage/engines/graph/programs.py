@@ -1,0 +1,478 @@
+"""Pass 4, programs: a partition -> F, I and W as callables, and the tapes that carry residuals between.
+
+A program takes its inputs in one list, which it empties, so that a residual is freed when it was last
+used. The tapes know by position where every input of the next program comes from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch import tracing as tt
+from funcstage._torch.tensors import memory_of
+from funcstage.copies import Unpicklable
+from funcstage.engines.base import Linearized
+from funcstage.engines.graph.absent import without
+from funcstage.engines.graph.accumulate import Product, accumulating, add_into, can_add_into
+from funcstage.engines.graph.cuda_graphs import Flight, SlotPool, handed_out
+from funcstage.engines.graph.extract import Program, giving_away
+from funcstage.engines.graph.joint import Joint
+from funcstage.engines.graph.partition import Partition
+from funcstage.engines.graph.runners import Lower, Runner, plain_run
+from funcstage.state.writes import Watch
+from funcstage.tensors import added
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A lowered program with the places of its inputs.
+
+    Attributes:
+        run: the program.
+        state: which of the parameters and buffers it reads.
+        rest: which entries of the list of all its other possible inputs it reads.
+    """
+
+    run: Runner
+    state: tuple[int, ...]
+    rest: tuple[int, ...]
+
+    def inputs(self, state: Sequence[Tensor], rest: Sequence[Any]) -> list[Any]:
+        """What the program reads, to be handed to `plain_run` and held by nobody else."""
+        return [state[i] for i in self.state] + [rest[i] for i in self.rest]
+
+    def __call__(self, state: Sequence[Tensor], rest: Sequence[Any]) -> Sequence[Tensor | None]:
+        return plain_run(self.run, self.inputs(state, rest))
+
+
+@dataclass(slots=True, eq=False)
+class Programs:
+    """The three programs of one signature, lowered when first needed.
+
+    A program may overwrite residuals that nothing else lies in the memory of, once it is their last reader.
+    Which these are is read off the tensors of the first run, as a lowered program may let results share
+    memory that had none in common in the graph.
+
+    Attributes:
+        joint: the traced graph.
+        partition: the same in three.
+        lower: the backend.
+        slots: where CUDA graphs are replayed, if they are.
+    """
+
+    joint: Joint
+    partition: Partition
+    lower: Lower
+    slots: SlotPool | None = None
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def linearize(self, tensors: Sequence[Tensor]) -> Linearized[InputTape]:
+        """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
+        joint = self.joint
+        state, args = tensors[: joint.n_state], tensors[joint.n_state :]
+        n = joint.output_spec.num_leaves
+        end = n + joint.buffers_spec.num_leaves
+        flight = self.slots.claim(state) if self.slots is not None else None
+        if flight is None:
+            results = self.forward(state, args)
+            leaves = list(results[:end])
+        else:
+            results = flight.slot.run("F", self.forward, state, (), args)
+            leaves = handed_out(results[:end])
+        for i, constant in joint.constants.items():
+            leaves[i] = constant
+        output = trees.unflatten(joint.output_spec, leaves[:n])
+        new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
+        if joint.changes is not None:
+            new_buffers, kept = new_buffers
+            joint.changes.make(kept)
+        residuals: Any = tuple(results[end:])
+        if "F" not in self._made:
+            others = [*tensors, *results[:end]]
+            self._made["F"] = unshared(self.partition.after_forward, residuals, others)
+            self._made["watched"] = self._watched((*tensors, *leaves), residuals)
+            self._made["captured"] = self._captured(residuals)
+        places, names = self._made["watched"]
+        held_by_caller = (*tensors, *leaves)
+        # Without their history, which they have where the caller has turned gradients off.
+        held = [leaf.detach() if (leaf := held_by_caller[i]).requires_grad else leaf for i in places]
+        captured = self._made["captured"]
+        watch = Watch([*held, *captured], (), lambda: [*names(), *captured.values()])
+        return Linearized(output, new_buffers, InputTape(self, state, residuals, flight, watch))
+
+    def _watched(
+        self, leaves: Sequence[Any], residuals: Sequence[Tensor]
+    ) -> tuple[list[int], Callable[[], list[str]]]:
+        """Which of the leaves given and returned I and W may read: state, and what residuals lie in."""
+        joint, parts = self.joint, self.partition
+        read = {*parts.input_grad.inputs, *parts.weight_grad.inputs}
+        memory = {ft.storage_key(residual) for residual in residuals}
+        places = [
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+            and ((i < joint.n_state and joint.placeholders[i].name in read) or ft.storage_key(leaf) in memory)
+        ]
+        results = (("output", joint.output_spec), ("new_buffers", joint.buffers_spec))
+
+        def names() -> list[str]:
+            all_names = [
+                *joint.given,
+                *(name for root, spec in results for name in trees.leaf_names(spec, root)),
+            ]
+            return [all_names[i] for i in places]
+
+        return places, names
+
+    def _captured(self, residuals: Sequence[Tensor]) -> dict[Tensor, str]:
+        """The tensors that the stage has captured and I and W may read, with their names."""
+        parts = self.partition
+        read = {*map(id, _constants(parts.input_grad)), *map(id, _constants(parts.weight_grad))}
+        memory = {ft.storage_key(residual) for residual in residuals}
+        return {
+            tensor: name
+            for tensor, name in self.joint.captured.items()
+            if id(tensor) in read or ft.storage_key(tensor) in memory
+        }
+
+    @property
+    def forward(self) -> Step:
+        if "forward" not in self._made:
+            rest = [node.name for node in self.joint.placeholders[self.joint.n_state :]]
+            self._made["forward"] = self._step(self.partition.forward, rest)
+        return self._made["forward"]
+
+    def backward(self, absent: tuple[int, ...]) -> Backward:
+        """I and W, specialised to the cotangents that are absent."""
+        if absent not in self._made:
+            self._made[absent] = self._backward(absent)
+        return self._made[absent]
+
+    def input_grad(self, backward: Backward, donate: bool) -> Step:
+        """I; it overwrites what only it reads, if that is donated."""
+        key = "I", backward, donate
+        if key not in self._made:
+            handed_on = {self.partition.after_forward[i] for i in backward.kept}
+            donated = self._made["F"] - handed_on if donate else ()
+            rest = [*self.partition.after_forward, *self._cotangents]
+            self._made[key] = self._step(backward.input_grad, rest, donated)
+        return self._made[key]
+
+    def weight_grad(self, backward: Backward, own: bool, donate: bool) -> Step:
+        """W; residuals that are its own it may return as results and, if donated, overwrite."""
+        key = "W", backward, own, donate
+        if key not in self._made:
+            parts, program = self.partition, backward.weight_grad
+            owned = self._made["F"] | self._made["I", backward]
+            if own:
+                program = giving_away(program, owned)
+            rest = [*parts.after_forward, *parts.from_input]
+            self._made[key] = self._step(program, rest, owned if own and donate else ())
+        return self._made[key]
+
+    def weight_grad_into(self, backward: Backward) -> tuple[Step, tuple[Product, ...]]:
+        """W with its last products apart, which add into accumulators."""
+        key = "W into", backward
+        if key not in self._made:
+            program, products = accumulating(backward.weight_grad)
+            rest = [*self.partition.after_forward, *self.partition.from_input]
+            self._made[key] = self._step(program, rest), products
+        return self._made[key]
+
+    def note(
+        self, backward: Backward, results: Sequence[Tensor | None], others: Sequence[Tensor | None]
+    ) -> None:
+        """Note which residuals of W lie in memory of their own, from what I returned in its first run."""
+        n = backward.n_grads
+        self._made["I", backward] = unshared(self.partition.from_input, results[n:], (*results[:n], *others))
+
+    def shared(self, backward: Backward) -> tuple[int, ...] | None:
+        """Which leaves of output and arguments have gradients whose memory W may read; None before I ran."""
+        found: tuple[int, ...] | None = self._made.get(("shared", backward))
+        return found
+
+    def note_shared(
+        self,
+        backward: Backward,
+        given: Sequence[Tensor | None],
+        results: Sequence[Tensor | None],
+        kept: Iterable[Tensor],
+    ) -> tuple[int, ...]:
+        """Read it off a first run, as for donation; of those without graphs, which read copies."""
+        n, leaves = backward.n_grads, [leaf for leaf, _ in backward.cotangents]
+        read = (*kept, *(results[n + i] for i in backward.made))
+        memory = {ft.storage_key(tensor) for tensor in read if tensor is not None}
+        n_outputs = self.joint.output_spec.num_leaves
+        grads = [*zip(leaves, given, strict=True), *enumerate(results[:n], n_outputs)]
+        found = tuple(i for i, grad in grads if grad is not None and ft.storage_key(grad) in memory)
+        self._made["shared", backward] = found
+        return found
+
+    def found(
+        self, program: Program, state: Sequence[Tensor], residuals: Sequence[Tensor | None]
+    ) -> Iterator[Tensor]:
+        """What a program reads of parameters, buffers, residuals (of F, then I) and captured tensors."""
+        yield from _constants(program)
+        names = set(program.inputs)
+        given = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
+        kept = (*self.partition.after_forward, *self.partition.from_input)
+        for name, tensor in (*zip(given, state, strict=True), *zip(kept, residuals, strict=False)):
+            if tensor is not None and name in names:
+                yield tensor
+
+    def is_noted(self, backward: Backward) -> bool:
+        return ("I", backward) in self._made
+
+    @property
+    def _cotangents(self) -> list[str]:
+        return [node.name for node in self.joint.placeholders[self.joint.n_state + self.joint.n_args :]]
+
+    def _step(self, program: Program, rest: Sequence[str], donated: Collection[str] = ()) -> Step:
+        """Lower a program whose inputs are state, then some of `rest`."""
+        names = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
+        state = {name: i for i, name in enumerate(names)}
+        others = {name: i for i, name in enumerate(rest)}
+        with tt.one_at_a_time:
+            run = self.lower(program.module, donated)
+        return Step(
+            run,
+            tuple(state[name] for name in program.inputs if name in state),
+            tuple(others[name] for name in program.inputs if name not in state),
+        )
+
+    def _backward(self, absent: tuple[int, ...]) -> Backward:
+        parts, joint = self.partition, self.joint
+        input_grad, weight_grad = parts.input_grad, parts.weight_grad
+        if absent:
+            input_grad = without(input_grad, parts.linear, [self._cotangents[i] for i in absent])
+            made = input_grad.results[len(input_grad.results) - len(parts.from_input) :]
+            gone = [name for name, result in zip(parts.from_input, made, strict=True) if result is None]
+            weight_grad = without(weight_grad, parts.linear, gone, own=True)
+        cotangents = joint.placeholders[joint.n_state + joint.n_args :]
+        values = [node.meta["val"] for node in cotangents]
+        needed = set(weight_grad.inputs)
+        return Backward(
+            input_grad,
+            weight_grad,
+            tuple((leaf, value.stride()) for leaf, value in zip(joint.cotangents, values, strict=True)),
+            len(input_grad.results) - len(parts.from_input),
+            tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
+            tuple(i for i, name in enumerate(parts.from_input) if name in needed),
+        )
+
+
+def _constants(program: Program) -> list[Tensor]:
+    """The tensors that a program has captured."""
+    found = [getattr(program.module, n.target) for n in program.module.graph.find_nodes(op="get_attr")]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def unshared(
+    names: Sequence[str], tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]
+) -> frozenset[str]:
+    """Names of those of `tensors` that have memory of their own, which no other tensor has a part of."""
+    memory = Counter(memory_of(tensor) for tensor in (*tensors, *others) if tensor is not None)
+    return frozenset(
+        name
+        for name, tensor in zip(names, tensors, strict=True)
+        if tensor is not None and memory[memory_of(tensor)] == 1
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backward:
+    """I and W for one pattern of absent cotangents.
+
+    Attributes:
+        input_grad: I.
+        weight_grad: W.
+        cotangents: for each cotangent of the trace its output leaf and the strides that it must have.
+        n_grads: how many results of I are input gradients; the others are residuals of W.
+        kept: the residuals of F that W reads.
+        made: the residuals of I that W reads.
+    """
+
+    input_grad: Program
+    weight_grad: Program
+    cotangents: tuple[tuple[int, tuple[int, ...]], ...]
+    n_grads: int
+    kept: tuple[int, ...]
+    made: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class InputTape(Unpicklable):
+    """What F retains for I and W.
+
+    Attributes:
+        programs: of the signature.
+        state: parameters and buffers.
+        residuals: what F handed on; given up when I runs, so that it is freed as I proceeds.
+        flight: the claim on the slot that the residuals lie in, if CUDA graphs made them.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
+    """
+
+    programs: Programs
+    state: Sequence[Tensor]
+    residuals: tuple[Tensor, ...]
+    flight: Flight | None
+    watch: Watch
+    shared: bool = False
+    intact: bool = True
+    checks_nan: ClassVar = False
+    higher: ClassVar = False
+    captured: ClassVar = ()
+
+    def input_vjp(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
+        """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
+        programs = self.programs
+        traced = programs.joint.cotangents
+        absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
+        backward = programs.backward(absent)
+        given: list[Any] = [_with_strides(cotangents[i], strides) for i, strides in backward.cotangents]
+        n, size = backward.n_grads, len(self.residuals)
+        kept = {i: self.residuals[i] for i in backward.kept}
+        shared = self.shared or retain
+        replay = self.flight is not None and not shared and not absent
+        step = programs.input_grad(backward, donate=not shared and self.flight is None)
+        first = not programs.is_noted(backward)
+        others = (*self.state, *kept.values(), *given) if first else ()
+        if self.flight is not None and replay:
+            results = self.flight.slot.run("I", step, self.state, self.residuals, given)
+            grads = handed_out(results[:n])
+            shares = None
+        else:
+            shares = programs.shared(backward)
+            laid_out = given if shares is None else []
+            inputs = step.inputs(self.state, (*self.residuals, *given))
+            del given
+            if not retain:
+                self.residuals, self.intact = (), False
+            results = list(plain_run(step.run, inputs))
+            grads = list(results[:n])
+            if shares is None:
+                shares = programs.note_shared(backward, laid_out, results, kept.values())
+        if first:
+            programs.note(backward, results, others)
+        residuals: list[Tensor | None] = [None] * (size + len(results) - n)
+        for i, residual in kept.items():
+            residuals[i] = residual
+        for i in backward.made:
+            residuals[size + i] = results[n + i]
+        weight_tape = WeightTape(
+            programs, backward, self.state, tuple(residuals), shares, self.flight, replay, shared
+        )
+        self.intact = retain
+        return grads, weight_tape, self if retain else None
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """What I reads: residuals, parameters and buffers."""
+        absent = tuple(
+            [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
+        )
+        program = self.programs.backward(absent).input_grad
+        return self.programs.found(program, self.state, self.residuals)
+
+    def leaves(self) -> list[Tensor]:
+        return list(self.residuals)
+
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
+        return replace(self, residuals=tuple(leaves), flight=None, shared=True)
+
+
+@dataclass(slots=True, eq=False)
+class WeightTape(Unpicklable):
+    """What F and I retain for W.
+
+    Attributes:
+        programs: of the signature.
+        backward: I and W for the cotangents that there were.
+        state: parameters and buffers.
+        residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
+        shares: which of I's cotangents and results share memory with them; None where that is unknown.
+        flight: the claim on the slot that residuals lie in, if any.
+        replay: whether W may run as a CUDA graph, because I did.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
+    """
+
+    programs: Programs
+    backward: Backward
+    state: Sequence[Tensor]
+    residuals: tuple[Tensor | None, ...]
+    shares: tuple[int, ...] | None
+    flight: Flight | None
+    replay: bool
+    shared: bool
+    intact: bool = True
+    checks_nan: ClassVar = False
+
+    def reads(self) -> Iterator[Tensor]:
+        """What W reads: residuals, parameters and buffers."""
+        return self.programs.found(self.backward.weight_grad, self.state, self.residuals)
+
+    def sites(self) -> None:
+        return None
+
+    def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
+        """Run W: return the gradient of every parameter leaf, and the tape that is left."""
+        # What lies in a slot may only be given away by a replay, after which the slot keeps count of it.
+        own = not (self.shared or retain) and (self.flight is None or self.replay)
+        step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
+        if self.flight is not None and own:
+            grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
+            self.intact = False
+            return handed_out(grads), None
+        inputs = step.inputs(self.state, self.residuals)
+        if not retain:
+            self.residuals, self.intact = (), False
+        return list(plain_run(step.run, inputs)), self if retain else None
+
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run W and add the gradients into `totals`, which are donated."""
+        if self.flight is not None or not can_add_into(totals, self.backward.weight_grad):
+            return added(totals, self.weight_vjp(retain=False)[0])
+        step, products = self.programs.weight_grad_into(self.backward)
+
+        def run(inputs: list[Any]) -> list[Tensor | None]:
+            return add_into(totals, list(step.run(inputs)), products)
+
+        inputs = step.inputs(self.state, self.residuals)
+        self.residuals, self.intact = (), False
+        return list(plain_run(run, inputs))
+
+    def leaves(self) -> list[Tensor]:
+        return [residual for residual in self.residuals if residual is not None]
+
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
+        new = iter(leaves)
+        residuals = tuple(None if r is None else next(new) for r in self.residuals)
+        return replace(self, residuals=residuals, flight=None, shared=True)
+
+
+def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
+    """The programs view their cotangents as the trace did, so these must lie in memory as they did there."""
+    if cotangent is None or cotangent.stride() == strides:
+        return cotangent
+    with torch.no_grad():
+        laid_out = torch.empty_strided(
+            cotangent.shape, strides, dtype=cotangent.dtype, device=cotangent.device
+        )
+        return laid_out.copy_(cotangent)

@@ -1,0 +1,422 @@
+"""Finds out what a stage reads while it is traced: each Python function that runs tells by its byte code."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from threading import get_ident
+from types import BuiltinMethodType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from funcstage._torch import tracing as tt
+from funcstage._torch.operators import without_torch_function
+from funcstage._torch.tensors import is_functionalized
+from funcstage.engines.graph.code import is_library, loads_of, nested_codes
+from funcstage.engines.graph.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
+from funcstage.engines.graph.draws import Noted, generators
+from funcstage.engines.graph.generators import Asked
+from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, in_cell, said_by
+from funcstage.errors import TraceError
+
+
+class Recorder(TorchFunctionMode):
+    """Finds out what a stage reads while it is traced.
+
+    As a context it notes every function that runs in this thread. Other profilers are told of everything
+    as before, those that are written in C excepted, which pause.
+
+    Args:
+        apply: the stage function.
+        modules: those behind it, whose attributes are watched elsewhere.
+        arguments: what is handed to it and is no tensor, under its names; likewise.
+    """
+
+    def __init__(
+        self, apply: Callable[..., Any], modules: Iterable[nn.Module], arguments: Iterable[tuple[str, Any]]
+    ) -> None:
+        super().__init__()
+        self._places: dict[tuple[int, Any], Place] = {}
+        self._said: dict[tuple[int, Any], Hashable] = {}
+        self._spaces: dict[int, Space] = {}
+        self._names: set[str] = {"forward", "__call__"}
+        self._codes: set[CodeType] = set()
+        self._others: set[CodeType] = set()  # of libraries
+        self._nested: set[CodeType] = set()
+        self._functions: dict[CodeType, list[FunctionType]] = {}
+        self._explored: dict[int, Any] = {}
+        self._globals: set[str] = set()
+        self._reached: set[int] = set()
+        self._any = False  # whether attributes are looked up by computed names
+        self._kept: list[Any] = []
+        self._given = [*arguments]
+        self._parts = [part for module in modules for part in module.modules()]
+        self.generators = Asked()
+        self._noted = Noted(self._explored)
+        self._small: list[Tensor] = []
+        self._before: Any = None
+        self._thread = get_ident()
+        self._collecting = False
+        self._states: list[Any] = []
+        parts = self._parts
+        self.known = {*map(id, parts)}
+        self._explored.update((id(part), part) for part in parts)
+        self._explore(apply, "the stage function")
+        for part in parts:
+            self._reach_class(type(part))
+            owner = type(part).__name__
+            for name, value in vars(part).items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    self._explore(value, f"{owner}.{name}")
+        for label, value in self._given:
+            self._explore(value, label)
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()
+        self._states = [generator.getstate() for generator in generators()]
+        self._others |= _run_by_the_interpreter()
+        gc.callbacks.append(self._collect)
+        self._before = sys.getprofile()
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        before = self._before
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:  # cProfile's, up to Python 3.11
+            before.enable()
+        gc.callbacks.remove(self._collect)
+        for generator, state in zip(generators(), self._states, strict=True):
+            if generator.getstate() != state:  # by whatever way
+                self._noted.draws.setdefault(generator.name, "a place that is not known")
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # torch.cond lets Dynamo read this very method
+            return func(*args, **kwargs)
+        given = [arg for arg in (*args, *kwargs.values()) if callable(arg) and not isinstance(arg, Tensor)]
+        for function in given:
+            if isinstance(function, FunctionType):
+                self._read(function)  # a hook, which runs with the backward
+        own_code = isinstance(func, _WITHOUT_CALLBACKS) or is_library(getattr(func, "__module__", "") or "?")
+        if given or not own_code:
+            return func(*args, **kwargs)
+        own = sys.getprofile()
+        sys.setprofile(self._before if callable(self._before) else None)  # no code of the user runs inside
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            sys.setprofile(own)
+        real = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and not _is_traced(arg)]
+        self._small += [tensor for tensor in real if tensor.numel() == 1]
+        if getattr(func, "__name__", "") in _READERS_OF_VALUES:
+            for tensor in {id(t): t for t in (*real, *self._small)}.values():
+                label = f"the values of a tensor of shape {[*tensor.shape]}"
+                self._note(Place(label, weakref.ref(tensor), VALUES))
+        return result
+
+    def finish(self) -> tuple[Reads, Said]:
+        """Return what was read, and what it said when it was read first.
+
+        Raises:
+            TraceError: if some of it cannot be watched.
+        """
+        self._find_functions()
+        self._refuse()
+        said = [self._said[key] for key in self._places]
+        reads = Reads(self._places, said, self._spaces.values(), self.known)
+        labelled = [(place.label, each) for place, each in zip(reads.places, said, strict=True)]
+        return reads, (*labelled, *reads.now()[len(said) :])
+
+    def _collect(self, phase: str, _: Any) -> None:
+        """Leave out what runs while garbage is collected: finalizers of anybody's objects."""
+        if get_ident() == self._thread:
+            self._collecting = phase == "start"
+
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self._collecting:
+            pass
+        elif event == "call":
+            code = frame.f_code
+            if code not in self._codes and code not in self._others:
+                with without_torch_function():
+                    self._enter(code, frame.f_globals)
+            if code in self._others and frame.f_globals.get("__name__") in _DRAWING:
+                caller = frame.f_back
+                if caller is not None and caller.f_code in self._codes:
+                    self._noted.draw(frame, caller)
+        elif event == "c_call":
+            self.generators.note(argument, frame)
+            if frame.f_code in self._codes:
+                self._noted.call(argument, frame)
+        if callable(self._before):
+            self._before(frame, event, argument)
+
+    def _enter(self, code: CodeType, namespace: dict[str, Any]) -> None:
+        """Note what a function that runs can read."""
+        module = namespace.get("__name__")
+        # Dynamo's guards, which run while `torch.cond` is recorded, are code without a module.
+        if is_library(module) or (module is None and "G" in namespace):
+            self._others.add(code)
+            return
+        self._codes.add(code)
+        self._nested |= nested_codes(code)
+        loads = loads_of(code)
+        new = {*loads.attributes} - self._names
+        self._names |= new
+        for space in self._attributes():
+            self._look_up(space, new)
+        if loads.any_attribute and not self._any:
+            self._any = True
+            for space in self._attributes():
+                self._look_up(space, self._wanted(space))
+        space = self._spaces.setdefault(id(namespace), Space(f"module {module}", namespace, set(), False))
+        self._globals |= loads.globals
+        names = loads.globals | ({*namespace} if loads.any_global else set())
+        self._look_up(space, names - space.names)
+        for name in loads.imports:
+            self._import(name, namespace.get("__package__") or "")
+        for function in self._functions.get(code, ()):
+            self._run(function)
+
+    def _read(self, function: FunctionType) -> None:
+        """Note what a function can read that runs when nobody looks, and what those can that it may call."""
+        if function.__code__ in self._codes or is_library(function.__globals__.get("__name__")):
+            return
+        self._enter(function.__code__, function.__globals__)
+        self._explore(function, function.__qualname__)
+        for name in loads_of(function.__code__).globals & function.__globals__.keys():
+            if isinstance(function.__globals__[name], FunctionType):
+                self._read(function.__globals__[name])
+        for i in range(len(function.__closure__ or ())):
+            if isinstance(in_cell(function, i), FunctionType):
+                self._read(in_cell(function, i))
+
+    def _run(self, function: FunctionType) -> None:
+        """Note the cells and defaults of a function that runs."""
+        label, reference = function.__qualname__, weakref.ref(function)
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._note(Place(f"{label}.{name}", reference, name))
+        for i, name in enumerate(function.__code__.co_freevars):
+            self._note(Place(f"{name!r} in {label}", reference, i))
+
+    def _import(self, name: str, package: str) -> None:
+        above = package.split(".") if package else []
+        for n in range(len(above) + 1):
+            full = ".".join((*above[:n], name)).rstrip(".")
+            for i in range(full.count(".") + 1):
+                module = sys.modules.get(full.rsplit(".", i)[0])
+                if module is not None:
+                    self._reach_module(module)
+
+    def _attributes(self) -> list[Space]:
+        """The namespaces of modules and classes within reach, whose entries are looked up as attributes."""
+        return [space for key, space in self._spaces.items() if key in self._reached]
+
+    def _reach(self, space: Space) -> None:
+        """Look up in a namespace all attributes that are loaded anywhere."""
+        space = self._spaces.setdefault(id(space.entries), space)
+        self._reached.add(id(space.entries))
+        self._look_up(space, self._wanted(space))
+
+    def _wanted(self, space: Space) -> set[str]:
+        """Names of attributes that are looked up in a namespace: all there are, if names are computed."""
+        return self._names | {*space.entries} if self._any and not space.library else self._names
+
+    def _look_up(self, space: Space, names: Iterable[str]) -> None:
+        for name in [*names]:
+            if name in _OF_NO_CONSEQUENCE:
+                continue
+            value = space.entries.get(name, ABSENT)
+            named = name in self._names or name in self._globals or name[:2] == "__"
+            if not (named or _is_data(value) or value is os.environ):
+                continue  # any object, where a namespace is searched by computed names
+            space.names.add(name)
+            if isinstance(value, ModuleType):
+                self._reach_module(value)
+            function = isinstance(value, FunctionType)
+            of_interest = function or is_plain(value) or is_one_of_its_kind(value) or value is os.environ
+            if value is not ABSENT and (of_interest or not space.library):
+                self._note(Place(f"{name!r} in {space.label}", space.entries, name))
+
+    def _reach_module(self, module: ModuleType) -> None:
+        if id(module) in self._explored:
+            return
+        self._explored[id(module)] = module
+        library = is_library(module.__name__)
+        self._reach(Space(f"module {module.__name__}", vars(module), set(), library))
+        if "getenv" in self._names and module is os:
+            self._look_up(self._spaces[id(vars(os))], ["environ"])
+
+    def _reach_class(self, kind: type) -> None:
+        for base in (*type.mro(kind), *type.mro(type(kind))):
+            if id(base) in self._explored:
+                continue
+            self._explored[id(base)] = base
+            library = is_library(base.__module__)
+            if library and not (issubclass(base, nn.Module) and base is not nn.Module):
+                continue
+            entries = vars(base)
+            for name, value in [*entries.items()]:
+                if hasattr(value, "__get__"):
+                    self._explore(value, f"{base.__qualname__}.{name}")
+            self._reach(Space(f"class {base.__qualname__}", entries, set(), library))
+            special = [name for name in entries if name[:2] == name[-2:] == "__" and callable(entries[name])]
+            self._look_up(self._spaces[id(entries)], special)
+            if issubclass(base, Function) and isinstance(entries.get("backward"), staticmethod):
+                backward = entries["backward"].__func__  # which may run in a thread of its own
+                if isinstance(backward, FunctionType):
+                    self._read(backward)
+
+    def _note(self, place: Place) -> None:
+        owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
+        key = id(owner), place.name
+        if key in self._places:
+            return
+        self._places[key] = place
+        self._kept.append(owner)  # the ids of what is gone may be given anew
+        self._said[key] = said_by(place, self.known)
+        if place.name != VALUES:
+            self._explore(place.value(), place.label)
+
+    def _explore(self, value: Any, label: str) -> None:
+        """Look for functions and classes in whatever is within reach."""
+        pending = [(value, label)]
+        while pending:
+            value, label = pending.pop()
+            if is_plain(value) or id(value) in self._explored or isinstance(value, ModuleType):
+                continue
+            if isinstance(value, type):
+                self._reach_class(value)
+                continue
+            self._explored[id(value)] = value
+            if isinstance(value, FunctionType):
+                self._functions.setdefault(value.__code__, []).append(value)
+                if value.__code__ in self._codes:
+                    self._run(value)
+                if not is_library(value.__globals__.get("__name__")):
+                    cells = range(len(value.__closure__ or ()))
+                    pending += [(in_cell(value, i), f"a cell of {label}") for i in cells]
+            else:
+                self._reach_class(type(value))
+            pending += [(part, f"{label}.{name}") for name, part in parts_of(value)]
+
+    def _find_functions(self) -> None:
+        """Look for the functions that ran and were not within reach, in all there is."""
+        missing = [code for code in self._codes if code not in self._functions and code not in self._nested]
+        if missing:
+            for function in gc.get_referrers(*missing):
+                if isinstance(function, FunctionType):
+                    self._explore(function, function.__qualname__)
+
+    def _refuse(self) -> None:
+        self.generators.refuse()
+        for what, where in self._noted.draws.items():
+            raise TraceError(
+                f"The stage draws a random number ({what}, at {where}), which a trace keeps for all calls. "
+                "Draw with torch.rand, or outside and pass the number as an argument."
+            )
+        for label, value in self._unwatchable():
+            raise TraceError(
+                f"The stage reads {label}, of type {type(value).__module__}.{type(value).__qualname__}, "
+                "whose state cannot be compared, so that a later change of it would go unnoticed. Pass "
+                "what is read of it as an argument."
+            )
+        for what, where in self._noted.clocks.items():
+            warnings.warn(
+                f"The stage reads a clock ({what}, at {where}), which stands still in its compiled programs.",
+                stacklevel=2,
+            )
+
+    def _unwatchable(self) -> Iterator[tuple[str, Any]]:
+        """What was read and cannot be looked at; of attributes, those whose names were loaded."""
+        loaded = self._names | self._globals
+        pending = [
+            (place.value(), place.label)
+            for place in self._places.values()
+            if place.name != VALUES and (isinstance(place.owner, weakref.ref) or place.name in loaded)
+        ]
+        pending += self._given
+        pending += [
+            (value, f"{type(part).__name__}.{name}")
+            for part in self._parts
+            for name, value in vars(part).items()
+            if name in self._names
+        ]
+        seen = set(self.known)
+        while pending:
+            value, label = pending.pop()
+            if is_plain(value) or id(value) in seen or isinstance(value, (type, ModuleType)):
+                continue
+            seen.add(id(value))
+            if is_opaque(value):
+                yield label, value
+            is_container = isinstance(value, _CONTAINERS)
+            for name, part in parts_of(value):
+                if is_container or not isinstance(name, str) or name in self._names or name[:2] == "__":
+                    pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of the trace, or of the memory that those have."""
+    traced = isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
+    return traced or is_functionalized(tensor) or tensor.is_meta
+
+
+def _run_by_the_interpreter() -> set[CodeType]:
+    """Functions that run between the stage's at any time: the collector's callbacks, handlers of signals."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    return {f.__code__ for f in (*gc.callbacks, *handlers) if isinstance(f, FunctionType)}
+
+
+def _is_data(value: Any, most: int = 1000) -> bool:
+    """Tell whether a value is plain, compared by identity, or a container of not too many such."""
+    pending = [value]
+    while pending:
+        each = pending.pop()
+        most -= 1
+        if not (isinstance(each, FunctionType) or is_plain(each) or is_one_of_its_kind(each)):
+            if type(each) not in _CONTAINERS or most < 0:
+                return False
+            pending += [part for _, part in parts_of(each)]
+    return True
+
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+
+
+_DRAWING = ("random", "secrets", "uuid")
+
+
+_READERS_OF_VALUES = frozenset(
+    {"item", "tolist", "numpy", "equal", "is_nonzero", "allclose"}
+    | {f"__{name}__" for name in ("bool", "int", "float", "complex", "index", "array", "contains", "format")}
+)
+
+
+_WITHOUT_CALLBACKS = (
+    BuiltinMethodType,
+    type(Tensor.add),
+    type(Tensor.__add__),
+    type(Tensor.shape.__get__),  # type: ignore[attr-defined]
+)
+
+
+_OF_NO_CONSEQUENCE = frozenset(
+    {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__warningregistry__"}
+    | {"__spec__", "__loader__", "__cached__"}  # of the import, which holds all of pytest's state, say
+)

@@ -1,0 +1,118 @@
+"""What a trace cannot record, or has recorded and must not: said by the stage's leaf or line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from funcstage._torch import tracing as tt
+from funcstage._torch.operators import OpOverload, writes
+from funcstage._torch.pytree import tree_leaves
+from funcstage.engines.graph.blame import is_raised_by_stage, line_of
+from funcstage.engines.graph.joint import is_random
+from funcstage.engines.rules import control_flow
+from funcstage.errors import PurityError, TraceError
+from funcstage.state.argument_containers import WAY_OUT, Containers
+
+
+def name_of(apply: Callable[..., Any]) -> str:
+    return getattr(apply, "__qualname__", type(apply).__name__)
+
+
+def refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
+    """What is drawn after the forward would be drawn at other times than in eager."""
+    node = first
+    while node.op != "output":
+        if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
+            raise TraceError(f"{name_of(apply)} draws random numbers in its backward ({node.target}).")
+        node = node.next
+
+
+def check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
+    """Refuse what a graph cannot express: mutation, and tensors left over from other traces."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
+            raise TraceError(
+                f"{name_of(apply)} keeps a tensor of an earlier call and reads it in this one, which a pure "
+                f"function cannot do. Return the value as a buffer."
+            )
+        if isinstance(node.target, OpOverload) and writes(node.target):
+            raise TraceError(f"{name_of(apply)} calls {node.target}, which writes in place.")
+        for value in tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                layout = str(value.layout).removeprefix("torch.")
+                raise TraceError(
+                    f"{name_of(apply)} makes a tensor of {layout} layout ({node.target}), whose gradients a "
+                    f"trace loses."
+                )
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
+
+
+def refuse_writes(owner: str, containers: Containers) -> None:
+    """Refuse a stage that has written into a list, or the like, among its arguments."""
+    for each in containers.changed():
+        raise TraceError(
+            f"{owner} writes into {each.name}, a {type(each.given).__qualname__}, which a compiled stage "
+            f"would do in its first call alone. {WAY_OUT}"
+        )
+
+
+def impure(apply: Callable[..., Any]) -> PurityError:
+    return PurityError(
+        f"{name_of(apply)} writes in place into a tensor that it was given. A stage function mutates "
+        "nothing: work on a clone, or return the new value as a buffer."
+    )
+
+
+def captured(owner: str, which: str) -> PurityError:
+    return PurityError(
+        f"{owner} writes in place into a tensor that it has captured from outside ({which}), which a program "
+        "would not do again. Register the tensor as a buffer, or update a clone of it."
+    )
+
+
+def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
+    """Say where the trace stopped; errors that the stage itself raises are passed on."""
+    if isinstance(error, RuntimeError) and LEAF_WRITTEN in str(error):
+        # What is given are views of leaves; a leaf is one that the stage has made itself.
+        return error if str(error).startswith("a leaf") else impure(apply)
+    name = control_flow.operator_behind(error)
+    if name is not None:
+        return TraceError(control_flow.refusal(name_of(apply), name))
+    if "mutating a non-functional tensor" in str(error):
+        return captured(name_of(apply), f"at {line_of(error)}")
+    if is_raised_by_stage(error):
+        return error
+    where = line_of(error)
+    owner = name_of(apply)
+    names = {
+        m: f"{owner}.{n}" if n else owner for n, m in getattr(apply, "module", nn.Module()).named_modules()
+    }
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        holder = frame.f_locals.get("self")
+        owner = names.get(holder, owner) if _is_module(holder) else owner
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if any(sign in reason for sign in ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")):
+        reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
+    if isinstance(error, tt.UNTRACEABLE):
+        reason = f"it reads the value of a tensor ({reason})"
+        if torch.is_anomaly_enabled() and where is None:
+            reason = "anomaly mode looks at the values of gradients; turn it off around compiled stages"
+    at = "" if where is None else f", at {where}"
+    return TraceError(f"{owner} cannot be traced{at}: {reason}.")
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nn.Module)
+
+
+TRACED = (tt.FunctionalTensor, tt.FakeTensor)
+
+
+LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message

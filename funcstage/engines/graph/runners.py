@@ -1,0 +1,42 @@
+"""What runs a program: Python, operation by operation, or what a backend made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from funcstage._torch import tracing as tt
+from funcstage.engines.rules.flex import is_flex_attention_backward, run_dense_backward
+
+Runner: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor | None]]
+"""A program that can be run: takes its inputs in a list, which it empties."""
+
+
+Lower: TypeAlias = Callable[[GraphModule, Collection[str]], Runner]
+"""Makes a program runnable, which may overwrite the inputs that are named."""
+
+
+def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
+    """`backend="aten"`: the generated Python, operation by operation."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            # Kernels may return other strides than the trace was told (batch norm on the CPU, for one).
+            node.target = torch.ops.aten.reshape.default
+        if is_flex_attention_backward(node.target):
+            node.args = (node.target, *node.args)
+            node.target = run_dense_backward
+    tt.LazyGraphModule.force_recompile(module)
+    return module.forward
+
+
+def plain_run(run: Runner, inputs: list[Any]) -> Sequence[Tensor | None]:
+    """Run a program without what is in it already: autograd's work and autocast's."""
+    if tt.is_any_autocast_enabled():
+        with torch.no_grad(), tt.autocast_off():
+            return run(inputs)
+    with torch.no_grad():
+        return run(inputs)

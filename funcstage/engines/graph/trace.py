@@ -1,0 +1,386 @@
+"""Pass 1, trace: a stage function and the shapes of its arguments -> the joint graph of F, I and W.
+
+The stage runs once on fake tensors, which have shapes, dtypes and devices but no memory, and its
+backward right after it. What is recorded below autograd is one flat graph of ATen operations. The
+backward is plain reverse mode rather than `torch.func.vjp`, whose levels bring decompositions of their
+own (of dropout, for one, whose masks differ from the eager ones).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.fx import Graph, GraphModule, Node
+
+from funcstage import trees
+from funcstage._torch import tracing as tt
+from funcstage._torch.dynamo import uncompiled
+from funcstage._torch.fx import recording, unpatch
+from funcstage._torch.interception import intercepting
+from funcstage.engines.base import StageCall
+from funcstage.engines.graph import generators
+from funcstage.engines.graph.joint import CHECKPOINTED, Joint
+from funcstage.engines.graph.refusals import (
+    LEAF_WRITTEN,
+    check_recorded,
+    impure,
+    name_of,
+    refusal_of,
+    refuse_random_backward,
+    refuse_writes,
+)
+from funcstage.engines.graph.separable import OWN, Separable
+from funcstage.engines.levels.checkpoint import Call
+from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
+from funcstage.engines.tape.reentrant import Leftovers
+from funcstage.errors import PurityError, StageError
+from funcstage.functional import checked_result
+from funcstage.state import captured
+from funcstage.state.argument_containers import Containers
+from funcstage.state.kept import Changes, State, objects_among
+
+
+def trace(
+    call: StageCall,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    recorder: AbstractContextManager[Any] | None = None,
+    overwritten: bool = False,
+) -> Joint:
+    """Trace a stage function and its backward; nothing is computed, allocated or mutated.
+
+    Args:
+        call: of the stage function. Leaves that are no tensors become constants of the graph; where `diff`
+            is None, the forward alone is traced.
+        decompositions: ATen operations to replace while tracing.
+        recorder: entered while the stage function runs.
+        overwritten: whether the stage writes into its differentiated arguments, which are then copied.
+            Found out by trying.
+
+    Returns:
+        The joint graph, free of mutating operations.
+
+    Raises:
+        TraceError: if the stage reads values of tensors (data-dependent control flow or shapes), or
+            cannot be recorded for another reason.
+        PurityError: if it mutates what it was given.
+    """
+    with tt.without_modes():
+        run = _Run(call, recorder, overwritten)
+    with (
+        tt.without_modes(),
+        tt.own_autocast_cache(),
+        _recording(call.diff is not None),
+        generators.left_alone(name_of(call.apply)),
+    ):
+        try:
+            with run.fake_mode, recording():
+                traced = tt.make_fx(run, decomposition_table=dict(decompositions or {}) | OWN)(*run.fakes)
+        except StageError:
+            raise
+        except Exception as error:
+            if overwritten or LEAF_WRITTEN not in str(error):
+                refusal = refusal_of(call.apply, error)
+                if refusal is error:
+                    run.state.restore(tensors_only=True)  # as eager, which has run up to here
+                    run.state = State(None)
+                    raise
+                raise refusal from error
+            traced = None
+        else:
+            assert traced is not None
+            read = [
+                getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")
+            ]
+            run.captured = [value for value in read if isinstance(value, Tensor)]
+            run.state.read(name_of(call.apply), run.captured)
+        finally:
+            run.state.restore()
+    if traced is None:
+        return trace(call, decompositions, recorder=recorder, overwritten=True)
+    _name_placeholders(traced, run.n_state)
+    forward = _open_cotangents(call.apply, traced)
+    check_recorded(call.apply, traced)
+    _drop_aliases(traced.graph)
+    run.regions.mark(traced.graph, forward)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return run.joint(traced)
+
+
+class _Run:
+    """One run of a stage and its backward on fake tensors, which is recorded, and what it has found.
+
+    Attributes:
+        fake_mode: of the fake tensors.
+        fakes: for the tensors among the leaves of the call.
+        n_state: how many of these are parameters and buffers.
+        state: what the stage's module holds.
+        regions: checkpointed regions.
+        captured: tensors that were read and not given.
+    """
+
+    def __init__(
+        self, call: StageCall, recorder: AbstractContextManager[Any] | None, overwritten: bool
+    ) -> None:
+        self._call, self._recorder, self._overwritten = call, recorder, overwritten
+        state_leaves, self._state_spec = trees.flatten((call.params, call.buffers))
+        arg_leaves, self._args_spec = trees.flatten((call.args, call.kwargs))
+        self._leaves = [*state_leaves, *arg_leaves]
+        self._n_leaves = len(state_leaves)
+        self._n_params = len(call.of_params[0])
+        self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.n_state = sum(i < self._n_leaves for i in self._places)
+        self.fake_mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
+        self.fakes = [tt.fake_like(self.fake_mode, self._leaves[i]) for i in self._places]
+        self.state = State(call.module, objects_among(arg_leaves))
+        self.regions = _Regions()
+        self._found: _Found | None = None
+        self.captured: list[Tensor] = []
+
+    def __call__(self, *tensors: Tensor) -> tuple[list[Tensor | None], ...]:
+        """Run the stage and its backward."""
+        unpatch()
+        call, owner = self._call, name_of(self._call.apply)
+        with _Functionalization(), Separable(owner, self.regions.leftovers) as separable:
+            given = [tt.to_functional(tensor) for tensor in tensors]
+            values = list(self._leaves)
+            for i, tensor in zip(self._places, given, strict=True):
+                values[i] = tensor
+            wanted = self._wanted()
+            marked = {i: values[i].requires_grad_() for i in wanted}
+            for i in wanted:
+                # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
+                values[i] = torch.ops.aten.alias.default(values[i])
+            separable.given = self._named(values, wanted)
+            ends = [values[i] for i in wanted]
+            for i in self._wanted_args() if self._overwritten else ():
+                values[i] = values[i].clone()
+            params, buffers = trees.unflatten(self._state_spec, values[: self._n_leaves])
+            args, kwargs = trees.unflatten(self._args_spec, values[self._n_leaves :])
+            containers = Containers((call.args, call.kwargs), (args, kwargs))
+            recorder = nullcontext() if self._recorder is None else self._recorder
+            with intercepting(self.regions), uncompiled(), recorder:
+                result = call.apply(params, buffers, *args, **kwargs)
+            output, new_buffers = checked_result(call.apply, result)
+            refuse_writes(owner, containers)
+            if any(leaf.grad is not None for leaf in marked.values()):
+                raise PurityError(BACKWARD_CALLED)
+            changes = self.state.changes(owner)
+            outputs, output_spec = trees.flatten(output)
+            fresh, buffers_spec = trees.flatten(new_buffers if changes is None else (new_buffers, changes[1]))
+            roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            roots = [] if call.diff is None else roots
+            constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
+            self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
+            cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
+            as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
+            lent = {**buffers, **params} if call.module is not None else {}
+            grads: list[Tensor | None] = [None] * len(values)
+            if roots and wanted:
+                with tt.lent(call.module, lent), tt.autocast_off():
+                    found = torch.autograd.grad(
+                        [outputs[i] for i in roots], ends, cotangents, allow_unused=True
+                    )
+                for i, grad in zip(wanted, found, strict=True):
+                    direct = marked[i].grad  # what custom functions add to it themselves
+                    grads[i] = direct if grad is None else grad if direct is None else grad + direct
+            if any(map(tt.was_written, given[: self.n_state])):
+                raise impure(call.apply)
+            of_args = grads[self._n_leaves : self._n_leaves + len(call.arg_leaves)]
+            parts = outputs, fresh, of_args, grads[: self._n_params]
+            return *([_unwrapped(leaf) for leaf in part] for part in parts), as_they_come
+
+    def joint(self, module: GraphModule) -> Joint:
+        """What was recorded, with what was found."""
+        found = self._found
+        assert found is not None
+        return Joint(
+            module,
+            self.n_state,
+            len(self.fakes) - self.n_state,
+            tuple(found.roots),
+            found.output_spec,
+            found.buffers_spec,
+            found.constants,
+            self._names(),
+            found.changes,
+            {tensor: captured.name_of(tensor, self._call.apply) for tensor in self.captured},
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        return _names_of(self._state_spec, self._args_spec, self._places)
+
+    def _named(self, values: list[Any], wanted: list[int]) -> dict[int, str]:
+        """Parameters, buffers and differentiated arguments, by their ids."""
+        named = zip(self._places, self._names(), strict=True)
+        return {id(values[i]): name for i, name in named if i < self._n_leaves or i in wanted}
+
+    def _wanted(self) -> list[int]:
+        """The leaves that are differentiated."""
+        if self._call.diff is None:
+            return []
+        params = [i for i in range(self._n_params) if trees.is_differentiable(self._leaves[i])]
+        return [*params, *self._wanted_args()]
+
+    def _wanted_args(self) -> list[int]:
+        return [self._n_leaves + i for i in self._call.diff or ()]
+
+
+class _Found(NamedTuple):
+    """What a run has told beside tensors.
+
+    Attributes:
+        output_spec: the structure of the output.
+        buffers_spec: that of the new buffers, with what was left on the module.
+        changes: how that is put there.
+        roots: which leaves of the output can have a cotangent.
+        constants: leaves of output and buffers that are no tensors.
+    """
+
+    output_spec: optree.PyTreeSpec
+    buffers_spec: optree.PyTreeSpec
+    changes: Changes | None
+    roots: list[int]
+    constants: dict[int, Any]
+
+
+@contextmanager
+def _recording(differentiated: bool) -> Iterator[None]:
+    """Record a tape where gradients are asked for, whatever the caller's grad mode."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    # The first of the two sets the grad mode too.
+    with (
+        torch.inference_mode(inference and not differentiated),
+        torch.set_grad_enabled(grad or differentiated),
+    ):
+        yield
+
+
+def _names_of(state: optree.PyTreeSpec, args: optree.PyTreeSpec, places: Sequence[int]) -> tuple[str, ...]:
+    """The names of the tensors among the leaves of `(params, buffers)` and `(args, kwargs)`."""
+    roots = zip(("params", "buffers", "args", "kwargs"), (*state.children(), *args.children()), strict=True)
+    names = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
+    return tuple(names[i] for i in places)
+
+
+def _unwrapped(leaf: object) -> Tensor | None:
+    return tt.from_functional(leaf) if isinstance(leaf, Tensor) else None
+
+
+def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> set[Node]:
+    """Turn the stand-ins for the cotangents, which the trace returns last, into placeholders.
+
+    Returns:
+        The nodes before them, which are the forward's.
+    """
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    stand_ins = output.args[0][-1]
+    forward = set(graph.nodes)
+    if stand_ins:
+        forward = set(takewhile(lambda node: node is not stand_ins[0], graph.nodes))
+        refuse_random_backward(apply, stand_ins[0])
+    placeholders = graph.find_nodes(op="placeholder")
+    anchor = placeholders[-1] if placeholders else graph._root
+    for i, stand_in in enumerate(stand_ins):
+        with graph.inserting_after(anchor):
+            anchor = graph.placeholder(f"cotangent_{i}")
+        anchor.meta["val"] = stand_in.meta["val"]
+        stand_in.replace_all_uses_with(anchor)
+    *results, _ = output.args[0]  # a gradient may be a cotangent itself
+    output.args = (tuple(tuple(part) for part in results),)
+    for stand_in in stand_ins:
+        graph.erase_node(stand_in)
+    return forward
+
+
+class _Functionalization(tt.FunctionalTensorMode):
+    """Without the checks that raise where a matrix is singular, an effect that a graph of functions lacks."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._linalg_check_errors.default:
+            return None
+        if isinstance(func, tt.HigherOrderOperator):
+            # Their rules are looked up by the very type of the mode.
+            return func.python_key_table[tt.FunctionalTensorMode](self, *args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Regions:
+    """Notes the checkpointed regions of a stage while it is traced.
+
+    They are recorded once, as everything else is; that they are to be computed again is for the partition.
+    """
+
+    def __init__(self) -> None:
+        self._policies: list[tt.Policy | None] = []
+        self._open = False
+        self.leftovers = Leftovers()
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        asked = Call.of(call)
+        if asked.is_constant(lambda tensor: tensor.requires_grad):
+            with torch.no_grad():
+                return asked.run()
+        if self._open or not torch.is_grad_enabled():
+            return asked.run()
+        context = asked.context_fn()[0]
+        policy = tt.policy_of(context)
+        before = tt.last_recorded()
+        self._open = True
+        try:
+            with nullcontext() if policy else context:
+                result = self.leftovers.run(asked.run) if asked.reentrant else asked.run()
+        finally:
+            self._open = False
+        node = tt.last_recorded()
+        while node is not before:
+            node.meta[_REGION] = len(self._policies)
+            node = node.prev
+        self._policies.append(policy)
+        return result
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        return apply(*args)
+
+    def mark(self, graph: Graph, forward: set[Node]) -> None:
+        """Mark all nodes of regions, apart those that the forward reads from outside or policies save."""
+        (output,) = graph.find_nodes(op="output")
+        results = {node for part in output.args[0][:2] for node in part}
+        for node in graph.nodes:
+            region = node.meta.get(_REGION)
+            if region is not None and node.op == "call_function":
+                policy = self._policies[region]
+                saved = policy is not None and policy(node)
+                leaves = any(user in forward and user.meta.get(_REGION) != region for user in node.users)
+                node.meta[CHECKPOINTED] = not (saved or leaves or node in results)
+
+
+def _drop_aliases(graph: Graph) -> None:
+    """Below autograd, detaching is the identity."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _name_placeholders(module: GraphModule, n_state: int) -> None:
+    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        node._rename(f"state_{i}" if i < n_state else f"arg_{i - n_state}")
+        node.target = node.name
+
+
+_REGION = "region"

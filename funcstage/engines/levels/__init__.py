@@ -1,0 +1,1 @@
+"""The uncompiled engine: two nested `torch.func` levels around the stage, without tracing."""

@@ -1,0 +1,387 @@
+"""Checkpointed regions: their forward keeps nothing, and they are run again where gradients need them.
+
+`torch.utils.checkpoint` recomputes when autograd first asks for a saved tensor, which happens twice in a
+split backward. Here a region is split as a stage within the stage. Its forward runs under levels of its
+own, from which nothing is kept but the values of the result. On the tape of the inputs it is one
+operation, `Recomputed`, whose backward runs it again, with the tape this time; I takes the input
+gradients from that, and W the weight gradients later, so that both come from one recomputation. A region
+that depends on parameters alone lies on the tape of the weights, and is run again in W. A region within a
+region is computed again with that, and not once more: what it would save is memory during I.
+
+What a region reads need not be among its arguments: parameters and activations are also found in
+modules and closures. Whatever is read in the first run and was there before is *captured*, and fresh
+leaves stand in for it in the second.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch.operators import OpOverload, TorchDispatchMode, writes
+from funcstage.errors import StageError
+from funcstage.functional import hold, lending, state_of
+from funcstage.state.kept import undone
+from funcstage.state.locks import lent
+
+
+class Place(NamedTuple):
+    """Stands in a region's arguments for the captured tensor that was there."""
+
+    number: int
+
+
+class Call(NamedTuple):
+    """What `torch.utils.checkpoint.checkpoint` was called with.
+
+    Attributes:
+        function: what is to be run again.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        reentrant: whether torch's reentrant form was asked for, its default.
+        preserve_rng_state: whether the second run draws the same random numbers.
+        early_stop: whether the second run may stop where nothing more is needed.
+        context_fn: makes the contexts of the two runs.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reentrant: bool
+    preserve_rng_state: bool
+    early_stop: bool
+    context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+    @classmethod
+    def of(cls, call: inspect.BoundArguments) -> Call:
+        given = call.arguments
+        kwargs = dict(given.get("kwargs", {}))
+        return cls(
+            given["function"],
+            given.get("args", ()),
+            kwargs,
+            given["use_reentrant"] is not False,
+            kwargs.pop("preserve_rng_state", True),
+            given["early_stop"],
+            given["context_fn"],
+        )
+
+    def run(self) -> Any:
+        """Run the function as it is."""
+        return self.function(*self.args, **self.kwargs)
+
+    def is_constant(self, requires_grad: Callable[[Tensor], bool]) -> bool:
+        """Tell whether its result has no gradient: the reentrant form gives none but through its arguments.
+
+        Torch warns of it.
+        """
+        tensors = (arg for arg in self.args if isinstance(arg, Tensor))
+        return self.reentrant and not any(map(requires_grad, tensors))
+
+
+class Region:
+    """A checkpointed call, as it was made and as it can be made again."""
+
+    def __init__(self, call: Call, owner: nn.Module | None) -> None:
+        """`owner` is the stage's module: where no module can be found in the call, any may be used."""
+        self._function = call.function
+        self._reentrant = call.reentrant
+        self._leaves, self._spec = trees.flatten((call.args, call.kwargs))
+        self._first, self._second = call.context_fn()
+        modules = set(modules_in([call.function, *self._leaves]))
+        if not modules and owner is not None:
+            modules.update(owner.modules())
+        self._owner = owner
+        self._modules = state_of(modules)
+        self._operations = Operations() if call.early_stop and not call.reentrant else None
+        inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._surroundings = Surroundings(inputs, call.preserve_rng_state)
+        self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def run(self) -> Any:
+        """Run the function as it was called."""
+        args, kwargs = trees.unflatten(self._spec, self._leaves)
+        noted = nullcontext() if self._operations is None else self._operations.noted()
+        with self._first, noted, torch.set_grad_enabled(not self._reentrant):
+            return self._function(*args, **kwargs)
+
+    def run_again(self, stand_ins: Sequence[Any]) -> Any:
+        """Run the function on what stands in for the captured tensors."""
+        leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
+        args, kwargs = trees.unflatten(self._spec, leaves)
+        with self._surroundings.restored(), lent(self._owner):
+            before = state_of([state.module for state in self._modules])
+            owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(undone(owners))
+                    stack.enter_context(lending(self._modules))
+                    stack.enter_context(self._second)
+                    if self._operations is not None:
+                        stack.enter_context(self._operations.cut_short())
+                    stack.enter_context(StandIns(functools.partial(self.stand_in, stand_ins)))
+                    return self._function(*args, **kwargs)
+            except BaseException:
+                hold(before)  # an interrupt may come between leaving and what that does
+                raise
+
+    def forget(self, saved: Any) -> None:
+        """Keep nothing of what the first run saves for a backward, except that it does."""
+        if self._operations is not None:
+            self._operations.saved()
+
+    def capture(self, tensor: Tensor) -> None:
+        """Note a tensor that the region reads and that was there before."""
+        self._places[id(tensor)] = weakref.ref(tensor), len(self._places)
+
+    def place(self, leaf: Any) -> int | None:
+        """Which of the captured tensors something is.
+
+        They are known by identity and not kept alive here: what can be read again is held by the function.
+        """
+        known = self._places.get(id(leaf))
+        return known[1] if known is not None and known[0]() is leaf else None
+
+    def stand_in(self, stand_ins: Sequence[Any], leaf: Any) -> Any:
+        """What stands in for something in the second run: itself, unless it was captured."""
+        place = self.place(leaf)
+        if place is None and isinstance(leaf, nn.Parameter):
+            raise StageError(
+                f"A checkpointed region reads a parameter ({trees.describe(leaf)}) when it is run again that "
+                "it had not read before: its module was not found. Pass the module to `checkpoint`, or a "
+                "function that holds it."
+            )
+        return leaf if place is None else stand_ins[place]
+
+    def constants(self) -> Iterator[Tensor]:
+        """Tensors that a second run may read besides the captured ones."""
+        for leaf in self._leaves:
+            if isinstance(leaf, Tensor):
+                yield leaf
+        for state in self._modules:
+            for tensor in (*state.params.values(), *state.buffers.values()):
+                if tensor is not None and not ft.is_dead(tensor):
+                    yield tensor
+
+    def release(self, unwrapped: Callable[[Tensor], Tensor]) -> None:
+        """Let go of the arguments, and take what it has assigned to buffers out of its levels."""
+        places = [self.place(leaf) for leaf in self._leaves]
+        self._leaves = [
+            leaf if place is None else Place(place) for leaf, place in zip(self._leaves, places, strict=True)
+        ]
+        for state in self._modules:
+            for name, buffer in state.module._buffers.items():
+                if buffer is not None and buffer is not state.buffers[name]:
+                    state.module._buffers[name] = unwrapped(buffer)
+
+
+class StandIns(TorchFunctionMode):
+    """Passes to operations what stands in for their operands."""
+
+    def __init__(self, of: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.of = of
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = trees.map_leaves(self.of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Operations:
+    """The operations of a region's first run, of which the last need not be computed again.
+
+    Nothing reads what comes after the last tensor that was saved for the backward: the outcome of a last
+    linear layer, for one. Torch's own recomputation stops there. Here these operations still take their
+    places on the tapes, but what they return is memory that nobody has written.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Any, _Look | None]] = []  # views left out, as trackers of modules make some
+        self._needed = 0
+
+    def saved(self) -> None:
+        """Note that something was saved for the backward."""
+        self._needed = len(self._found)
+
+    def noted(self) -> TorchDispatchMode:
+        """Note the operations of the first run."""
+
+        def run(op: Any, args: Any, kwargs: Any) -> Any:
+            result = op(*args, **kwargs)
+            if not _is_view(op):
+                self._found.append((op, _Look.of(op, result)))
+            return result
+
+        return _Dispatched(run)
+
+    def cut_short(self) -> TorchDispatchMode:
+        """Leave out the last operations of the second run."""
+        needed = self._needed
+        if any(torch.Tag.data_dependent_output in getattr(op, "tags", ()) for op, _ in self._found[needed:]):
+            needed = len(self._found)  # what is read there would not be the same
+        left = iter(self._found[needed:])
+        count = 0
+
+        def run(op: Any, args: Any, kwargs: Any) -> Any:
+            nonlocal count
+            if not _is_view(op):
+                count += 1
+                noted, look = next(left, (None, None)) if count > needed else (None, None)
+                if op is noted and look is not None:
+                    return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device=look.device)
+            return op(*args, **kwargs)
+
+        return _Dispatched(run)
+
+
+def _is_view(op: Any) -> bool:
+    return isinstance(op, OpOverload) and op.is_view
+
+
+class _Look(NamedTuple):
+    """What a new tensor, the one result of an operation, looks like."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, op: Any, result: Any) -> _Look | None:
+        is_new = isinstance(op, OpOverload) and not writes(op)
+        if not is_new or type(result) is not Tensor or result.layout is not torch.strided:
+            return None
+        return cls(result.shape, result.stride(), result.dtype, result.device)
+
+
+class _Dispatched(TorchDispatchMode):
+    """Sends every operation through a function."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._run(func, args, kwargs or {})
+
+
+class Surroundings:
+    """What a function's result depends on besides what it reads: generators, autocast, default device."""
+
+    def __init__(self, tensors: Sequence[Tensor], preserve_rng_state: bool) -> None:
+        """The generators are the CPU's and those of the tensors' devices."""
+        kinds = {tensor.device.type for tensor in tensors} - {"cpu", "meta"}
+        self._kind = min(kinds, default="cuda")
+        self._cpu = torch.get_rng_state() if preserve_rng_state else None
+        self._devices: Any = get_device_states(*tensors) if preserve_rng_state and kinds else ([], [])
+        self._casts = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", *kinds}
+        }
+        self._cached = torch.is_autocast_cache_enabled()
+        self._default = torch.get_default_device()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        devices, states = self._devices
+        with ExitStack() as stack:
+            if self._cpu is not None:
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self._kind))
+                torch.set_rng_state(self._cpu)
+                set_device_states(devices, states, device_type=self._kind)
+            for kind, (enabled, dtype) in self._casts.items():
+                stack.enter_context(torch.autocast(kind, dtype, enabled, self._cached))
+            if self._default != torch.get_default_device():
+                stack.enter_context(self._default)
+            yield
+
+
+class Rerun:
+    """What `Recomputed` asks for gradients.
+
+    Attributes:
+        values: the differentiable results of the first run, until they are taken.
+    """
+
+    values: tuple[Tensor, ...]
+
+    def vjp(self, captured: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Run the region again: gradients of those captured tensors that come first."""
+        raise NotImplementedError
+
+    def reads(self) -> Iterator[Tensor]:
+        """What the region reads that was not captured, and that is no parameter."""
+        raise NotImplementedError
+
+
+class Recomputed(Function):
+    """A region as one operation, from captured tensors to the values that its first run has left."""
+
+    @staticmethod
+    def forward(rerun: Rerun, *captured: Tensor) -> tuple[Tensor, ...]:
+        values, rerun.values = rerun.values, ()
+        return tuple(value.detach() for value in values)  # none of them is a captured tensor itself
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rerun, *captured = inputs
+        ctx.save_for_backward(*captured)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        captured = [ft.without_dead_wrappers(tensor) for tensor in ctx.saved_tensors]
+        grads = ctx.rerun.vjp(captured, cotangents)
+        return None, *grads, *[None] * (len(captured) - len(grads))
+
+
+def modules_in(objects: Iterable[Any]) -> Iterator[nn.Module]:
+    """The modules that functions among these objects hold, with all that is in them."""
+    stack = list(objects)
+    seen: set[int] = set()
+    while stack:
+        found = stack.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, nn.Module):
+            yield from found.modules()
+        elif isinstance(found, functools.partial):
+            stack += [found.func, *found.args, *found.keywords.values()]
+        elif isinstance(found, types.MethodType):
+            stack += [found.__self__, found.__func__]
+        elif isinstance(found, types.FunctionType):
+            stack += [cell.cell_contents for cell in found.__closure__ or () if _is_filled(cell)]
+            stack += found.__defaults__ or ()
+            stack += (found.__kwdefaults__ or {}).values()
+        elif isinstance(found, dict):
+            stack += found.values()
+        elif isinstance(found, (list, tuple)):
+            stack += found
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

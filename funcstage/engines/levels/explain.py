@@ -1,0 +1,131 @@
+"""What torch says about functions that its levels cannot transform, said as advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage.engines.levels import inner_gradients
+from funcstage.errors import LeafError, PurityError, StageError
+from funcstage.trees import PyTree
+
+
+def refuse_saved_tensor_hooks(stack: ExitStack) -> None:
+    try:
+        stack.enter_context(ft.refusing_to_save(_HOOKS_REFUSED))
+    except RuntimeError as error:
+        raise StageError(_HOOKS_REFUSED) from error
+
+
+def written_into_own(func: Any, target: Any) -> Exception:
+    """What is raised where a stage writes what is differentiated into a parameter that it has made."""
+    if isinstance(target, Tensor) and target.requires_grad and target.is_leaf:
+        return RuntimeError(_LEAF_WRITTEN)  # as torch says
+    return PurityError(
+        f"The stage writes what is differentiated, by {getattr(func, '__name__', func)}, into a parameter "
+        f"that it has made itself ({trees.describe(target)}). Compute the values first, and use them as they "
+        "are."
+    )
+
+
+def impure(owner: str, func: Any) -> PurityError:
+    return PurityError(
+        f"The stage writes into {owner} in place, by {getattr(func, '__name__', func)}. A stage function "
+        "mutates nothing that it is given: work on a clone, or return the new value as a buffer."
+    )
+
+
+@contextmanager
+def explaining(given: dict[str, PyTree], higher: bool) -> Iterator[None]:
+    """Raise a refusal in place of what torch says about functions that cannot be transformed.
+
+    `higher` tells whether gradients are to be differentiated in turn.
+    """
+    try:
+        yield
+    except StageError:
+        raise
+    except (AttributeError, RuntimeError) as error:
+        if not higher and "backward() called inside a functorch transform" in str(error):
+            raise inner_gradients.TakesGradients from None
+        refusal = _refusal(error) or _sparse(error, given) or _compressed(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:
+    """Blame a sparse leaf, if there is one: few of torch's kernels take them, and fewer under levels."""
+    for kind, tree in given.items():
+        leaves, spec = trees.flatten(tree)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+                reason = str(error).partition("\n")[0]
+                return LeafError(
+                    f"The stage fails on {kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaf)}): "
+                    f"{reason} Pass it dense, by tensor.to_dense(), or run funcstage.autograd eagerly."
+                )
+    return None
+
+
+def _compressed(error: Exception) -> StageError | None:
+    layout, found, _ = str(error).partition(" tensors do not have strides")
+    if not found:
+        return None
+    return StageError(
+        f"The stage reads a tensor of a compressed sparse layout ({layout}), which the levels of torch.func "
+        "cannot look into. Keep it as tensor.to_sparse_coo(), or dense."
+    )
+
+
+def _refusal(error: Exception) -> StageError | None:
+    """Translate what torch says about functions that cannot be transformed; None for users' errors."""
+    message = str(error)
+    if _HOOKS_REFUSED in message:
+        return StageError(_HOOKS_REFUSED)
+    if "don't yet support saved tensor hooks" in message:  # those of `saving_outside`
+        return inner_gradients.refused("torch.func")
+    if CAPTURED in message:
+        return PurityError(
+            "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
+            "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
+            "update a clone of it."
+        )
+    if "NestedInt" in message or "NestedTensorImpl" in message:
+        return StageError(
+            "The stage makes a nested tensor, which the levels of torch.func cannot look into. Compute on "
+            "padded tensors with a mask, or on the packed values with their offsets."
+        )
+    if "Cannot access data pointer" in message:
+        return StageError(
+            "The stage reads the memory of a tensor that is differentiated (by NumPy, for one), which the "
+            "levels of torch.func cannot look into. Make what reads it a torch.library.custom_op."
+        )
+    if "C++ torch::autograd::Function" in message:
+        return StageError(
+            "The stage uses an operator whose gradient is a C++ torch::autograd::Function (torch 2.11's "
+            "differentiable collectives, for one), which torch.func cannot transform. Compile the stage by "
+            "funcstage.compile, or put a torch.autograd.Function around the operator without its gradient."
+        )
+    if "autograd.Function" in message and "setup_context" in message:
+        return StageError(
+            "The stage applies a torch.autograd.Function whose forward takes `ctx`, by an `apply` that was "
+            "bound before the stage ran. From torch 2.14 on it cannot be found so: write "
+            "`MyFunction.apply(...)` in the stage, or give the function a separate setup_context "
+            "staticmethod."
+        )
+    return None
+
+
+CAPTURED = "mutate a captured Tensor"  # in functorch's message
+_LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation."
+_HOOKS_REFUSED = (
+    "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "
+    "of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
+)

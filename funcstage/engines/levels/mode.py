@@ -1,0 +1,364 @@
+"""The mode that sends every operation of a stage through the levels that it concerns, and notes the sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch.operators import without_torch_function
+from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
+from funcstage.engines.levels import inner_gradients
+from funcstage.engines.levels.explain import CAPTURED, impure, written_into_own
+from funcstage.engines.levels.moves import Levels
+from funcstage.engines.levels.regions import Rerunnable, checkpointed
+from funcstage.engines.levels.tape import Exit
+from funcstage.engines.rules import custom_functions
+from funcstage.engines.rules.autocast import cast_first
+from funcstage.engines.rules.composites import decomposed, opened
+from funcstage.engines.rules.flex import attend, is_flex_attention
+from funcstage.engines.rules.group_norm import CRASHING, contiguous_group_norm, crashes
+from funcstage.trees import PyTree
+
+
+class Split(Levels, TorchFunctionMode):
+    """Sends every operation through the levels that it concerns, and notes the sites.
+
+    Activations live on the outer level; parameters, and values made of parameters alone, on the inner.
+    Every path from the output to a parameter changes from the outer tape to the inner at one site: what
+    `call` returns has left the inner level, and nothing computed from that returns to it. The exceptions
+    stay on both levels and are sites nowhere but where they are read (`lower`).
+
+    Attributes:
+        given: what the caller owns, by kind, for refusing to write into it.
+        arguments: the argument leaves as the stage sees them.
+        moved: overwritten arguments with what they stand for by now.
+        owners: memory of the caller's leaves, read at the first in-place operation.
+        mixed: whether values that are on both levels may exist.
+        hooked: whether the stage has put hooks on tensors.
+        calls_back: whether Python functions of the stage's own run in the reverse passes.
+        rerunnable: how checkpointed regions are run again; None where they are run as they come.
+        paused: whether another split is at work, in a region.
+        alone: whether nobody differentiates the stage in turn.
+        marked: whether the stage has marked tensors of its own as requiring grad.
+        had_tapes: whether regions were among them in which autograd keeps a tape, as reentrant ones do not.
+        had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
+        before_write: told what is about to be overwritten.
+    """
+
+    def __init__(
+        self, outer_level: int | None, inner_level: int, given: dict[str, PyTree], arguments: list[Any]
+    ) -> None:
+        Levels.__init__(self, outer_level, inner_level)
+        TorchFunctionMode.__init__(self)
+        self.given = given
+        self.arguments = arguments
+        self.moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.owners: dict[int, tuple[str, int]] | None = None
+        self.mixed = False
+        self.hooked = False
+        self.calls_back = False
+        self.rerunnable: Rerunnable | None = None
+        self.paused = False
+        self.alone = False
+        self.marked = False
+        self.had_tapes = False
+        self.had_regions = False
+        self.before_write: Callable[[Any, Any], None] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if func in _HEEDED:
+            if inner_gradients.takes_gradients(func):
+                self.take_gradients(func.__name__)
+            refuse_effects(func, args, kwargs)
+            if func in MARKS:
+                return self.mark(*args, **kwargs)
+        body = opened(func)
+        if body is not None:
+            if func is Tensor.register_hook:
+                self.hook(args[1])
+            with self:
+                return body(*args, **kwargs)
+        if self.moved or self.had_regions:
+            args, kwargs = trees.map_leaves(self.current, (args, kwargs))
+        if is_in_place(func, kwargs):
+            return self.in_place(func, args, kwargs)
+        if self.before_write is not None and func in _WRITERS:
+            for statistics in _WRITERS[func](args):
+                self.before_write(statistics, func)
+        if func in CRASHING and crashes(func, args, kwargs):
+            with self:
+                return contiguous_group_norm(func, args, kwargs)
+        if type(func) in _NO_OPERATORS:
+            return self.call(func, args, kwargs)
+        if is_flex_attention(func):
+            with self:
+                return attend(func, args)
+        if custom_functions.may_have_formula(func):
+            try:
+                return self.call(func, args, kwargs)
+            except custom_functions.Formula as found:
+                with self:
+                    return custom_functions.applied(found.function, (kwargs, *args))
+        return self.call(func, args, kwargs)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that mutates nothing."""
+        func = cast_first(func, args, kwargs)
+        splits = self.splits()
+        is_site = splits and self.reads_weights(args, kwargs)
+        found = decomposed(func, args, kwargs, is_site)
+        if found is not None:
+            body, operands = found
+            with self:
+                return body(*operands)
+        if not splits:
+            self.reads_weights(args, kwargs)
+            return func(*args, **kwargs)
+        if not is_site:
+            return self.above(func, args, kwargs)
+        if self.mixed and (func in _VIEWS or getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND):
+            args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return self.release(result, args)
+        if isinstance(result, (tuple, list)):
+            return trees.map_leaves(lambda leaf: self.release(leaf, args), result)
+        return result
+
+    def splits(self) -> bool:
+        """Tell whether the two levels are there and on top."""
+        if ft.current_level() == self.inner_level:
+            return self.outer_level is not None  # or else everything is W's
+        self.mixed = True  # a transform of the stage's own is open, whose results stay on both levels
+        if self.alone and self.differentiates():
+            raise inner_gradients.TakesGradients
+        return False
+
+    def differentiates(self) -> bool:
+        """Tell whether a transform of the stage's own is open that takes derivatives."""
+        return ft.differentiating_above(self.inner_level)
+
+    def take_gradients(self, how: str) -> None:
+        """The stage takes gradients itself, other than by the transforms of torch.func."""
+        if self.differentiates() and not self.alone:
+            return  # those transforms do
+        raise inner_gradients.TakesGradients if self.alone else inner_gradients.refused(how)
+
+    def hook(self, hook: Any) -> None:
+        """The stage puts a hook on a tensor."""
+        self.hooked = self.calls_back = True
+        # A tensor of its own is marked in order to take gradients by it, if not now, then in the hook.
+        if self.marked or inner_gradients.differentiates(hook):
+            self.take_gradients("a hook")
+
+    def mark(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
+        """The stage marks a tensor, which has no effect: gradients are those of arguments and parameters."""
+        if self.differentiates():
+            if self.alone:
+                raise inner_gradients.TakesGradients
+            with without_torch_function():
+                return tensor.requires_grad_(requires_grad)
+        with without_torch_function():
+            now = ft.requires_grad(self.current(tensor))
+            if now and not requires_grad:
+                owner = self.owner(tensor)
+                if owner is not None:
+                    raise refused_mark(owner, requires_grad)
+                raise RuntimeError(
+                    "you can only change requires_grad flags of leaf variables. If you want to use a "
+                    "computed variable in a subgraph that doesn't require differentiation use var_no_grad "
+                    "= var.detach()."  # as torch says
+                )
+        if requires_grad and not now:
+            owner = self.owner(tensor)
+            if owner is not None and owner.startswith("buffer"):
+                raise refused_mark(owner, requires_grad)
+            self.marked = True
+            if self.hooked:
+                self.take_gradients("a hook")
+        return tensor
+
+    def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that writes into its first operand, or into `out`."""
+        out = kwargs.get("out")
+        target = out if out is not None else args[0] if args else next(iter(kwargs.values()))
+        targets = target if isinstance(target, (tuple, list)) else (target,)
+        for tensor in targets:
+            if self.before_write is not None:
+                self.before_write(tensor, func)
+            owner = self.owner(tensor)
+            if owner is not None:
+                if (
+                    tensor is not target
+                    or out is not None
+                    or not args
+                    or not any(tensor is a for a in self.arguments)
+                ):
+                    raise impure(owner, func)
+                # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
+                copy = self.call(torch.clone, (tensor,), {})
+                self.moved[id(tensor)] = (tensor, copy)
+                return self.in_place(func, (copy, *args[1:]), kwargs)
+        if not self.splits():
+            self.reads_weights(args, kwargs)
+            return func(*args, **kwargs)
+        if any(ft.level_of(tensor) == self.inner_level for tensor in targets):
+            self.mixed = True  # an activation may be written into a value made of parameters
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if CAPTURED not in str(error) or any(ft.level_of(tensor) < 0 for tensor in targets):
+                    raise
+            return self.into_own(func, args, kwargs, target)
+        if self.reads_weights(args, kwargs):
+            # The inner level may not write into a tensor of the outer one, so the weights come down.
+            args, kwargs = trees.map_leaves(self.lower, (args, kwargs))
+        return self.above(func, args, kwargs)
+
+    def into_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any:
+        """Write into a parameter that the stage has made, whose wrapper torch takes for captured."""
+        operands = [leaf for leaf in trees.flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        recorded = torch.is_grad_enabled() and getattr(func, "__module__", "") != nn.init.__name__
+        if recorded and any(map(ft.requires_grad, operands)):
+            raise written_into_own(func, target)
+        args, kwargs = trees.map_leaves(self.below, (args, kwargs))
+        self.above(func, args, kwargs)
+        return target
+
+    def current(self, leaf: Any) -> Any:
+        """The tensor that an overwritten argument stands for by now."""
+        moved = self.moved.get(id(leaf))
+        if moved is not None:
+            return moved[1]
+        if self.had_regions and isinstance(leaf, Tensor) and ft.is_dead(leaf):
+            if ft.requires_grad(leaf) and self.had_tapes:
+                raise inner_gradients.TakesGradients  # on a plain tape it is a value as any other
+            return ft.without_dead_wrappers(leaf)  # a constant
+        return leaf
+
+    def owner(self, tensor: Tensor) -> str | None:
+        """Name what the caller has given in this memory, if it is the caller's."""
+        if self.owners is None:
+            self.owners = {
+                ft.storage_key(leaf): (kind, i)
+                for kind, tree in self.given.items()
+                for i, leaf in enumerate(trees.flatten(tree)[0])
+                if isinstance(leaf, Tensor)
+            }
+        kind, i = self.owners.get(ft.storage_key(tensor), (None, 0))
+        if kind is None:
+            return None
+        leaves, spec = trees.flatten(self.given[kind])
+        return f"{kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaves[i])})"
+
+    def leave(self, leaf: Any) -> Exit:
+        """Free a leaf of the result of its wrappers, and note its places on the tapes."""
+        leaf = self.current(leaf)
+        outer = inner = None
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner_level:
+            inner = get_gradient_edge(leaf) if leaf.requires_grad else None
+            leaf = ft.unwrap(leaf, self.inner_level)
+        if (
+            self.outer_level is not None
+            and isinstance(leaf, Tensor)
+            and ft.level_of(leaf) == self.outer_level
+        ):
+            outer = self.above(get_gradient_edge, (leaf,), {}) if leaf.requires_grad else None
+            leaf = ft.unwrap(leaf, self.outer_level)
+        return Exit(leaf, outer, inner)
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        """Apply a custom autograd function at the levels that it concerns."""
+        self.calls_back = True
+        if custom_functions.is_formula(function):
+            raise custom_functions.Formula(function)
+        if inner_gradients.backward_differentiates(function):
+            self.take_gradients(f"the backward of {function.__name__}")
+        if custom_functions.wants_context(function):
+            return custom_functions.applied(function, args)
+        return apply(*args)
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        """Run a checkpointed region, keeping what it takes to run it again."""
+        return checkpointed(self, call)
+
+    def nested(self, outer_level: int, inner_level: int) -> Split:
+        """A split for the first run of a region, under levels of its own."""
+        nested = Split(outer_level, inner_level, {}, [])
+        nested.alone = self.alone
+        return nested
+
+
+def is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name.endswith("_") and name != "requires_grad_":
+        return name in _IN_PLACE_DUNDERS if name.endswith("__") else True
+    return kwargs.get("out") is not None
+
+
+_WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
+    torch.batch_norm: lambda args: args[3:5],
+    torch.instance_norm: lambda args: args[3:5],
+}
+"""What operations write into whose names do not say so."""
+
+
+# These speak of the operand itself, so that another tensor of the same value will not do.
+_ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
+
+
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", "H", "mH")}
+"""Attributes that are operations."""
+
+
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING
+_NO_OPERATORS = (
+    FunctionType,
+    BuiltinFunctionType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+    MethodWrapperType,
+)
+"""Types of most functions that a mode is told of; operators are objects of torch's own types."""
+
+
+_IN_PLACE_DUNDERS = {
+    f"__{name}__"
+    for name in [
+        "iadd",
+        "iand",
+        "idiv",
+        "ifloordiv",
+        "ilshift",
+        "imod",
+        "imul",
+        "ior",
+        "ipow",
+        "irshift",
+        "isub",
+        "itruediv",
+        "ixor",
+        "setitem",
+    ]
+}

@@ -1,0 +1,46 @@
+"""Affine group norm on the CPU before torch 2.14: its backward crashes where it is not asked for dX.
+
+The kernel for inputs in channels-last memory writes all three gradients, wanted or not, and takes the process
+down where there is no memory for the first. A split backward asks for the other two alone, in W. The kernel
+for contiguous inputs does as it is told, so that is the one which runs here; the output lies as it ever does.
+Of all backward operations with an output mask it is the only one (`tests/engines/rules/test_group_norm.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from funcstage._torch.operators import suggest_memory_format
+
+SURVIVES = torch.__version__ >= "2.14"
+"""Whether the kernel does without dX."""
+
+CRASHING: frozenset[Any] = frozenset(() if SURVIVES else (F.group_norm, torch.group_norm))
+"""Calls that may be such that their backward crashes."""
+
+
+def crashes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call is one whose backward would crash."""
+    if func not in CRASHING:
+        return False
+    x = args[0] if args else kwargs.get("input")
+    return isinstance(x, Tensor) and x.is_cpu and suggest_memory_format(x) != torch.contiguous_format
+
+
+def contiguous_group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The same call of the other kernel."""
+    x, *rest = args or (kwargs["input"],)
+    kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+    result: Tensor = func(x.contiguous(), *rest, **kwargs)
+    return result.contiguous(memory_format=suggest_memory_format(x))
+
+
+def edges_to_ask_for(node: Node) -> list[Any]:
+    """Places on an eager tape whose gradients a node must be asked for, besides those that are wanted."""
+    x = node.next_functions[0] if node.name() == "NativeGroupNormBackward0" and not SURVIVES else (None, 0)
+    return [] if x[0] is None else [x]

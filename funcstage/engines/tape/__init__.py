@@ -1,0 +1,1 @@
+"""The engine for stages that only plain autograd can run."""

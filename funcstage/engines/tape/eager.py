@@ -1,0 +1,325 @@
+"""Stages that the levels cannot run, split on a plain autograd tape.
+
+The wrappers of `torch.func` hide a tensor's class, which the hooks of `parallelize_module` look at, and a
+gradient that a stage takes inside itself needs the one tape that eager has. Such stages run under autograd
+alone, and are split as `funcstage.autograd` splits what already ran: no operation runs twice, except those
+whose one kernel yields both gradients. What the levels are for, higher derivatives and transforms around the
+stage, is refused. Checkpointed regions are not computed again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from funcstage import autograd, trees
+from funcstage._torch import functorch as ft
+from funcstage._torch.interception import intercepting
+from funcstage.copies import Unpicklable
+from funcstage.effects import RefusedEffects
+from funcstage.engines.base import Linearized, StageCall
+from funcstage.engines.levels.checkpoint import Call
+from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
+from funcstage.engines.tape.reentrant import Leftovers
+from funcstage.engines.tape.watched_writes import WatchedWrites
+from funcstage.errors import PurityError, StageError
+from funcstage.functional import ModuleState, checked_result, holding, lent_again
+from funcstage.residuals import (
+    Home,
+    Residual,
+    Switchboard,
+    nodes_behind,
+    nodes_between,
+    replaced,
+    residuals_of,
+    saved_in,
+)
+from funcstage.state.argument_containers import Containers, are_among
+from funcstage.tensors import added
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """What both tapes of one forward pass have in common.
+
+    Attributes:
+        n_args: the number of argument leaves.
+        n_params: the number of parameter leaves.
+        params: the leaves of the tape that stand for parameters, by number.
+        state: parameters and buffers, which are no residuals.
+        switchboard: where nodes look for residuals that were taken out of them.
+        modules: what the stage's modules held, for what reads them in the backward.
+    """
+
+    n_args: int
+    n_params: int
+    params: dict[int, Tensor]
+    state: list[Tensor]
+    switchboard: Switchboard
+    modules: list[ModuleState]
+
+    @contextmanager
+    def reading(self, home: Home) -> Iterator[None]:
+        """Let a reverse pass find residuals, and its Python functions the parameters of the forward."""
+        with self.switchboard.reading(home), lent_again(self.modules):
+            yield
+
+    def added_directly(self) -> dict[int, Tensor]:
+        """Take away what backward() calls within a reverse pass have added to parameters' `.grad`."""
+        found = {i: weight.grad for i, weight in self.params.items() if weight.grad is not None}
+        for i in found:
+            self.params[i].grad = None
+        return found
+
+    def saved(self, edges: Iterable[GradientEdge], home: Home) -> list[Residual]:
+        return residuals_of(edges, self.state, self.switchboard, home)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightTape(Unpicklable):
+    """What W needs.
+
+    Attributes:
+        origin: the forward pass.
+        groups: those of `funcstage.autograd.stage_backward_input`.
+        direct: gradients that are there already, by parameter.
+        shared: whether other tapes still need the same nodes.
+        home: residuals that were taken out of the nodes.
+    """
+
+    origin: Origin
+    groups: list[dict[str, Any]]
+    direct: dict[int, Tensor]
+    shared: bool
+    home: Home
+    checks_nan: ClassVar = True
+    shares: ClassVar = None
+
+    def sites(self) -> None:
+        return None
+
+    def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
+        """Run W: return the gradient of every parameter leaf, and the tape that is left."""
+        origin, board = self.origin, self.origin.switchboard
+        weights = list(origin.params.values())
+        grads: list[Tensor | None] = [None] * origin.n_params
+        try:
+            with origin.reading(self.home):
+                keep = retain or self.shared or board.taken_out
+                autograd.stage_backward_weight(weights, self.groups, retain_graph=keep)
+            for found in (self.direct, origin.added_directly()):
+                for i, grad in found.items():
+                    before = grads[i]
+                    grads[i] = grad if before is None else before + grad
+        finally:
+            for weight in weights:
+                weight.grad = None
+        return grads, replace(self, shared=True) if retain else None
+
+    @property
+    def intact(self) -> bool:
+        return self.shared or self.origin.switchboard.taken_out
+
+    def reads(self) -> list[Tensor]:
+        """What W reads: what the nodes that it runs have saved, and the cotangents."""
+        sites = [site for group in self.groups for site in group["intermediates"]]
+        behind = [GradientEdge(*edge) for site in sites for _, edge in site.weight_edges]
+        behind += [GradientEdge(site.node, 0) for site in sites if not site.weight_edges]
+        nodes = {*nodes_behind(behind), *(site.node for site in sites)}
+        return [*saved_in(nodes, self.origin.switchboard, self.home), *self._cotangents()]
+
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run W and add the gradients into `totals`, which are donated."""
+        return added(totals, self.weight_vjp(retain=False)[0])
+
+    def leaves(self) -> list[Tensor]:
+        """The residuals: what the nodes have saved, then the cotangents."""
+        return [r.tensor for r in self._saved()] + self._cotangents() + list(self.direct.values())
+
+    def share(self) -> list[Tensor]:
+        return self.leaves()  # nothing is ever written into them
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
+        """The same tape over other residuals."""
+        saved = self._saved()
+        rest = iter(leaves[len(saved) :])
+        home = replaced(saved, leaves[: len(saved)], self.origin.switchboard, self.home)
+        groups = [
+            {**group, "grads": [_again(grads, rest) for grads in group["grads"]]} for group in self.groups
+        ]
+        return replace(self, groups=groups, direct={i: next(rest) for i in self.direct}, home=home)
+
+    def _saved(self) -> list[Residual]:
+        sites = (site for group in self.groups for site in group["intermediates"])
+        return self.origin.saved((GradientEdge(site.node, 0) for site in sites), self.home)
+
+    def _cotangents(self) -> list[Tensor]:
+        arrived = (grads for group in self.groups for grads in group["grads"])
+        return [grad for grads in arrived for grad in grads or () if grad is not None]
+
+
+def _again(grads: Sequence[Tensor | None] | None, instead: Any) -> tuple[Tensor | None, ...] | None:
+    return None if grads is None else tuple(None if grad is None else next(instead) for grad in grads)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputTape(Unpicklable):
+    """What the forward pass retains.
+
+    Attributes:
+        origin: the forward pass.
+        outputs: the output leaves that require grad, by number.
+        inputs: the leaves of the tape that stand for differentiated arguments, by number.
+        shared: whether other tapes still need the same nodes.
+        home: residuals that were taken out of the nodes.
+    """
+
+    origin: Origin
+    outputs: dict[int, Tensor]
+    inputs: dict[int, Tensor]
+    shared: bool
+    home: Home
+    watch: ClassVar = None
+    checks_nan: ClassVar = True
+    higher: ClassVar = False
+    captured: ClassVar = ()
+
+    def input_vjp(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
+        """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
+        origin = self.origin
+        given = {i: output for i, output in self.outputs.items() if cotangents[i] is not None}
+        inputs = list(self.inputs.values())
+        grads: list[Tensor | None] = [None] * origin.n_args
+        try:
+            with origin.reading(self.home):
+                found, groups = autograd.stage_backward_input(
+                    list(given.values()), [cotangents[i] for i in given], inputs, origin.params.values()
+                )
+            for i, grad in zip(self.inputs, found, strict=True):
+                grads[i] = grad
+        finally:
+            direct = origin.added_directly()
+            for leaf in inputs:
+                leaf.grad = None
+        shared = self.shared or retain
+        weight_tape = WeightTape(origin, groups, direct, shared, self.home)
+        return grads, weight_tape, replace(self, shared=True) if retain else None
+
+    @property
+    def intact(self) -> bool:
+        return True  # W runs some of the nodes again
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """What I reads: what the nodes between outputs and inputs have saved."""
+        outputs = [get_gradient_edge(x) for i, x in self.outputs.items() if cotangents[i] is not None]
+        ends = {get_gradient_edge(leaf).node for leaf in self.inputs.values()}
+        between = nodes_between(outputs, ends)
+        return saved_in(between, self.origin.switchboard, self.home)
+
+    def leaves(self) -> list[Tensor]:
+        """The residuals: what the nodes have saved."""
+        return [r.tensor for r in self._saved()]
+
+    def share(self) -> list[Tensor]:
+        return self.leaves()  # nothing is ever written into them
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
+        """The same tape over other residuals."""
+        return replace(self, home=replaced(self._saved(), leaves, self.origin.switchboard, self.home))
+
+    def _saved(self) -> list[Residual]:
+        return self.origin.saved(map(get_gradient_edge, self.outputs.values()), self.home)
+
+
+def linearize(call: StageCall) -> Linearized[InputTape]:
+    """Run a stage function once under autograd, and keep its tape; as `levels.linearize`.
+
+    Raises:
+        PurityError: if the stage writes into a tensor that it was given, its `.grad` among it.
+        StageError: within a transform of `torch.func`, or where higher derivatives are wanted.
+    """
+    apply, params = call.apply, call.params
+    param_leaves, params_spec = call.of_params
+    arg_leaves, args_spec = call.arg_leaves, call.args_spec
+    if ft.current_level():
+        raise StageError(
+            "A stage with DTensors among its parameters cannot be transformed by torch.func (vmap, grad, "
+            "jvp). Transform the stage before parallelize_module."
+        )
+    trained = {i: _fresh(leaf) for i, leaf in enumerate(param_leaves) if trees.is_differentiable(leaf)}
+    inputs = {i: _fresh(arg_leaves[i]) for i in call.diff or ()}
+    stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
+    stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
+    stage_args = trees.unflatten(args_spec, stage_args)
+    kwarg_leaves, kwargs_spec = call.of_kwargs
+    stage_kwargs, containers = call.kwargs, None
+    if are_among(args_spec) or are_among(kwargs_spec):
+        stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
+        containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
+    regions = _AsTheyCome()
+    modes = WatchedWrites(call.given), RefusedEffects(regions.leftovers)
+    try:
+        with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
+            result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
+    except RuntimeError as error:
+        if _LEAF_WRITTEN in str(error):
+            raise PurityError(
+                "The stage writes in place into a parameter or argument, or a view of one: work on a clone."
+            ) from error
+        raise
+    if any(leaf.grad is not None for leaf in (*trained.values(), *inputs.values())):
+        raise PurityError(BACKWARD_CALLED)
+    output, new_buffers = checked_result(apply, result)
+    if containers is not None:
+        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
+    leaves, spec = trees.flatten(output)
+    named = (
+        {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
+    )
+    modules = holding(call.module, trees.map_leaves(_held, named))
+    origin = Origin(len(arg_leaves), len(param_leaves), trained, call.state, Switchboard(), modules)
+    wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    tape = InputTape(origin, wanted, inputs, shared=False, home={})
+    return Linearized(
+        trees.unflatten(spec, map(trees.detached, leaves)),
+        trees.map_leaves(trees.detached, new_buffers),
+        tape,
+    )
+
+
+def _fresh(leaf: Tensor) -> Tensor:
+    return leaf.detach().requires_grad_()
+
+
+def _held(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Tensor) and leaf.is_leaf else trees.detached(leaf)
+
+
+class _AsTheyCome:
+    """Runs checkpointed regions and custom functions as they are."""
+
+    def __init__(self) -> None:
+        self.leftovers = Leftovers()
+
+    def checkpoint(self, call: inspect.BoundArguments) -> Any:
+        asked = Call.of(call)
+        if asked.is_constant(lambda tensor: tensor.requires_grad):
+            with torch.no_grad():
+                return asked.run()
+        return self.leftovers.run(asked.run) if asked.reentrant else asked.run()
+
+    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
+        return apply(*args)
+
+
+_LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message

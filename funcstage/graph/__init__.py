@@ -1,5 +1,0 @@
-"""Engine 2: the split by tracing a stage once and partitioning the graph three ways."""
-
-from funcstage.graph.compile import CompiledStage, compile
-
-__all__ = ["CompiledStage", "compile"]

@@ -1,0 +1,107 @@
+"""Values that may be used once: what I and W have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import optree
+from torch import Tensor
+
+from funcstage import residuals, trees
+from funcstage.copies import CopiedByLeaves
+from funcstage.engines.base import Tape
+from funcstage.errors import ConsumedError
+from funcstage.report import table
+from funcstage.state.captured import Captured
+from funcstage.state.writes import Watch
+
+AnyTape = TypeVar("AnyTape", bound=Tape)
+
+
+class Linear(CopiedByLeaves, Generic[AnyTape]):
+    """A function that may be called once, because calling it uses up its tape."""
+
+    __slots__ = ("_failed", "_tape", "_watches", "stage")
+    _verb: ClassVar[str]
+
+    def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
+        self._tape = tape
+        self._watches = watches
+        self._failed = False
+        self.stage = stage
+
+    def _live(self) -> AnyTape:
+        if self._tape is None:
+            what = "A call of" if self._failed else "This"
+            how = "failed in its midst, which" if self._failed else "was used before, and using it"
+            raise ConsumedError(
+                f"{what} this {type(self).__name__} of {self.stage} {how} freed its "
+                f"residuals. Call it with retain=True wherever it is to be used again."
+            )
+        return self._tape
+
+    def _fail(self, tape: AnyTape) -> None:
+        """A run failed, or was interrupted: count as consumed if it has used up some of the tape."""
+        if not tape.intact:
+            self._tape, self._watches, self._failed = None, (), True
+
+    @property
+    def consumed(self) -> bool:
+        """Whether it was used, so that a further call raises `ConsumedError`."""
+        return self._tape is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the residuals, memory that several share counted once, parameters and buffers not."""
+        return 0 if self._tape is None else residuals.nbytes(self._tape.leaves())
+
+    def __repr__(self) -> str:
+        if self._tape is None:
+            return f"<{type(self).__name__} of {self.stage}, consumed>"
+        leaves = self._tape.leaves()
+        return (
+            f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
+            f"{_readable(residuals.nbytes(leaves))}>"
+        )
+
+    def _repr_html_(self) -> str:
+        leaves = [] if self._tape is None else sorted(self._tape.leaves(), key=lambda t: -t.nbytes)
+        rows = [(str(tuple(t.shape)), str(t.dtype), str(t.device), f"{t.nbytes:,} B") for t in leaves]
+        return table(repr(self)[1:-1], ("residual", "dtype", "device", "size"), rows, shown=12)
+
+    def _signature(self) -> str:
+        raise NotImplementedError
+
+    def _rebuilt(self, tape: AnyTape | None) -> Self:
+        raise NotImplementedError
+
+
+def _readable(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _flatten(pullback: Linear[Any]) -> tuple[list[Tensor], tuple[Linear[Any], Any]]:
+    tape = pullback._tape
+    # The tape goes along as it is now: the pullback itself may be consumed before it is rebuilt.
+    return ([], (pullback, None)) if tape is None else (tape.share(), (pullback, tape))
+
+
+def _unflatten(metadata: tuple[Linear[Any], Any], leaves: Iterable[Tensor]) -> Linear[Any]:
+    pullback, tape = metadata
+    return pullback._rebuilt(None if tape is None else tape.with_leaves(tuple(leaves)))
+
+
+def register(kind: type[Linear[Any]]) -> None:
+    """Make a kind of these a pytree of its residuals."""
+    optree.register_pytree_node(
+        kind,  # type: ignore[arg-type]  # the stubs expect collections
+        _flatten,  # type: ignore[arg-type]
+        _unflatten,  # type: ignore[arg-type]
+        namespace=trees.NAMESPACE,
+    )

@@ -1,0 +1,118 @@
+"""A stage that adds its weight gradients into `.grad`, microbatch after microbatch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from funcstage.errors import StructureError
+from funcstage.pipelining import failed_steps, hooks
+from funcstage.pipelining.binding import read
+from funcstage.pipelining.module_stage import STAGES_OF, ModuleStage
+from funcstage.pipelining.upstream import Upstream
+from funcstage.pullback import WeightPullback, stage_backward_weight
+from funcstage.state.parameter_hooks import hooked
+
+
+class AccumulatingStage(ModuleStage):
+    """What a stage does with its weight gradients: sums, hooks, parameters that other stages have too."""
+
+    _shared: set[str]
+    _shared_grads: dict[str, Tensor]
+    _upstream: Upstream
+    _hooks_of_accumulators: list[str]
+    _progress: failed_steps.Progress
+
+    def _find_shared(self) -> None:
+        """Find the parameters that other stages of this process have as well.
+
+        Each stage scales its gradients when it is done, others may not be: so sums are kept apart till then.
+        """
+        self._shared = {name for name, p in self._parameters.items() if len(STAGES_OF[p]) > 1}
+        if self._shared and self._replicas is not None:
+            raise StructureError(
+                f"{self._name}: {min(self._shared)!r} is a parameter of another stage of this process too, "
+                "and `data_parallel` would average the gradients of both apart. Leave it out, and average "
+                "the gradients after the step."
+            )
+        if self.has_backward:
+            seen = [*hooks.after_accumulation(self._parameters), *self._hooks_of_accumulators]
+            hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
+
+    def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
+        self._progress.add(chunk)
+        if self._hooks_of_accumulators or hooked(self._parameters.values()):
+            self._accumulate_by_autograd(chunk, weight_pullback, whole)
+        else:
+            self._accumulate_directly(weight_pullback)
+        self._progress.added_all()
+        if last and self._replicas is not None:
+            grads = (parameter.grad for parameter in self._parameters.values())
+            self._replicas.average(self, [grad for grad in grads if grad is not None])
+
+    def _accumulate_by_autograd(self, chunk: int, weight_pullback: WeightPullback, whole: bool) -> None:
+        grads = weight_pullback()
+        own = {name: p for name, p in self._parameters.items() if whole and name not in self._shared}
+        rest = {name: p for name, p in self._parameters.items() if name not in own}
+        try:
+            hooks.accumulate(own, grads)
+            for name, grad in hooks.captured(rest, grads).items():
+                self._add(name, grad)
+        except Exception as error:
+            error.add_note(f"This was {self._name}, in the hooks of parameters in W of microbatch {chunk}.")
+            raise
+        idle = [*hooks.after_accumulation(rest), *(n for n in self._hooks_of_accumulators if n in rest)]
+        if idle:
+            hooks.warn_of_idle(self._name, idle)
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        parameter = self._parameters[name]
+        grad = grad.to(parameter.grad_dtype or grad.dtype)
+        if name in self._shared:
+            total = self._shared_grads.get(name)
+            self._shared_grads[name] = grad if total is None else total.add_(grad)
+        else:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    def _accumulate_directly(self, weight_pullback: WeightPullback) -> None:
+        before = {
+            name: self._shared_grads.get(name) if name in self._shared else parameter.grad
+            for name, parameter in self._parameters.items()
+        }
+        sums = stage_backward_weight(weight_pullback, accumulate=before)
+        for name, parameter in self._parameters.items():
+            grad = sums[name]
+            if grad is None or grad is before[name]:
+                continue
+            grad = grad.to(parameter.grad_dtype or grad.dtype)
+            if name in self._shared:
+                self._shared_grads[name] = grad
+            else:
+                parameter.grad = grad
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """Divide the gradients by a number, such as that of the microbatches whose losses are means.
+
+        Args:
+            grad_scale_factor: the number.
+        """
+        self._upstream.deliver(grad_scale_factor)
+        frozen = [p for p in read(self._binding.constant).values() if isinstance(p, nn.Parameter)]
+        for parameter in frozen if grad_scale_factor != 1 else ():
+            if parameter.grad is not None:  # of an earlier step; torch's stage divides it too
+                parameter.grad.div_(grad_scale_factor)
+        if self._replicas is not None and self._replicas.scale(self, grad_scale_factor):
+            return
+        shared, self._shared_grads = self._shared_grads, {}
+        for name, parameter in self._parameters.items():
+            if name in shared:
+                grad = shared[name].div_(grad_scale_factor)
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            elif parameter.grad is not None and name not in self._shared:
+                parameter.grad.div_(grad_scale_factor)
+        self._progress.whole = bool(self._progress.added)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce and divide the gradients at the end of a step; torch does not divide by one."""
+        super().perform_reduce_grad(grad_scale_factor)
+        if grad_scale_factor == 1:
+            self.scale_grads(1)

@@ -1,0 +1,66 @@
+"""A microbatch of a stage: what its forward is given, and what it leaves for the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from funcstage import trees
+from funcstage.checks import Meta
+from funcstage.pullback import Pullback
+from funcstage.trees import PyTree
+
+
+class Call(NamedTuple):
+    """What the forward of a microbatch is given."""
+
+    chunk: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """What F leaves for I.
+
+    Attributes:
+        pullback: of the microbatch.
+        spec: the structure of the output.
+        single: what the output looks like, if it is one tensor.
+        args: the first stage's arguments, through which autograd goes on.
+        output_grads: the gradients of the output's leaves that have arrived.
+    """
+
+    pullback: Pullback
+    spec: optree.PyTreeSpec
+    single: Meta | None
+    args: tuple[Any, ...]
+    output_grads: dict[int, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pullback: Pullback, output: PyTree, args: tuple[Any, ...]) -> Forward:
+        return cls(pullback, trees.flatten(output)[1], Meta.of(output), args)
+
+    def cotangents(self) -> PyTree:
+        """The gradients as the pullback takes them."""
+        grads = [self.output_grads.get(i) for i in range(self.spec.num_leaves)]
+        # torch 2.11 sends a gradient of everything. To a pullback, one None alone would be ones.
+        grads = [grad if trees.is_differentiable(grad) else None for grad in grads]
+        if self.single is not None and grads == [None]:
+            return torch.zeros(self.single.shape, dtype=self.single.dtype, device=self.single.device)
+        return trees.unflatten(self.spec, grads)
+
+    def awaiting_grad(self, i: int, leaf: Tensor) -> Tensor:
+        """Make an autograd leaf of a leaf of the output, whose gradient comes here; nothing else holds it."""
+        arrived = self.output_grads
+
+        def take(leaf: Tensor) -> None:
+            arrived[i], leaf.grad = leaf.grad, None
+
+        leaf = leaf.detach().requires_grad_()
+        leaf.register_post_accumulate_grad_hook(take)
+        return leaf

@@ -1,0 +1,290 @@
+"""A stage that reads its module: its structure when that changes, its tensors in every step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from funcstage import trees
+from funcstage._torch import tracing as tt
+from funcstage._torch.pipelining import (
+    Examples,
+    ExchangingStage,
+)
+from funcstage.dtensors import first_dtensor
+from funcstage.engines.graph import compile as compile_stage
+from funcstage.errors import LeafError, StructureError
+from funcstage.pipelining.binding import Binding, Structure, read, untouched, update
+from funcstage.pipelining.examples import (
+    StageFunction,
+    alike,
+    any_requires_grad,
+    as_tuple,
+    cast,
+    example,
+    looks,
+    tensors,
+    trainable,
+)
+from funcstage.pipelining.folded_loss import FoldedLoss, with_loss
+from funcstage.pipelining.microbatch import Call
+from funcstage.pipelining.refusals import check_module
+from funcstage.pipelining.same_dtypes import SameDtypes
+from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
+from funcstage.state.undone import undone_if_interrupted
+from funcstage.trees import Buffers, Params, PyTree, describe
+
+STAGES_OF: Any = WeakIdKeyDictionary()
+"""The stages of this process that a parameter belongs to."""
+
+
+class ModuleStage(ExchangingStage):
+    """What a stage knows of its module, and finds out about it before the first microbatch.
+
+    The module stays the owner of its tensors. It is looked at again in each step and before each microbatch.
+    """
+
+    _given_inputs: PyTree
+    _given_outputs: PyTree
+    _compile_options: dict[str, Any] | None
+    _loss: FoldedLoss | None
+    _grad_dtype: torch.dtype | None
+    _param_dtype: torch.dtype | None
+    _output: PyTree
+    _prepared_for: tuple[Any, dict[str, Any]] | None
+    _parameters: dict[str, Any]
+    _fitting: Binding | None
+    _replicas: Any
+
+    def _bind(self) -> None:
+        """Read what the module is made of."""
+        binding = Binding.of(self.submod)
+        apply: StageFunction = binding.apply
+        if self._param_dtype is not None:
+            apply = computing_in(self._param_dtype, apply)
+        self._eager = apply
+        self._apply = self._compiled(apply)
+        self._apply_with_loss = self._compiled(with_loss(apply, self._loss)) if self._loss else None
+        self._binding = binding  # last: if this was interrupted, the next step reads it all again
+        self._read_tensors()
+
+    def _current(self) -> Binding:
+        """The module as it is now, which may have been changed or replaced since the last step."""
+        if not isinstance(self.submod, nn.Module) or Structure.of(self.submod) != self._binding.structure:
+            self._take_up()
+        return self._binding
+
+    def _take_up(self) -> None:
+        """Go on with a module that has changed, or refuse it."""
+        before = self._binding
+        try:
+            check_module(self.submod, self.device)
+            self._bind()
+            self._check_still_fits()
+            self._fitting = self._binding
+        except BaseException:
+            self._binding = before  # so that the next step looks again
+            raise
+        if self._replicas is not None and not before.structure.same_modules(self._binding.structure):
+            self._replicas.replicate([*self.submod.parameters(), *self.submod.buffers()])
+
+    def _compiled(self, apply: StageFunction) -> StageFunction:
+        return apply if self._compile_options is None else compile_stage(apply, **self._compile_options)
+
+    def _read_state(self) -> None:
+        """Read what optimizers, `load_state_dict`, `to` and the like have made of the module."""
+        self._current()
+        self._read_tensors()
+
+    def _read_tensors(self) -> None:
+        parameters, constant = read(self._binding.trainable), read(self._binding.constant)
+        for name, parameter in self._parameters.items():
+            if parameter is not parameters.get(name):
+                STAGES_OF.get(parameter, set()).discard(self)
+        self._parameters = parameters
+        for parameter in self._parameters.values():
+            STAGES_OF.setdefault(parameter, weakref.WeakSet()).add(self)
+        for parameter in self._parameters.values() if self._grad_dtype is not None else ():
+            if parameter.grad_dtype != self._grad_dtype:
+                parameter.grad_dtype = self._grad_dtype
+        self._params = {name: self._cast(tensor) for name, tensor in self._parameters.items()}
+        # Clones, as the module's own are overwritten while earlier microbatches await their backward.
+        self._buffers = {
+            name: tensor.detach().clone() for name, tensor in read(self._binding.updated).items()
+        }
+        self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
+        self._snapshot = Snapshot.of(
+            self.submod,
+            self._binding.structure.parts,
+            {**self._binding.trainable, **self._binding.constant},
+            copied=self._param_dtype is not None,
+        )
+        self._owned = OwnedBuffers.of(self._binding.updated)
+
+    def _look_again(self, chunk: int) -> None:
+        """Notice what was done to the module since the last microbatch of the step."""
+        change = self._snapshot.change(self.submod)
+        if change:
+            raise StructureError(
+                f"{self._name}: {change} in the midst of a step, before microbatch {chunk}. Do that between "
+                "steps, which take it up."
+            )
+        if self._owned.changed(self._binding.updated):
+            self._current()
+            self._read_tensors()
+        elif self._snapshot.written():
+            self._read_tensors()
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """Detach a parameter, cast to the dtype to compute in, or a buffer, as it is."""
+        return cast(tensor.detach(), self._param_dtype if isinstance(tensor, nn.Parameter) else None)
+
+    def _check_still_fits(self) -> None:
+        """Refuse a module that does not take or return what the other stages were told."""
+        if self._prepared_for is None:
+            return
+        way_out = "Make a new schedule of new stages on every rank, or change it back."
+        inputs, kwargs = self._prepared_for
+        try:
+            output = self._output_for(inputs, kwargs)
+        except tt.UNTRACEABLE:
+            return  # each microbatch is checked as it comes
+        except Exception as error:
+            raise LeafError(
+                f"{self._name}: the module was changed, and its forward fails on the inputs that it gets, "
+                f"{looks(tensors(inputs))}: {type(error).__name__}: {error}. {way_out}"
+            ) from error
+        if self.is_last:
+            self._output = trees.map_leaves(example, output)
+            return
+        now, told = tensors(output), self._output_examples
+        if not alike(now, told):
+            raise LeafError(
+                f"{self._name}: the module was changed, and its output is {looks(now)}, but the next stage "
+                f"was told {looks(told)}. {way_out}"
+            )
+        if any(new.requires_grad > old.requires_grad for new, old in zip(now, told, strict=True)):
+            raise StructureError(
+                f"{self._name}: parameters that were frozen are to be trained, but the next stage was told "
+                f"that this one needs no gradients. {way_out}"
+            )
+
+    def _update_buffers(self, new: Buffers) -> None:
+        before, self._buffers = self._buffers, new
+        if update(self._binding.updated, before, new) or self._binding.buffers_registered():
+            self._bind()
+            self._fitting = self._binding
+        else:
+            self._owned = OwnedBuffers.of(self._binding.updated)
+
+    def infer(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[Examples, Examples]:
+        """Say what the stage sends for what it receives, from a forward on fake tensors."""
+        self._check_keywords(kwargs)
+        received = tensors(inputs)
+        if self._given_inputs is not None and not alike(received, tensors(self._given_inputs)):
+            raise LeafError(
+                f"it gets {looks(received)}, but input_args says {looks(tensors(self._given_inputs))}. "
+                "Give the stages modules that fit together, or leave input_args out."
+            )
+        try:
+            output = self.in_forward_context(0, self._output_for, inputs, kwargs, inferring=True)
+        except tt.UNTRACEABLE as error:
+            if self._given_outputs is None:
+                raise StructureError(
+                    "its shapes depend on values of its inputs, so they cannot be inferred. Pass "
+                    f"output_args. ({type(error).__name__}: {error})"
+                ) from error
+            output = trees.map_leaves(trainable, self._given_outputs)
+        except Exception as error:
+            raise LeafError(
+                f"its forward fails on the inputs that it gets, {looks(received)}: "
+                f"{type(error).__name__}: {error}. Pass input_args that it takes, or mend what the stage "
+                "before it returns."
+            ) from error
+        sent = tensors(output)
+        if self._given_outputs is not None and not alike(sent, tensors(self._given_outputs)):
+            raise LeafError(
+                f"its output is {looks(sent)}, but output_args says "
+                f"{looks(tensors(self._given_outputs))}. Correct output_args or leave it out."
+            )
+        if not self.is_last and any(not isinstance(value, Tensor) for value in as_tuple(output)):
+            raise StructureError(
+                f"its output is {describe(output)}; only a tensor or a tuple of tensors can be sent to the "
+                "next stage. Return those, and make constants attributes of the next stage."
+            )
+        self._output = trees.map_leaves(example, output)
+        self._prepared_for = trees.map_leaves(example, (inputs, kwargs))
+        return tuple(map(example, received)), tuple(map(example, sent))
+
+    @undone_if_interrupted
+    def _output_for(self, inputs: Any, kwargs: dict[str, Any]) -> PyTree:
+        """Run the stage on fake tensors, which have no memory and cost no computation."""
+        mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if first_dtensor(leaf) is not None:
+                return mode.from_tensor(leaf.detach()).requires_grad_(leaf.requires_grad)
+            return tt.fake_like(mode, leaf, self.device).requires_grad_(leaf.requires_grad)
+
+        args, kwargs, params, buffers = trees.map_leaves(
+            fake, (inputs, kwargs, self._parameters, self._buffers)
+        )
+        with tt.own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
+            output, _ = self._eager(params, buffers, *args, **kwargs)
+        return output
+
+    def _check_call(self, call: Call) -> None:
+        if self.is_first:
+            self._check_microbatch(call, "input", tensors(call.args), self._input_examples)
+        self._check_keywords(call.kwargs)
+
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        if self.has_backward and any_requires_grad(kwargs):
+            raise LeafError(
+                "a keyword argument requires grad, but only positional ones are differentiated. Detach it, "
+                "or pass it by position."
+            )
+
+    def _check_microbatch(
+        self, call: Call, what: str, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        if not alike(found, expected):
+            raise LeafError(
+                f"{self._name}: the {what} of microbatch {call.chunk} is {looks(found)}, but the stages "
+                f"were prepared for {looks(expected)}. Microbatches must be alike: let their number divide "
+                "the batch."
+            )
+
+    @property
+    def params(self) -> Params:
+        """The trainable parameters by name, detached, as `functionalize` returns them."""
+        return {name: parameter.detach() for name, parameter in read(self._current().trainable).items()}
+
+    @property
+    def grads(self) -> Params:
+        """The gradients by name, with the structure of `params`; `None` where there is none."""
+        return {name: parameter.grad for name, parameter in read(self._current().trainable).items()}
+
+    @property
+    def _name(self) -> str:
+        return f"stage {self.stage_index} of {self.num_stages} ({type(self.submod).__name__})"
+
+
+def computing_in(dtype: torch.dtype, apply: StageFunction) -> StageFunction:
+    """Make a stage function that casts its arguments first, and its parameters where nobody has yet."""
+
+    def in_dtype(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+        params, args, kwargs = trees.map_leaves(lambda leaf: cast(leaf, dtype), (params, args, kwargs))
+        return apply(params, buffers, *args, **kwargs)
+
+    in_dtype.__qualname__ = apply.__qualname__
+    in_dtype.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
+    in_dtype.contents = apply.contents  # type: ignore[attr-defined]
+    return in_dtype

@@ -1,0 +1,166 @@
+"""Schedules found: an order for given costs and a memory limit, at least as good as the built-in ones.
+
+Candidates are torch's schedules, ZB-H1, and a greedy heuristic after Qi et al., "Zero Bubble Pipeline
+Parallelism" (arXiv 2401.10241), section 3.1, run with several settings. Where the problem is small and
+scipy is installed, an integer program (the paper's appendix G) improves on the best of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from funcstage.schedules.costs import Costs
+from funcstage.schedules.exact import exact
+from funcstage.schedules.greedy import POLICIES, greedy
+from funcstage.schedules.orders import (
+    SCHEDULES,
+    Action,
+    Order,
+    ScheduleError,
+    check_count,
+    pipeline_order,
+)
+from funcstage.schedules.timeline import peak_memory, simulate
+
+
+def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Order:
+    """Return ZB-H1: 1F1B whose W wait, on rank `r` for `r` microbatches (arXiv 2401.10241, section 2.3).
+
+    It holds as much as 1F1B does, and leaves a third of its bubble where F, I and W take equally long.
+
+    Args:
+        num_ranks: how many, with one stage each.
+        num_microbatches: how many microbatches a step has.
+
+    Raises:
+        ScheduleError: if a number is not a positive integer.
+
+    Example:
+        >>> print(*zero_bubble_h1(2, 3).ranks[1])
+        1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
+    """
+    check_count("num_ranks", num_ranks)
+    check_count("num_microbatches", num_microbatches)
+
+    def actions(rank: int) -> Iterator[Action]:
+        warm_up = min(num_ranks - 1 - rank, num_microbatches)
+        for m in range(warm_up):
+            yield Action("F", rank, m)
+        for m in range(num_microbatches):
+            if m + warm_up < num_microbatches:
+                yield Action("F", rank, m + warm_up)
+            yield Action("I", rank, m)
+            if m >= rank:
+                yield Action("W", rank, m - rank)
+        for m in range(max(0, num_microbatches - rank), num_microbatches):
+            yield Action("W", rank, m)
+
+    ranks = tuple(tuple(actions(rank)) for rank in range(num_ranks))
+    return Order("ZB-H1", num_ranks, num_microbatches, ranks)
+
+
+def find_schedule(
+    costs: Sequence[Costs],
+    ranks: int,
+    microbatches: int,
+    memory_limit: int | None = None,
+    *,
+    comm: float = 0.0,
+    seconds: float = 10.0,
+) -> Order:
+    """Find an order of F, I and W that is fast for these costs and holds no more than a limit.
+
+    Args:
+        costs: of one stage a rank, or of two, which then form a V: rank `r` has the stages `r` and
+            `2 * ranks - 1 - r`. Built-in schedules may place two stages in a loop instead.
+        ranks: how many devices.
+        microbatches: how many microbatches a step has.
+        memory_limit: bytes of residuals that a rank may hold at a time; `None` is any number.
+        comm: seconds until what one rank has computed is at hand on another.
+        seconds: how long the integer program may search, where the problem is small and scipy is
+            installed (the extra `schedules`); 0 leaves it out.
+
+    Returns:
+        The order with the least simulated makespan that was found, no worse than any built-in schedule
+        that keeps to the limit. `write_order` makes a file of it for torch.
+
+    Raises:
+        ScheduleError: if the numbers do not fit, or no order keeps to the limit: then it says the least
+            limit that one does.
+
+    Example:
+        >>> order = find_schedule([Costs(1, 1, 1, 2, 1)] * 4, ranks=4, microbatches=8, memory_limit=8)
+        >>> simulate(order, [Costs(1, 1, 1)] * 4).makespan <= 3 * 8 + 3  # that of ZB-H1
+        True
+    """
+    check_count("ranks", ranks)
+    check_count("microbatches", microbatches)
+    if len(costs) not in (ranks, 2 * ranks):
+        raise ScheduleError(
+            f"{ranks} ranks need the costs of {ranks} stages, or of {2 * ranks} for a V; got {len(costs)}."
+        )
+    placed = [[r] if len(costs) == ranks else [r, 2 * ranks - 1 - r] for r in range(ranks)]
+    in_sequence = _in_sequence(placed, microbatches)
+    simulate(in_sequence, costs, comm=comm)  # refuses bad costs
+    least = max(peak_memory(in_sequence, costs))
+    if memory_limit is not None and memory_limit < least:
+        raise ScheduleError(
+            f"No order holds at most {memory_limit:,} bytes a rank: a single microbatch in flight holds "
+            f"{least:,}. Raise memory_limit to {least:,} at least, or cut the microbatch."
+        )
+    limit = float("inf") if memory_limit is None else memory_limit
+    bound = _bound(placed, costs, microbatches, comm)
+
+    def candidates() -> Iterator[Order]:
+        yield from _built_in(len(costs), ranks, microbatches)
+        for policy in POLICIES:
+            if makespan > bound:
+                yield greedy(placed, costs, microbatches, limit, comm, policy)
+        if seconds > 0 and makespan > bound:
+            yield from exact(placed, costs, microbatches, limit, comm, makespan, seconds)
+
+    best, makespan = in_sequence, simulate(in_sequence, costs, comm=comm).makespan
+    for order in candidates():
+        if max(peak_memory(order, costs)) <= limit:
+            taken = simulate(order, costs, comm=comm).makespan
+            if taken < makespan:
+                best, makespan = order, taken
+    return best
+
+
+def _bound(placed: list[list[int]], costs: Sequence[Costs], microbatches: int, comm: float) -> float:
+    """Seconds that any order takes: of some rank, the wait for its first input and all its work."""
+    home = {stage: rank for rank, stages in enumerate(placed) for stage in stages}
+    arrival = [0.0]
+    for stage in range(1, len(costs)):
+        away = comm * (home[stage] != home[stage - 1])
+        arrival.append(arrival[-1] + costs[stage - 1].forward + away)
+    work = [microbatches * (cost.forward + cost.input + cost.weight) for cost in costs]
+    ends = [min(arrival[s] for s in stages) + sum(work[s] for s in stages) for stages in placed]
+    return max(ends) * (1 + 1e-12)  # sums in another order
+
+
+def _in_sequence(placed: list[list[int]], microbatches: int) -> Order:
+    """One microbatch after the other, which holds the least that is possible."""
+    ranks = [
+        tuple(
+            action
+            for m in range(microbatches)
+            for action in (
+                *(Action("F", s, m) for s in stages),
+                *(Action(kind, s, m) for s in reversed(stages) for kind in ("I", "W")),
+            )
+        )
+        for stages in placed
+    ]
+    return Order("in sequence", sum(map(len, placed)), microbatches, tuple(ranks))
+
+
+def _built_in(num_stages: int, ranks: int, microbatches: int) -> Iterator[Order]:
+    if num_stages == ranks:
+        yield zero_bubble_h1(ranks, microbatches)
+    for name in SCHEDULES:
+        try:
+            yield pipeline_order(name, num_stages, microbatches, num_ranks=ranks)
+        except ScheduleError:
+            continue  # one that cannot run these numbers

@@ -1,0 +1,32 @@
+"""What torch says in the midst of I or W, said as a refusal of the stage's."""
+
+from __future__ import annotations
+
+from funcstage.errors import StageError
+from funcstage.state.writes import written_error
+
+
+def explain(error: BaseException, stage: str, phase: str) -> None:
+    """Refuse in the stage's name where torch does so in its own; other errors are left to the caller.
+
+    Args:
+        error: what a reverse pass has raised.
+        stage: its name.
+        phase: "I" or "W".
+
+    Raises:
+        WrittenError: if autograd has come upon a write itself; it does not say into what.
+        StageError: if a selective checkpoint cannot be replayed.
+    """
+    if not isinstance(error, RuntimeError):
+        return
+    message = str(error)
+    if "modified by an inplace operation" in message:
+        raise written_error("A tensor that was captured", stage, phase) from error
+    if "during selective activation checkpoint" in message or "not found in storage" in message:
+        raise StageError(
+            f"{phase} of {stage} cannot run a selective checkpoint again: its policy saves what an operation "
+            "makes and another one then writes into, as dropout does on the CPU, or decides otherwise than "
+            f"in the first run ({message.partition(chr(10))[0]}). Save matrix products alone and let the "
+            "rest be recomputed, or compile the stage by funcstage.compile."
+        ) from error

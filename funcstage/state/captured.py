@@ -1,0 +1,84 @@
+"""Tensors that a stage reads without being handed them: globals, cells, attributes that are no buffers.
+
+I and W may read them again, as they may what the caller holds (`writes.py`): writes are looked for here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch.tensors import version_of
+from funcstage.residuals import SavedAndWritten
+from funcstage.state.kept import holders
+
+
+class Captured:
+    """Tensors that F has captured, with the versions that they have now.
+
+    They are not kept alive: those that the tapes read are.
+
+    Args:
+        found: those.
+        apply: the stage function, which is searched for their names when they are asked for.
+    """
+
+    __slots__ = ("_apply", "_seen")
+
+    def __init__(self, found: Iterable[ref[Tensor]], apply: Callable[..., Any]) -> None:
+        self._apply = apply
+        alive = [(each, tensor) for each in found if (tensor := each()) is not None]
+        self._seen = [(each, version_of(tensor)) for each, tensor in alive if not tensor.is_inference()]
+
+    def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
+        """Name a tensor that was written into and is among what `reads` lists; None as a rule."""
+        changed = [
+            t for each, version in self._seen if (t := each()) is not None and version_of(t) != version
+        ]
+        if not changed:
+            return None
+        try:
+            keys = {ft.storage_key(tensor) for tensor in reads()}
+        except SavedAndWritten:  # by autograd, which does not say of what
+            keys = set(map(ft.storage_key, changed))
+        found = next((tensor for tensor in changed if ft.storage_key(tensor) in keys), None)
+        return None if found is None else f"{name_of(found, self._apply)} ({trees.look(found)})"
+
+
+def name_of(tensor: Tensor, apply: Callable[..., Any]) -> str:
+    """What to call a tensor that a stage function has captured, by where it can be found."""
+    return next((name for name, value in _places(apply) if value is tensor), "a tensor that was captured")
+
+
+def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    module = getattr(apply, "module", None)
+    functions = [apply]
+    if isinstance(module, nn.Module):
+        for holder in holders(module):
+            entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
+            yield from ((f"the captured tensor {place!r}", value) for place, value in entries)
+        functions += [part.forward for part in module.modules()]
+        for kind in {kind: None for part in module.modules() for kind in type(part).__mro__}:
+            yield from ((f"the captured tensor {kind.__name__}.{name}", v) for name, v in vars(kind).items())
+    for function in functions:
+        if isinstance(function, MethodType):
+            function = function.__func__
+        if isinstance(function, FunctionType):
+            for name in function.__code__.co_names:
+                value = function.__globals__.get(name)
+                yield f"the global {name!r}", value
+                if isinstance(value, nn.Module):
+                    yield from ((f"the global {name}.{key}", p) for key, p in value.named_parameters())
+            for value in function.__defaults__ or ():
+                yield f"a default argument of {function.__qualname__}", value
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                try:
+                    yield f"the captured variable {name!r}", cell.cell_contents
+                except ValueError:  # not filled yet
+                    continue

@@ -1,0 +1,223 @@
+"""What a stage's module holds before a call, remembered so that a few steps tell whether it still does.
+
+A forward may change attributes of its modules, and the dicts, lists, objects and closures that it gets to
+from there. To find all of that takes longer than to run a small stage, so what a walk has found is kept for
+the next call: it is good as long as everything on the way is the same object as it was. Tensors may be
+exchanged for others, as the way ends there; none is kept alive between calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain, compress, islice
+from operator import attrgetter, is_, not_
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcstage.registration import holds_tensor
+from funcstage.state.kept import INERT, differs, holders, refill, replace_in
+
+
+class Contents:
+    """What a module holds, which is looked at in every call of its stage."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._walk: _Walk | None = None
+        self._changing: set[int] = set()  # containers, by their ids, in which something has changed
+        self._in_vain = 0
+
+    def now(self) -> Held:
+        """Note what it holds now; to be called, as what is returned, while the module is lent."""
+        walk, self._walk = self._walk, None
+        if walk is not None:
+            if walk.is_current():
+                return Held(self, walk, seen=True)
+            self._changing |= walk.changed()
+        walk = _Walk(self.module)
+        if self._in_vain < _TRIES:
+            walk.note(self._changing)
+        return Held(self, walk, seen=False)
+
+    def replace_changed(self, of: Callable[[Any], Any], held: Held) -> None:
+        """Replace tensors, and tuples of them, in what has changed since; to be called once."""
+        walk, seen = held.walk, held.seen
+        if self._in_vain >= _TRIES:
+            for holder in holders(self.module):
+                replace_in(holder, of)
+            return
+        if not walk.is_current():
+            self._changing |= walk.changed()
+            walk, seen = _Walk(self.module), False
+            walk.note(self._changing)
+        if not seen or not all(map(is_, walk.loose(), held.loose)):
+            for holder in walk.loose_holders if seen else walk.holders:
+                replace_in(holder, of)
+            if not walk.may_be_kept(loose_changed=seen):
+                self._in_vain += 1
+                return
+        self._walk, self._in_vain = walk, 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Contents, (self.module,)
+
+
+class Held:
+    """What a module held at some moment.
+
+    Attributes:
+        walk: how it was found.
+        seen: whether tensors have been replaced in it in the call before.
+        loose: what was in loose containers.
+    """
+
+    def __init__(self, contents: Contents, walk: _Walk, seen: bool) -> None:
+        self._contents = contents
+        self.walk = walk
+        self.seen = seen
+        self.loose = [*walk.loose()]
+        self._copies = walk.copies()
+
+    def replace_changed(self, of: Callable[[Any], Any]) -> None:
+        """Replace tensors, and tuples of them, in what has changed since."""
+        self._contents.replace_changed(of, self)
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for container, before in zip(self.walk.filled, self._copies, strict=True):
+            if differs(container, before):
+                refill(container, before)
+        for container in self.walk.empty:
+            container.clear()
+
+
+class _Walk:
+    """What can be reached from a module.
+
+    What it found is compared by identity, except for numbers and the like and for tensors in containers that
+    have tensors, or are known to change: these are loose.
+
+    Attributes:
+        holders: containers in which a forward may leave something.
+        loose_holders: those of them that are loose.
+        empty: those of all containers on the way that hold nothing.
+        filled: the others, dicts first.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        passed: list[Any] = []
+        self.holders = [*holders(module, passed)]
+        self._passed = [each for each in passed if not isinstance(each, (Tensor, *_CONTAINERS))]
+        self._parts = [each for each in self._passed if isinstance(each, nn.Module)]
+        own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]
+        of_partials = [each.keywords for each in self._passed if isinstance(each, functools.partial)]
+        self._found = {id(each): each for each in (*self.holders, *own, *of_partials)}
+        self.empty = [each for each in self._found.values() if not each]
+        dicts = [each for each in self._found.values() if each and type(each) is dict]
+        others = [each for each in self._found.values() if each and type(each) is not dict]
+        self.filled = [*dicts, *others]
+        self._n_dicts = len(dicts)
+        self._cells: list[CellType] = []
+        self._loose_views: list[Any] = []
+
+    def note(self, changing: Collection[int]) -> None:
+        """Note what is to be compared; `changing` are ids of containers that are known to change."""
+        found = self._found
+        self._owners = [each for each in self._passed if id(getattr(each, "__dict__", None)) in found]
+        functions = [each for each in self._passed if isinstance(each, FunctionType)]
+        self._cells = [cell for function in functions for cell in function.__closure__ or ()]
+        self._views = [_values(each) for each in self.filled]
+        self._sizes = [*map(len, self._views)]
+        self._is_loose = [
+            id(each) in changing or _has_tensors(view)
+            for each, view in zip(self.filled, self._views, strict=True)
+        ]
+        loose = {*map(id, compress(self.filled, self._is_loose))}
+        self.loose_holders = [each for each in self.holders if id(each) in loose]
+        self._loose_views = [*compress(self._views, self._is_loose)]
+        self._firm_views = [*compress(self._views, map(not_, self._is_loose))]
+        self._firm = [*self._now_firm()]
+        now = [*self.loose()]
+        self._is_bound = [type(value) not in _FREE for value in now]
+        self._bound = [*compress(now, self._is_bound)]
+
+        lasting = {id(own) for part in self._parts for own in (vars(part), part._parameters, part._buffers)}
+        passing = [each for each in compress(self.filled, self._is_loose) if id(each) not in lasting]
+        self._passing_views = [_values(each) for each in passing]
+
+    def may_be_kept(self, *, loose_changed: bool) -> bool:
+        """Tell whether that keeps no tensors alive that the module might drop.
+
+        `loose_changed` says that it did not, and that only what is loose has changed.
+        """
+        if any(map(_has_tensors, (*self._passing_views, map(_in_cell, self._cells)))):
+            return False
+        if loose_changed:
+            return True
+        tuples = [each for each in self._passed if isinstance(each, (tuple, frozenset))]
+        kept = [value for value in (*self._firm, *self._bound) if not isinstance(value, _CONTAINERS)]
+        return not (any(map(_has_tensors, (*tuples, kept))) or any(map(holds_tensor, kept)))
+
+    def copies(self) -> list[Any]:
+        """Copies of what is filled."""
+        dicts, others = self.filled[: self._n_dicts], self.filled[self._n_dicts :]
+        return [*map(dict.copy, dicts), *map(copy.copy, others)]
+
+    def loose(self) -> Iterator[Any]:
+        """The contents of loose containers, and of cells."""
+        return chain(chain.from_iterable(self._loose_views), map(_in_cell, self._cells))
+
+    def is_current(self) -> bool:
+        """Tell whether a walk would find the same now."""
+        if any(self.empty) or [*map(len, self._views)] != self._sizes:
+            return False
+        if not all(map(is_, self._now_firm(), self._firm)):
+            return False
+        now = [*self.loose()]
+        return [type(value) not in _FREE for value in now] == self._is_bound and all(
+            map(is_, compress(now, self._is_bound), self._bound)
+        )
+
+    def changed(self) -> set[int]:
+        """The ids of firm containers that hold something else by now."""
+        firm = compress(self.filled, map(not_, self._is_loose))
+        before = iter(self._firm)
+        return {
+            id(each)
+            for each, size in zip(firm, compress(self._sizes, map(not_, self._is_loose)), strict=True)
+            if [*map(id, islice(before, size))] != [*map(id, _values(each))]
+        }
+
+    def _now_firm(self) -> Iterator[Any]:
+        """The contents of all other containers, and the namespaces that attributes are in."""
+        return chain(chain.from_iterable(self._firm_views), map(_NAMESPACE, self._owners))
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _has_tensors(values: Iterable[Any]) -> bool:
+    return any(issubclass(kind, Tensor) for kind in {*map(type, values)})
+
+
+def _in_cell(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+_FREE = INERT | {Tensor, nn.Parameter}
+"""Types of values behind which nothing is found."""
+
+_TRIES = 3
+"""How often in a row a walk may be of no use for the next call before that is given up."""
+
+_NAMESPACE = attrgetter("__dict__")
+_CONTAINERS = (dict, list, set, deque)

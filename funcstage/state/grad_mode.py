@@ -1,0 +1,56 @@
+"""The caller's grad mode: asking for a split backward is asking for gradients, whatever the mode.
+
+Under `no_grad` a stage runs as it does with gradients on, and the caller records nothing of it. Inference
+mode makes tensors that no tape can be recorded on, so that the three steps of the split leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from funcstage import trees
+from funcstage._torch.functorch import current_level
+from funcstage.state.argument_containers import Containers
+from funcstage.trees import Buffers, Params
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_inference_mode(function: Function) -> Function:
+    """Run a function outside of inference mode, so that what it makes are ordinary tensors."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():  # the caller still records nothing
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]  # with the same parameters
+
+
+def with_gradients_on(stage_vjp: Function) -> Function:
+    """Run F with gradients on; where they were off, nothing outside records it."""
+
+    @wraps(stage_vjp)
+    def run(apply: Any, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or current_level():
+            return stage_vjp(apply, params, buffers, *args, **kwargs)
+        given = args, kwargs
+        params, buffers, args, kwargs = trees.map_leaves(_unrecorded, (params, buffers, args, kwargs))
+        containers = Containers(given, (args, kwargs))
+        with torch.enable_grad():
+            output, new_buffers, pullback = stage_vjp(apply, params, buffers, *args, **kwargs)
+        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
+        return *trees.map_leaves(_unrecorded, (output, new_buffers)), pullback
+
+    return run  # type: ignore[return-value]  # with the same parameters
+
+
+def _unrecorded(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf

@@ -1,0 +1,372 @@
+"""What a forward keeps on its module: auxiliary losses, caches, lists of activations, counters.
+
+Afterwards the module holds what eager would have left there, detached: never a wrapper of a level that is
+closed, nor a tensor of a trace. By levels the forward has run, and what it left is taken out of the levels.
+A trace runs it once for many calls: what it changed is undone, the tensors become results of F, and every F
+makes the changes anew (`Changes`), also those of plain values, which belong to the signature.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcstage._torch import functorch as ft
+from funcstage._torch.operators import without_torch_function
+from funcstage.errors import TraceError
+from funcstage.state.locks import lent
+
+if TYPE_CHECKING:
+    from funcstage.state.contents import Held
+
+MARK = "_kept_by_stage"
+"""An attribute of tensors that compiled stages have left on modules: which one it is does not matter."""
+
+
+@contextmanager
+def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules hold afterwards what they hold now: a region that runs again has been there before."""
+    before = [State(module) for module in modules]
+    try:
+        yield
+    finally:
+        for state in before:
+            state.restore()
+
+
+@contextmanager
+def taken_out(
+    module: nn.Module | None, handed: Sequence[Any] = (), held: Held | None = None
+) -> Iterator[None]:
+    """Take what a forward keeps out of the levels, once they are closed.
+
+    Args:
+        module: on which it may keep something.
+        handed: objects among its arguments, such as caches, in which it may keep something too.
+        held: what the module, which is lent already, holds now; where that is known.
+    """
+    if module is None and not handed:
+        yield
+        return
+    with lent(module if held is None else None):
+        try:
+            yield
+        finally:
+            with without_torch_function():
+                for root in (*handed, *(() if module is None or held is not None else (module,))):
+                    for holder in holders(root):
+                        replace_in(holder, _alive)
+                if held is not None:
+                    held.replace_changed(_alive)
+
+
+def objects_among(leaves: Iterable[Any]) -> list[Any]:
+    """The leaves of arguments that are objects of the user's, which a forward may write into."""
+    return [leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in INERT]
+
+
+def _alive(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ft.without_dead_wrappers(value).detach() if ft.is_dead(value) else value
+    if isinstance(value, (tuple, frozenset)):
+        items = [_alive(item) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
+    return value
+
+
+def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
+    """Put other tensors in place of those that a dict, list or set holds, by itself or in tuples."""
+    if isinstance(holder, dict):
+        for key, value in [*holder.items()]:
+            if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:
+                holder[key] = new
+    elif isinstance(holder, (list, deque)):
+        for i, value in enumerate(holder):
+            if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:
+                holder[i] = new
+    else:
+        for value in [*holder]:
+            if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:
+                holder.discard(value)
+                holder.add(new)
+
+
+_OF_TENSORS = (Tensor, tuple, frozenset)
+
+
+def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
+    """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches.
+
+    What it goes through on the way, modules and objects, functions and tuples, is added to `passed`.
+    """
+    stack, seen = [root], {id(root)}
+
+    def push(values: Any) -> None:
+        for value in values:
+            if type(value) not in INERT and id(value) not in seen:
+                seen.add(id(value))
+                stack.append(value)
+
+    while stack:
+        found = stack.pop()
+        if passed is not None:
+            passed.append(found)
+        if isinstance(found, nn.Module):
+            own = vars(found)
+            yield own
+            push(value for name, value in own.items() if name not in _OF_EVERY_MODULE)
+            push((own["_buffers"], *own["_modules"].values()))
+            for kind in _HOOKS:
+                if own.get(kind):
+                    push(own[kind].values())
+        elif isinstance(found, dict):
+            yield found
+            push(found.values())
+        elif isinstance(found, (list, set, deque)):
+            yield found
+            push(found)
+        elif isinstance(found, (tuple, frozenset)):
+            push(found)
+        elif isinstance(found, types.FunctionType):
+            push(cell.cell_contents for cell in found.__closure__ or () if _is_filled(cell))
+        elif isinstance(found, types.MethodType):
+            push((found.__self__, found.__func__))
+        elif isinstance(found, functools.partial):
+            push((found.func, *found.args, *found.keywords.values()))
+        elif not isinstance(found, (Tensor, type, types.ModuleType)) and not _is_of_torch(found):
+            inside = getattr(found, "__dict__", None)
+            if type(inside) is dict and inside is not found:
+                push((inside,))
+
+
+def _is_of_torch(value: Any) -> bool:
+    return type(value).__module__.startswith("torch.")
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Result(NamedTuple):
+    """Stands for a tensor that F returns."""
+
+    number: int
+
+
+class _Before(NamedTuple):
+    """Stands for what a holder had in a place before F."""
+
+    holder: int
+    place: Any
+
+
+class _Write(NamedTuple):
+    """New contents of a holder: of a dict what is set and what is removed, of a list that grows the end."""
+
+    holder: int
+    contents: Any
+    removed: tuple[Any, ...]
+    grows: bool
+
+
+class Changes(NamedTuple):
+    """What every F of a signature does to the module.
+
+    Attributes:
+        holders: the containers that are changed or read.
+        writes: their new contents, in which stand-ins are.
+        stand_ins: these.
+        known: objects that were there before and are not copied.
+    """
+
+    holders: list[Any]
+    writes: list[_Write]
+    stand_ins: list[Any]
+    known: list[Any]
+
+    def make(self, results: Sequence[Tensor]) -> None:
+        """Change the module, `results` being the tensors that F has kept."""
+        memo: dict[int, Any] = {id(known): known for known in self.known}
+        for stand_in in self.stand_ins:
+            if isinstance(stand_in, _Result):
+                value: Any = results[stand_in.number].detach()
+                setattr(value, MARK, True)
+            else:
+                value = self.holders[stand_in.holder][stand_in.place]
+            memo[id(stand_in)] = value
+        made = [copy.deepcopy(write.contents, memo) for write in self.writes]
+        for write, contents in zip(self.writes, made, strict=True):
+            holder = self.holders[write.holder]
+            if isinstance(holder, dict):
+                for key in write.removed:
+                    holder.pop(key, None)
+                holder.update(contents)
+            elif write.grows:
+                holder.extend(contents)
+            else:
+                refill(holder, contents)
+
+
+def refill(holder: Any, contents: Any) -> None:
+    """Let a container hold this instead."""
+    holder.clear()
+    (holder.extend if isinstance(holder, (list, deque)) else holder.update)(contents)
+
+
+class State:
+    """What a module holds before it is traced."""
+
+    def __init__(self, module: nn.Module | None, handed: Sequence[Any] = ()) -> None:
+        self._holders = [] if module is None else [*holders(module)]
+        own = {*map(id, self._holders)}
+        others = [holder for root in handed for holder in holders(root) if id(holder) not in own]
+        self._handed = [(holder, copy.copy(holder)) for holder in others]
+        self._contents = [copy.copy(holder) for holder in self._holders]
+        self._modules = [] if module is None else [*module.modules()]
+
+    def restore(self, *, tensors_only: bool = False) -> None:
+        """Put back what has changed, or of this what has got tensors."""
+        for holder, contents in (*zip(self._holders, self._contents, strict=True), *self._handed):
+            if differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
+                refill(holder, contents)
+
+    def changes(self, owner: str) -> tuple[Changes, list[Tensor]] | None:
+        """What was changed since, and the tensors that were left; None where nothing was.
+
+        Raises:
+            TraceError: if something was left that cannot be made anew.
+        """
+        if any(differs(*pair) for pair in self._handed):
+            raise TraceError(
+                f"{owner} writes into an object that it is handed as an argument, such as a cache, which a "
+                "compiled stage would do in its first call alone. Pass the tensors and return the new ones."
+            )
+        pairs = [*zip(self._holders, self._contents, strict=True)]
+        changed = [i for i, pair in enumerate(pairs) if differs(*pair)]
+        if not changed:
+            return None
+        known = [*self._holders, *self._modules]
+        memo: dict[int, Any] = {id(each): each for each in known}
+        stand_ins: list[Any] = []
+        for i, contents in enumerate(self._contents):
+            places = contents.items() if isinstance(contents, dict) else enumerate(contents)
+            for place, value in places:
+                if isinstance(value, Tensor):
+                    stand_ins.append(_Before(i, place))
+                    memo[id(value)] = stand_ins[-1]
+                elif id(value) not in memo and type(value) not in INERT and not isinstance(value, _COPIED):
+                    known.append(value)
+                    memo[id(value)] = value
+        tensors: list[Tensor] = []
+        writes = []
+        for i in changed:
+            holder, contents = pairs[i]
+            removed: tuple[Any, ...] = ()
+            new: Any = holder
+            grows = False
+            if isinstance(holder, dict):
+                new = {k: v for k, v in holder.items() if k not in contents or contents[k] is not v}
+                removed = tuple(contents.keys() - holder.keys())
+            elif not isinstance(holder, set) and not differs([*holder][: len(contents)], [*contents]):
+                grows, new = True, [*holder][len(contents) :]
+            else:
+                new = [*holder]
+            for value in _tensors_in(new, memo):
+                memo[id(value)] = stand_in = _Result(len(tensors))
+                stand_ins.append(stand_in)
+                tensors.append(value)
+            try:
+                writes.append(_Write(i, copy.deepcopy(new, memo), removed, grows))
+            except Exception as error:
+                raise TraceError(
+                    f"{owner} leaves something on its module ({_names(new)}) that a compiled stage cannot "
+                    f"make anew in each call ({error}). Return it, or register its tensors as buffers."
+                ) from error
+        return Changes(self._holders, writes, stand_ins, known), tensors
+
+    def read(self, owner: str, constants: Sequence[Tensor]) -> None:
+        """Judge the tensors on the module that the trace has read.
+
+        Raises:
+            TraceError: if the stage changes them too, so that a program would go on reading the first ones.
+        """
+        keys = {ft.storage_key(tensor) for tensor in constants}
+        for holder, contents in zip(self._holders, self._contents, strict=True):
+            places = contents.items() if isinstance(contents, dict) else enumerate(contents)
+            for place, value in places:
+                if not isinstance(value, Tensor) or ft.storage_key(value) not in keys:
+                    continue
+                now = holder.get(place) if isinstance(holder, dict) else None
+                if now is not value and (isinstance(holder, dict) or differs(holder, contents)):
+                    raise TraceError(
+                        f"{owner} reads a tensor that it has kept on its module in an earlier call "
+                        f"({place!r}) and replaces it, which a compiled stage cannot do. Register it as a "
+                        "buffer (`register_buffer`), or pass it in and return it."
+                    )
+                if hasattr(value, MARK):
+                    delattr(value, MARK)  # from now on it matters which one it is
+
+
+def _names(contents: Any) -> str:
+    return ", ".join(map(repr, contents)) if isinstance(contents, dict) else type(contents).__name__
+
+
+_COPIED = (tuple, frozenset)
+
+
+def differs(holder: Any, contents: Any) -> bool:
+    """Tell whether a container holds other objects than these."""
+    if len(holder) != len(contents):
+        return True
+    if isinstance(holder, dict):
+        return any(key not in contents or contents[key] is not value for key, value in holder.items())
+    if isinstance(holder, set):
+        return {*map(id, holder)} != {*map(id, contents)}
+    return any(new is not old for new, old in zip(holder, contents, strict=True))
+
+
+def _has_none(holder: Any, contents: Any) -> bool:
+    """Tell whether nothing that a holder has got since is a tensor."""
+    values = [*holder.values()] if isinstance(holder, dict) else [*holder]
+    before = contents.values() if isinstance(contents, dict) else contents
+    return not _tensors_in(values, {id(value): value for value in before})
+
+
+def _tensors_in(value: Any, known: dict[int, Any]) -> list[Tensor]:
+    """Tensors in something that was left which were not there before, each once."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [value], set(known)
+    while stack:
+        each = stack.pop()
+        if id(each) in seen or type(each) in INERT:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            found[id(each)] = each
+        elif isinstance(each, dict):
+            stack += each.values()
+        elif isinstance(each, (list, tuple, set, frozenset, deque)):
+            stack += each
+        else:
+            stack += getattr(each, "__dict__", {}).values()
+            slots = [name for kind in type(each).__mro__ for name in getattr(kind, "__slots__", ())]
+            stack += [getattr(each, name, None) for name in slots]
+    return [*found.values()]

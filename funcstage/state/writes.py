@@ -1,0 +1,205 @@
+"""Writes in place after F: what a pullback will read again, with the versions that it had.
+
+Torch counts the writes into every tensor, and autograd compares before it reads what it has saved. What the
+levels and the programs read it does not see. So a pullback notes the versions of what its caller holds: the
+leaves that F was given and has returned, the cotangents, and the input gradients. As long as the versions are
+the same nothing was written, which is all that a call looks at as a rule. Otherwise the tape lists what it is
+about to read, and only a write into that is refused: who updates what nobody reads any more is left alone.
+
+As in eager, nobody notices writes through `tensor.data`, those of fused optimizers, and any into a tensor
+that was made in inference mode: torch does not count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
+
+import optree
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from funcstage import trees
+from funcstage._torch import functorch as ft
+from funcstage._torch.tensors import version_of
+from funcstage.errors import WrittenError
+from funcstage.residuals import SavedAndWritten
+from funcstage.trees import PyTree
+
+_version = attrgetter("_version")
+
+
+class _Other(NamedTuple):
+    """What is remembered of a tensor that is not kept alive."""
+
+    memory: Any
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Part(NamedTuple):
+    """Leaves of one tree; those that are no tensors are not looked at.
+
+    Attributes:
+        root: what the tree is called.
+        leaves: its leaves.
+        spec: its structure.
+    """
+
+    root: str
+    leaves: Sequence[Any]
+    spec: optree.PyTreeSpec
+
+    @classmethod
+    def of(cls, root: str, tree: PyTree) -> Part:
+        return cls(root, *trees.flatten(tree))
+
+
+class Watch:
+    """Tensors of the caller's, with the versions that they have now.
+
+    Args:
+        held: those that the tape keeps alive anyway.
+        others: those that it does not; nor does this.
+        names: tells their names in that order, when asked.
+    """
+
+    __slots__ = ("_counters", "_held", "_names", "_others", "_versions")
+
+    def __init__(
+        self, held: Sequence[Tensor], others: Iterable[Tensor], names: Callable[[], Sequence[str]]
+    ) -> None:
+        self._held = len(held)
+        self._counters = list(held)
+        self._names = names
+        self._others: list[_Other] = []
+        for tensor in others:
+            self._counters.append(_stand_in(tensor))
+            self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
+        self._versions = versions(self._counters)
+
+    @classmethod
+    def over(cls, held: Sequence[Part], others: Sequence[Part], only: Sequence[int] | None = None) -> Watch:
+        """A watch over the tensors of some trees, or over only some of those that are not held, by number."""
+        kept = [leaf for part in held for leaf in part.leaves if isinstance(leaf, Tensor)]
+        rest = [leaf for part in others for leaf in part.leaves]
+        if only is None:
+            only = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor)]
+        parts = [(part.root, part.spec, [*map(type, part.leaves)]) for part in held]
+        roots = [(part.root, part.spec) for part in others]
+
+        def names() -> list[str]:
+            of_kept = [
+                name
+                for root, spec, kinds in parts
+                for name, kind in zip(trees.leaf_names(spec, root), kinds, strict=True)
+                if issubclass(kind, Tensor)
+            ]
+            of_rest = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
+            return [*of_kept, *(of_rest[i] for i in only)]
+
+        return cls(kept, [rest[i] for i in only], names)
+
+    def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
+        """Name a tensor that was written into and is among what `reads` lists; None as a rule."""
+        now = versions(self._counters)
+        if now == self._versions:
+            return None
+        changed = [i for i, before in enumerate(self._versions) if now[i] != before]
+        try:
+            keys = {_memory_key(tensor) for tensor in reads()}
+        except SavedAndWritten:  # by autograd, which does not say of what
+            return " or ".join(map(self._described, changed))
+        return next((self._described(i) for i in changed if self._key(i) in keys), None)
+
+    def _key(self, i: int) -> int:
+        memory = None if i < self._held else self._others[i - self._held].memory
+        return _memory_key(self._counters[i]) if memory is None else memory.cdata
+
+    def _described(self, i: int) -> str:
+        like: Any = self._counters[i] if i < self._held else self._others[i - self._held]
+        return f"{self._names()[i]} ({trees.look(like)})"
+
+
+class Watching(Protocol):
+    """A watch over what I or W may read."""
+
+    def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None: ...
+
+
+def refuse_written(
+    watches: Iterable[Watching], reads: Callable[[], Iterable[Tensor]], stage: str, phase: str
+) -> None:
+    """Refuse to run a phase that reads what was written into.
+
+    Args:
+        watches: over what may be read.
+        reads: lists what will be.
+        stage: its name.
+        phase: "I" or "W".
+
+    Raises:
+        WrittenError: naming one leaf.
+    """
+    for watch in watches:
+        name = watch.written(reads)
+        if name is not None:
+            raise written_error(name, stage, phase)
+
+
+def written_error(name: str, stage: str, phase: str) -> WrittenError:
+    """The refusal of a phase that would read this leaf."""
+    return WrittenError(
+        f"{name} of {stage} was written in place after F or I had run with it, and {phase} reads it again, "
+        f"so that its gradients would be wrong. Run {phase} before the write, or give the stage a clone of "
+        "that tensor, or write into a clone."
+    )
+
+
+def versions(leaves: Sequence[Any]) -> list[int]:
+    """How often each tensor was written into; 0 for what is none, or does not count."""
+    try:
+        return list(map(_version, leaves))
+    except (AttributeError, RuntimeError):  # None, inference tensors
+        return [
+            version_of(leaf) if isinstance(leaf, Tensor) and not leaf.is_inference() else 0 for leaf in leaves
+        ]
+
+
+def _memory_key(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return ft.storage_key(_local(tensor))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What a DTensor, or the pending result of a collective, keeps on this rank."""
+    if type(tensor) in _PLAIN:
+        return tensor
+    tensor = getattr(tensor, "_local_tensor", tensor)
+    return getattr(tensor, "elem", tensor) if type(tensor) not in _PLAIN else tensor
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor with the version counter of another, and none of its memory where that can be."""
+    if type(tensor) not in _PLAIN or ft.current_level() or ft.is_functionalized(tensor):
+        with torch.no_grad():
+            return tensor.detach()
+    alias = tensor.detach()
+    with suppress(RuntimeError):  # sparse tensors and some others have to be kept
+        alias.data = _NOTHING
+    return alias
+
+
+def _memory_of(tensor: Tensor) -> Any:
+    """What tells a tensor's memory from all other, without keeping its contents."""
+    inner = ft.innermost(_local(tensor))
+    if inner.layout is not torch.strided:
+        return None
+    return StorageWeakRef(inner.untyped_storage())
+
+
+_NOTHING = torch.empty(0)
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,98 @@
+"""TorchInductor as a backend, in processes of their own: what is cached on disk, what is imported when."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+
+COMPILES = """
+import json
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import funcstage as fs
+
+torch.manual_seed(0)
+module = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+apply, params, buffers = fs.functionalize(module)
+x = torch.randn(4, 16)
+output, _, pullback = fs.stage_vjp(fs.compile(apply, backend="inductor"), params, buffers, x)
+(dx,), weight_pullback = pullback(output.cos())
+grads = [dx, *weight_pullback().values()]
+expected = module(x.requires_grad_())
+expected = torch.autograd.grad(expected, [x, *module.parameters()], expected.cos())
+for ours, eagers in zip(grads, expected, strict=True):
+    torch.testing.assert_close(ours, eagers)
+kinds = ("hit", "miss", "bypass")
+print(json.dumps([counters["inductor"][f"fxgraph_cache_{kind}"] for kind in kinds]))
+print(json.dumps([grad.tolist() for grad in grads]))
+"""
+
+IMPORTS = """
+import json
+import sys
+
+import optree
+import torch
+
+before = set(sys.modules)
+import funcstage as fs
+
+{then}
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def run(script: str, **environment: str) -> list[Any]:
+    """Run a script in a process of its own; what it prints last, line by line."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_second_process_finds_the_programs_of_the_first_in_inductors_cache(tmp_path: Path) -> None:
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    cache["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # an empty cache also forgets which instructions were tried out
+    (cold, grads), (warm, again) = run(COMPILES, **cache), run(COMPILES, **cache)
+    assert cold == [0, 3, 0], "F, I and W are compiled once and stored"
+    assert warm == [3, 0, 0], "F, I and W are read back"
+    assert again == grads
+
+
+def test_importing_funcstage_leaves_tracing_and_compilers_for_when_they_are_asked_for() -> None:
+    (loaded,) = run(IMPORTS.format(then=""))
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"funcstage"}
+    assert not any(name.startswith("funcstage.engines.graph") for name in loaded)
+    (loaded,) = run(IMPORTS.format(then="assert fs.compile and fs.CompiledStage"))
+    assert "funcstage.engines.graph.compile" in loaded
+    assert not any(name.startswith(("torch._inductor", "torch._dynamo")) for name in loaded)
+
+
+def test_what_is_imported_late_is_found_by_all_the_usual_ways() -> None:
+    then = """
+assert {"compile", "CompiledStage"} <= set(dir(fs))
+from funcstage import CompiledStage, compile
+import funcstage.engines.graph
+assert compile is fs.compile is funcstage.engines.graph.compile
+assert CompiledStage is fs.CompiledStage
+everything = {}
+exec("from funcstage import *", everything)
+assert set(fs.__all__) <= set(everything)
+assert everything["compile"] is compile
+assert not hasattr(fs, "nothing")
+"""
+    run(IMPORTS.format(then=then))

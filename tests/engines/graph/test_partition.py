@@ -1,0 +1,203 @@
+"""The passes on their own, and what a new release of torch could bring that they do not know."""
+
+import operator
+from typing import Any, NamedTuple
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+import funcstage as fs
+from funcstage.engines.base import StageCall
+from funcstage.engines.graph import compile
+from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.mincut import nbytes
+from funcstage.engines.graph.partition import _cut, partition
+from funcstage.engines.graph.trace import trace
+
+SERVES_INPUTS_ALONE = {
+    # attention: query, key and value are activations
+    "_cudnn_attention_backward",
+    "_efficient_attention_backward",
+    "_flash_attention_backward",
+    "_scaled_dot_product_cudnn_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_fused_attention_overrideable_backward",
+    # image and grid are activations
+    "_grid_sampler_2d_cpu_fallback_backward",
+    "cudnn_grid_sampler_backward",
+    # the matrix products of a cell are operations of their own
+    "_thnn_fused_gru_cell_backward",
+    "_thnn_fused_lstm_cell_backward_impl",
+    # sums over the batch that the input gradient needs as well
+    "batch_norm_backward_reduce",
+    # elementwise, with a scale for a parameter
+    "_fake_quantize_learnable_per_channel_affine_backward",
+    "_fake_quantize_learnable_per_tensor_affine_backward",
+}
+SERVES_WEIGHTS_ALONE = {"_weight_norm_interface_backward", "mkldnn_linear_backward_weights"}
+NEVER_TRACED = {"matmul_backward"}
+"""Of nested tensors, which are refused."""
+TRACED_APART = {
+    "mkldnn_rnn_layer_backward",
+    "_cudnn_rnn_backward",
+    "miopen_rnn_backward",
+    "lstm_mps_backward",
+}
+"""Recurrent layers, which are traced step by step."""
+
+
+def backward_operations() -> dict[str, Any]:
+    """ATen's backward operations with more than one result that can turn up in a trace, by name."""
+    found = {}
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::")
+        if name == schema.name or "backward" not in name or len(schema.returns) < 2:
+            continue
+        operation = getattr(getattr(torch.ops.aten, name), schema.overload_name or "default")
+        composite = operation.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        if not composite and not any(argument.is_out for argument in schema.arguments):
+            found[name] = operation
+    return found
+
+
+def test_every_backward_operation_with_several_gradients_is_known() -> None:
+    known = SERVES_INPUTS_ALONE | SERVES_WEIGHTS_ALONE | NEVER_TRACED | TRACED_APART
+    known |= {operation._schema.name.removeprefix("aten::") for operation in DECOMPOSED}
+    for name, operation in backward_operations().items():
+        masked = any(argument.name == "output_mask" for argument in operation._schema.arguments)
+        assert masked or name in known, f"teach funcstage.engines.graph.decompose about {operation}"
+
+
+def test_the_walk_finds_the_operations_that_it_is_for() -> None:
+    assert {"convolution_backward", "native_layer_norm_backward"} <= backward_operations().keys()
+
+
+def joint_of(module: nn.Module, x: Tensor) -> Any:
+    apply, params, buffers = fs.functionalize(module)
+    return separate(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
+
+
+def test_gradients_of_norms_are_summed_where_their_terms_are_at_hand() -> None:
+    parts = partition(joint_of(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)), torch.randn(64, 8)), "min_cut")
+    small = [name for name in parts.from_input if parts.nbytes[name] == 8 * 4]
+    assert small, parts.nbytes
+
+
+def test_the_programs_mutate_nothing() -> None:
+    parts = partition(
+        joint_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.ones(2, 4)), "none"
+    )
+    for program in (parts.forward, parts.input_grad, parts.weight_grad):
+        targets = [node.target for node in program.module.graph.nodes if node.op == "call_function"]
+        assert not any(target._schema.is_mutable for target in targets if hasattr(target, "_schema"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inductors_programs_agree_with_eager(training: bool) -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))
+    apply, params, buffers = fs.functionalize(module.train(training))
+    fast = compile(apply)
+    x, cotangent = torch.randn(4, 8), torch.randn(4, 8)
+    results = []
+    for stage in (apply, fast):
+        torch.manual_seed(1)
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        (dx,), weight_pullback = pullback(cotangent)
+        results.append([output, dx, *weight_pullback().values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Cut(NamedTuple):
+    """A problem that the partition has to solve; for the fields see `_cut`."""
+
+    nodes: list[Node]
+    demand: list[Node]
+    again: set[Node]
+    free: set[Node]
+    unsaved: set[Node]
+
+    def computable(self, node: Node) -> bool:
+        entry = node.target is operator.getitem
+        return node in self.again and (not entry or node.args[0] in self.again)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    """Random graphs of values of random sizes, views of them, and operations with several results."""
+    graph = Graph()
+    nodes: list[Node] = []
+    tensors: list[Node] = []
+    random = draw(st.randoms(use_true_random=True))  # evenly spread: Hypothesis' own choices are mostly small
+
+    def some(nodes: list[Node], most: int) -> list[Node]:
+        return random.sample(nodes, min(len(nodes), random.randint(1, most)))
+
+    def add(target: Any, args: tuple[Any, ...], value: Any) -> Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = value
+        nodes.append(node)
+        if isinstance(value, Tensor):
+            tensors.append(node)
+        return node
+
+    def tensor() -> Tensor:
+        return torch.empty(random.randint(1, 6), dtype=torch.uint8, device="meta")
+
+    for _ in range(draw(st.integers(1, 40))):
+        kind = random.choice(["value", "value", "value", "view", "pair"])
+        reads = some(tensors[-8:], 3)
+        if kind == "view" and reads:
+            add(torch.ops.aten.view.default, (reads[0], [-1]), reads[0].meta["val"].view(-1))
+        elif kind == "pair":
+            pair = add(divmod, (reads,), (tensor(), tensor()))
+            for i in range(2):
+                add(operator.getitem, (pair, i), pair.meta["val"][i])
+        else:
+            add(operator.add, (reads,), tensor())
+    again = {node for node in nodes if random.random() < 0.8}
+    free = {node for node in tensors if not node.all_input_nodes and random.random() < 0.2}
+    return Cut(nodes, some(tensors, 10), again, free, again if random.random() < 0.2 else set())
+
+
+def least_bytes(cut: Cut) -> float:
+    """The minimum cut of the whole graph: every node split in two, infinite edges along the data flow."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(("source", "sink"))
+    for node in cut.nodes:
+        computable = cut.computable(node)
+        if isinstance(node.meta["val"], Tensor) and not (computable and node in cut.unsaved):
+            flow.add_edge((node, "in"), (node, "out"), capacity=nbytes(node))
+        else:
+            flow.add_edge((node, "in"), (node, "out"))
+        for read in node.all_input_nodes:
+            if computable and read not in cut.free:
+                flow.add_edge((read, "out"), (node, "in"))
+        if not computable and node not in cut.free:
+            flow.add_edge("source", (node, "in"))
+    for node in cut.demand:
+        if node not in cut.free:
+            flow.add_edge((node, "out"), "sink")
+    return nx.minimum_cut_value(flow, "source", "sink")
+
+
+@settings(deadline=None)
+@given(cuts())
+def test_residuals_take_as_few_bytes_as_any_from_which_the_far_side_can_be_computed(cut: Cut) -> None:
+    saved = _cut(cut.demand, cut.again, cut.free, cut.unsaved)
+    assert sum(map(nbytes, saved)) == least_bytes(cut)
+    at_hand = {*saved, *cut.free}
+    for node in cut.nodes:
+        if cut.computable(node) and at_hand.issuperset(node.all_input_nodes):
+            at_hand.add(node)
+    assert at_hand.issuperset(cut.demand)
+    assert all(isinstance(node.meta["val"], Tensor) for node in saved)
+    assert not any(node in cut.unsaved and cut.computable(node) for node in saved)
+    assert saved == [node for node in cut.nodes if node in set(saved)]

@@ -1,0 +1,107 @@
+"""Programs and pullbacks that fail or have nothing to read: whose error comes through, and what is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import funcstage as fs
+from funcstage.engines.graph.programs import Programs
+
+
+@pytest.mark.parametrize(("error", "tried"), [(RuntimeError, 1), (torch.OutOfMemoryError, 0)])
+def test_an_error_that_the_uncompiled_stage_does_not_have_comes_through(
+    error: Any, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        runs.append(x)
+        return x * params["w"], buffers
+
+    def fails(self: Programs, tensors: Any) -> Any:
+        raise error("in a kernel")
+
+    fast = fs.compile(apply, backend="aten")
+    fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2))
+    monkeypatch.setattr(Programs, "linearize", fails)
+    runs.clear()
+    with pytest.raises(error, match="in a kernel"):
+        fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2))
+    assert len(runs) == tried  # where memory is short, more would be asked of it
+
+
+@pytest.mark.parametrize("other", [True, 1.0, 2])
+def test_a_cotangent_of_a_leaf_that_is_no_tensor_is_that_leaf_or_none(other: Any) -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return (x * params["w"], 1), buffers
+
+    _, _, pullback = fs.stage_vjp(apply, {"w": torch.ones(2)}, {}, torch.ones(2))
+    with pytest.raises(fs.StageError, match=r"output_grads\[1\]"):
+        pullback((torch.ones(2), other))
+    (dx,), _ = pullback((torch.ones(2), 1))
+    assert torch.equal(dx, torch.ones(2))
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose backward fails as long as it is told to."""
+
+    fails = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if Failing.fails:
+            raise KeyError("in the backward")
+        return grad
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("half", ["I", "W"])
+def test_a_pullback_that_failed_in_its_midst_is_consumed_and_says_so_unless_retained(
+    half: str, retain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return (Failing.apply(x) * params["w"] if half == "I" else x * Failing.apply(params["w"])), buffers
+
+    _, _, pullback = fs.stage_vjp(apply, {"w": torch.ones(2)}, {}, torch.ones(2))
+    if half == "I":
+
+        def run() -> Any:
+            return pullback(torch.ones(2), retain=retain)[0][0]
+    else:
+        _, weight_pullback = pullback(torch.ones(2))
+
+        def run() -> Any:
+            return weight_pullback(retain=retain)["w"]
+
+    with pytest.raises(KeyError, match="in the backward"):
+        run()
+    monkeypatch.setattr(Failing, "fails", False)
+    if retain:
+        assert torch.equal(run(), torch.ones(2))
+    else:
+        with pytest.raises(fs.ConsumedError, match="failed in its midst"):
+            run()
+
+
+def test_a_program_that_reads_nothing_but_what_the_stage_has_captured_is_compiled_by_inductor() -> None:
+    captured = torch.randn(3)
+
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return captured.exp() + 1, buffers
+
+    fast = fs.compile(apply, backend="inductor")
+    for _ in range(2):
+        torch.testing.assert_close(fast({"w": torch.ones(2)}, {}, torch.ones(2))[0], captured.exp() + 1)
+        captured.mul_(2)

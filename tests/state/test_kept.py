@@ -1,0 +1,315 @@
+"""What a forward keeps on its module is afterwards what eager would have left there, detached."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+from funcstage.state.kept import holders
+
+ENGINES = pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
+
+
+class Holder:
+    """A plain object on the module."""
+
+    def __init__(self) -> None:
+        self.hidden: Any = None
+        self.all: list[Any] = []
+
+
+class Keeps(nn.Module):
+    """Keeps by a function of itself and the activation, which it then returns."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.proj, self.sub, self.keep = nn.Linear(4, 4), nn.Linear(4, 4), keep
+        self.aux: Any = None
+        self.log: list[Any] = []
+        self.named: dict[str, Any] = {}
+        self.pair: Any = ()
+        self.calls, self.holder = 0, Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj(x)
+        kept = self.keep(self, h)
+        return self.sub(h.tanh() if kept is None else kept)
+
+
+def auxiliary(m: Any, h: Tensor) -> None:
+    m.aux = h.softmax(-1).square().mean()
+
+
+def the_activation_itself(m: Any, h: Tensor) -> None:
+    m.aux = h
+
+
+def read_again(m: Any, h: Tensor) -> Tensor:
+    m.aux = h.sin()
+    return h + m.aux
+
+
+def appended(m: Any, h: Tensor) -> None:
+    m.log.append(h)
+
+
+def replaced_list(m: Any, h: Tensor) -> None:
+    m.log = [h, {"sin": h.sin()}]
+
+
+def cleared(m: Any, h: Tensor) -> None:
+    m.log.clear()
+    m.log.append(h.cos())
+
+
+def in_a_dict(m: Any, h: Tensor) -> None:
+    m.named["h"] = h.sin()
+    m.named.setdefault("deep", {})["h"] = [h]
+
+
+def in_a_tuple(m: Any, h: Tensor) -> None:
+    m.pair = (h, [h.cos()], 3)
+
+
+def on_a_submodule(m: Any, h: Tensor) -> None:
+    m.sub.seen = h.mean()
+
+
+def on_an_object(m: Any, h: Tensor) -> None:
+    m.holder.hidden = h
+    m.holder.all.append(h.sin())
+
+
+def on_a_new_object(m: Any, h: Tensor) -> None:
+    m.holder = Holder()
+    m.holder.hidden = [h]
+
+
+def moved_on(m: Any, h: Tensor) -> None:
+    m.previous, m.aux = m.aux, h
+
+
+def detached(m: Any, h: Tensor) -> None:
+    m.aux = h.detach()
+
+
+def written_later(m: Any, h: Tensor) -> Tensor:
+    m.aux = h * 2
+    m.aux.add_(1)
+    return m.aux.tanh()
+
+
+def counted(m: Any, h: Tensor) -> Tensor:
+    m.calls += 1
+    return h * m.calls
+
+
+def toggled(m: Any, h: Tensor) -> Tensor:
+    m.calls = 1 - m.calls
+    return h * (m.calls + 1)
+
+
+def made_once(m: Any, h: Tensor) -> Tensor:
+    """As rotary embeddings do."""
+    if m.aux is None:
+        m.aux = torch.arange(h.shape[0]).float().cos()[:, None]
+    return h * m.aux
+
+
+def in_a_region(m: Any, h: Tensor) -> Tensor:
+    def region(h: Tensor) -> Tensor:
+        m.aux = h.tanh().mean()
+        return h.tanh()
+
+    return checkpoint(region, h, use_reentrant=False)
+
+
+def deleted(m: Any, h: Tensor) -> None:
+    if hasattr(m, "later"):
+        del m.later
+    else:
+        m.later = h
+
+
+KEEP = [
+    auxiliary,
+    the_activation_itself,
+    read_again,
+    appended,
+    replaced_list,
+    cleared,
+    in_a_dict,
+    in_a_tuple,
+    on_a_submodule,
+    on_an_object,
+    on_a_new_object,
+    moved_on,
+    detached,
+    written_later,
+    counted,
+    toggled,
+    made_once,
+    in_a_region,
+    deleted,
+]
+
+
+def contents(module: nn.Module) -> tuple[list[Tensor], list[Any]]:
+    """The tensors that a module keeps, and the plain values of its dicts."""
+    tensors, values = [], []
+    for holder in holders(module):
+        for value in holder.values() if isinstance(holder, dict) else holder:
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, Tensor) and not isinstance(each, nn.Parameter):
+                    tensors.append(each)
+                elif isinstance(each, (int, str, float)):
+                    values.append(each)
+    return tensors, values
+
+
+def is_dead(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not plain or tensor.requires_grad or tensor.grad_fn is not None
+
+
+@ENGINES
+@pytest.mark.parametrize("keep", KEEP)
+def test_the_module_holds_what_eager_leaves(keep: Any, engine: Any) -> None:
+    torch.manual_seed(0)
+    module = Keeps(keep)
+    twin = copy.deepcopy(module)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        leaf = x.clone().requires_grad_()
+        expected = twin(leaf)
+        tensors, values = contents(module)
+        theirs, their_values = contents(twin)
+        torch.testing.assert_close(tensors, [tensor.detach() for tensor in theirs])
+        assert values == their_values
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        grads = weight_pullback()
+        torch.testing.assert_close(output, expected.detach())
+        trained = [*twin.parameters()]
+        torch.testing.assert_close(
+            [dx, *grads.values()], [*torch.autograd.grad(expected.sum(), [leaf, *trained])]
+        )
+        after, _ = contents(module)
+        torch.testing.assert_close(after, tensors)
+        assert not any(map(is_dead, after))
+        assert copy.deepcopy(module).calls == twin.calls
+        pickle.dumps(module.state_dict())
+
+
+@ENGINES
+def test_activations_that_hooks_collect_are_eagers(engine: Any) -> None:
+    found: list[list[Tensor]] = []
+    for who in ("stage", "eager"):
+        torch.manual_seed(0)
+        module, acts = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), []
+        for layer in module:
+            layer.register_forward_hook(lambda m, i, o, acts=acts: acts.append(o))
+            layer.register_forward_hook(_collecting(acts))
+        apply, params, buffers = fs.functionalize(module)
+        stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+        for _ in range(3):
+            x = torch.randn(3, 4)
+            if who == "eager":
+                module(x)
+            else:
+                fs.stage_vjp(stage, params, buffers, x)
+        found.append(acts)
+    assert len(found[0]) == len(found[1]) == 18
+    torch.testing.assert_close(found[0], [tensor.detach() for tensor in found[1]])
+    assert not any(map(is_dead, found[0]))
+
+
+def _collecting(acts: list[Any]) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        acts.append(output)
+
+    return hook
+
+
+@pytest.mark.parametrize("engine", ["aten", "inductor"])
+@pytest.mark.parametrize("initial", [None, torch.zeros(3, 4)], ids=["made in the forward", "made before"])
+def test_a_compiled_stage_that_reads_what_it_kept_is_refused_with_a_way_out(
+    engine: Any, initial: Any
+) -> None:
+    def running(m: Any, h: Tensor) -> Tensor:
+        m.aux = h if m.aux is None else m.aux * 0.9 + h
+        return m.aux.tanh()
+
+    module, x = Keeps(running), torch.randn(3, 4)
+    module.aux = initial
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, backend=engine)
+    if initial is None:
+        fs.stage_vjp(stage, params, buffers, x)
+    before = module.aux
+    with pytest.raises(fs.TraceError, match=r"'aux'.*register_buffer"):
+        fs.stage_vjp(stage, params, buffers, x)
+    assert module.aux is before
+
+
+@ENGINES
+def test_a_kept_tensor_that_is_written_in_place_is_refused_by_name(engine: Any) -> None:
+    def running(m: Any, h: Tensor) -> None:
+        m.aux.mul_(0.9).add_(h.detach())
+
+    module = Keeps(running)
+    module.aux = torch.ones(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    with pytest.raises(fs.PurityError, match="buffer"):
+        fs.stage_vjp(stage, params, buffers, torch.randn(3, 4))
+    assert torch.equal(module.aux, torch.ones(3, 4))
+
+
+@ENGINES
+def test_a_forward_that_fails_leaves_no_dead_tensor(engine: Any) -> None:
+    def fails(m: Any, h: Tensor) -> None:
+        m.aux = h
+        raise KeyError("mine")
+
+    module = Keeps(fails)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    with pytest.raises(KeyError, match="mine"):
+        fs.stage_vjp(stage, params, buffers, torch.randn(3, 4))
+    assert module.aux is None or not is_dead(module.aux)
+    copy.deepcopy(module)
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
+@ENGINES
+def test_stage_functions_are_copied(how: str, engine: Any) -> None:
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GELU()), torch.randn(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine, remat="none")
+    fs.stage_vjp(stage, params, buffers, x)
+    copied = {
+        "copy": copy.copy,
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda each: pickle.loads(pickle.dumps(each)),
+    }[how](stage)
+    assert copied is not stage
+    assert (copied.module is module) == (how == "copy")
+    assert repr(copied).replace("0 signature", "1 signature") == repr(stage)
+    if how != "copy":
+        module.eval()
+    output, fresh, pullback = fs.stage_vjp(copied, params, buffers, x)
+    expected, theirs, own = fs.stage_vjp(apply if how == "copy" else copied, params, buffers, x)
+    assert copied.module.training
+    torch.testing.assert_close((output, fresh), (expected, theirs))
+    torch.testing.assert_close(pullback(torch.ones(3, 4))[1](), own(torch.ones(3, 4))[1]())

@@ -1,0 +1,199 @@
+"""Errors and interrupts inside F, I and W: nothing is left behind, and pullbacks say truly what they are."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import _len_torch_function_stack
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+from funcstage._torch import functorch as ft
+from funcstage._torch import interception as _interception
+
+OWN_APPLY: Any = Function.__dict__["apply"]
+FAIL: list[BaseException] = []
+ENGINES = ("closures", "aten")
+
+
+class Brittle(Function):
+    """The identity, whose backward fails when told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if FAIL:
+            raise FAIL.pop()
+        return grad.clone()
+
+
+class Stage(nn.Module):
+    """Fails in I, where the input goes through `Brittle`, or in W, where the weight does."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Brittle.apply(x.sin()) if self.place == "I" else x
+        weight = Brittle.apply(self.second.weight) if self.place == "W" else self.second.weight
+        return nn.functional.linear(self.first(x).tanh(), weight, self.second.bias)
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt(), RuntimeError("torn")], ids=repr)
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("place", ["I", "W"])
+def test_a_failed_pullback_works_again_or_says_that_it_is_consumed(
+    place: str, retain: bool, error: BaseException
+) -> None:
+    torch.manual_seed(0)
+    module, x = Stage(place), torch.randn(3, 4)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(module(leaf).sum(), [leaf, *module.parameters()])
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    call: Callable[[], Any] = lambda: pullback(torch.ones_like(output), retain=retain)  # noqa: E731
+    used: Any = pullback
+    if place == "W":
+        used = call()[1]
+        call = lambda: used(retain=retain)  # noqa: E731
+    FAIL.append(error)
+    with pytest.raises(type(error)):
+        call()
+    assert used.consumed == (not retain)
+    if retain:
+        result = call()
+        grads = [result[0][0], *result[1]().values()] if place == "I" else result.values()
+        torch.testing.assert_close([*grads], [*(expected if place == "I" else expected[1:])])
+    else:
+        with pytest.raises(fs.ConsumedError, match="failed in its midst"):
+            call()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_sum_that_failed_says_what_is_in_it(failing: int, given: bool) -> None:
+    torch.manual_seed(0)
+    apply, params, buffers = fs.functionalize(Stage("W"))
+    pending, alone = [], []
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+        pending.append(pullback(torch.ones_like(output), retain=True)[1])
+        alone.append(pullback(torch.ones_like(output), retain=True)[1]())
+    total = {name: torch.zeros_like(p) for name, p in params.items()} if given else None
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        if calls == failing:
+            FAIL.append(MemoryError("full"))
+        calls += 1
+
+    pull = pending[0]._live()
+    for one in pending:
+        tape = one._live()
+        assert type(tape) is type(pull)
+    original = fs.WeightPullback._add_into
+
+    def add_into(self: fs.WeightPullback, totals: Any) -> Any:
+        fail()
+        return original(self, totals)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fs.WeightPullback, "_add_into", add_into)
+        with pytest.raises(MemoryError) as caught:
+            fs.stage_backward_weight(pending, total)
+    (note,) = caught.value.__notes__
+    assert f"weight pullback {failing} of 3" in note
+    if total is not None and failing:
+        assert "`accumulate` has those before it; this one is not" in note
+        for name, leaf in total.items():
+            torch.testing.assert_close(leaf, sum(grads[name] for grads in alone[:failing]))
+    else:
+        assert "Nothing was added" in note
+    assert [one.consumed for one in pending] == [i < failing for i in range(3)]
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(lambda x: self.norm(self.a(x)).tanh(), x, use_reentrant=False)
+        return self.b(y)
+
+
+def state_of_everything(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        ft.current_level(),
+        _len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled(),
+        ft.saving_refused(),
+        ft.saving_hooks(),
+        _interception.current(),
+        Function.__dict__["apply"] is OWN_APPLY,
+        getattr(getattr(OWN_APPLY, "__func__", None), "__code__", None),
+        torch.random.default_generator is torch.default_generator,
+        [id(tensor) for tensor in (*module.parameters(), *module.buffers())],
+    )
+
+
+class Interrupt:
+    """Raises at the n-th call of a Python function."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.calls = n, 0
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        self.calls += event == "call"
+        if self.calls == self.n and event == "call":
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("engine", "share"), [("closures", 40), ("aten", 5), ("compiled before", 20)])
+def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> None:
+    torch.manual_seed(0)
+    module, x, grad = Everything(), torch.randn(5, 3), torch.randn(5, 2)
+    apply, params, buffers = fs.functionalize(module)
+    kept = fs.compile(apply, backend="aten")
+
+    def run() -> list[Tensor | None]:
+        stage = {"closures": apply, "compiled before": kept}.get(engine)
+        stage = fs.compile(apply, backend="aten") if stage is None else stage
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        (dx,), weight_pullback = pullback(grad)
+        return [output, dx, *weight_pullback().values()]
+
+    expected, before = run(), state_of_everything(module)
+    counter = Interrupt(-1)
+    profiler = sys.getprofile()
+    sys.setprofile(counter)
+    run()
+    sys.setprofile(profiler)
+    for n in range(1, counter.calls, max(1, counter.calls // share)):
+        sys.setprofile(Interrupt(n))
+        try:
+            run()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(profiler)
+        gc.collect(0)
+        assert state_of_everything(module) == before, f"at call {n} of {counter.calls}"
+        torch.testing.assert_close(run(), expected)

@@ -1,0 +1,73 @@
+"""What a notebook shows of plans, pullbacks, stages and schedules is well-formed, and true."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+import funcstage as fs
+from funcstage.pipelining import Costs, pipeline_order, simulate
+from funcstage.report import table
+
+
+def cells(shown: Any) -> list[list[str]]:
+    """The rows of all tables of an object's HTML, which must be well-formed."""
+    root = ElementTree.fromstring(f"<div>{shown._repr_html_()}</div>")
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+@pytest.fixture
+def stage() -> fs.FunctionalStage:
+    return fs.functionalize(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).double())
+
+
+def test_a_stage_is_shown_with_its_tensors(stage: fs.FunctionalStage) -> None:
+    header, *rows = cells(stage)
+    assert header == ["name", "", "tensor", "size"]
+    assert [row[0] for row in rows] == [*stage.params, *stage.buffers]
+    assert rows[0] == ["0.weight", "parameter", "float64[5, 3] on cpu", "120 B"]
+
+
+def test_pullbacks_are_shown_with_what_they_hold_until_they_are_used(stage: fs.FunctionalStage) -> None:
+    output, _, pullback = fs.stage_vjp(stage.apply, stage.params, stage.buffers, torch.ones(4, 3).double())
+    _, *rows = cells(pullback)
+    assert len(rows) == len(pullback._tape.leaves())
+    assert ["(4, 5)", "torch.float64", "cpu", "160 B"] in rows
+    _, weight_pullback = pullback(torch.ones_like(output))
+    assert cells(pullback) == [["residual", "dtype", "device", "size"]]
+    assert "consumed" in pullback._repr_html_()
+    assert "4 parameters" in weight_pullback._repr_html_()
+
+
+def test_a_compiled_stage_is_shown_with_the_plans_of_its_signatures(stage: fs.FunctionalStage) -> None:
+    compiled = fs.compile(stage.apply, backend="aten")
+    for rows in (2, 4):
+        fs.stage_vjp(compiled, stage.params, stage.buffers, torch.ones(rows, 3).double())
+    plan = compiled.plan(stage.params, stage.buffers, torch.ones(4, 3).double())
+    _, first, second = cells(compiled)
+    assert second[1:4] == [f"{phase.flops:,}" for phase in (plan.forward, plan.input_grad, plan.weight_grad)]
+    assert first != second
+    assert cells(plan)[1][:2] == ["F", f"{plan.forward.flops:,}"]
+
+
+def test_schedules_are_shown_by_rank() -> None:
+    order = pipeline_order("1F1B", 2, 2)
+    assert cells(order)[2] == ["rank 1", "1F0 1B0 1F1 1B1"]
+    timeline = simulate(order, [Costs(1, 1, 1, 2, 1)] * 2)
+    assert cells(timeline)[1] == ["0", "0", "6", "33.3%", "4"]
+    assert "1F1B: 9 s for 2 microbatches, bubble 33.3%" in timeline._repr_html_()
+
+
+@pytest.mark.parametrize("nasty", ["<script>", 'a"b', "x & y"])
+def test_text_is_escaped(nasty: str) -> None:
+    root = ElementTree.fromstring(table(nasty, [nasty], [[nasty]]))
+    assert "".join(root.itertext()) == nasty * 3
+
+
+def test_long_tables_say_how_much_is_left_out() -> None:
+    root = ElementTree.fromstring(table("", ["n"], [[str(n)] for n in range(100)], shown=3))
+    assert "".join(root.itertext()) == "n012and 97 more"
