@@ -108,9 +108,12 @@ class ExchangingStage(PipelineStage):
     def raise_failure(self) -> None:
         """Raise what this stage, or one that told it so, failed with."""
         if self._failure is not None:
-            error = self._failure.kind(self._failure.message)
+            error: Exception = self._failure.kind(self._failure.message)
+            if self._cause is not None and not isinstance(self._cause, StageError):
+                error = self._cause  # the module's own, as it is
+                error.add_note(f"This was while its shapes were found out: {self._failure.message}")
             error.known_to_all = not EVERY_INPUT_RETURNS_A_GRADIENT  # type: ignore[attr-defined]
-            raise error from self._cause
+            raise error from (self._cause if error is not self._cause else error.__cause__)
 
     def _infer(self, received: Any, kwargs: dict[str, Any] | None) -> Failure | Examples:
         self._failure = self._cause = None

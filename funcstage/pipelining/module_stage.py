@@ -18,6 +18,7 @@ from funcstage._torch.pipelining import (
 )
 from funcstage.dtensors import first_dtensor
 from funcstage.engines.graph import compile as compile_stage
+from funcstage.engines.graph.blame import is_raised_by_stage
 from funcstage.errors import LeafError, StructureError
 from funcstage.pipelining.binding import Binding, Structure, read, untouched, update
 from funcstage.pipelining.examples import (
@@ -201,6 +202,8 @@ class ModuleStage(ExchangingStage):
                 ) from error
             output = trees.map_leaves(trainable, self._given_outputs)
         except Exception as error:
+            if is_raised_by_stage(error):
+                raise
             raise LeafError(
                 f"its forward fails on the inputs that it gets, {looks(received)}: "
                 f"{type(error).__name__}: {error}. Pass input_args that it takes, or mend what the stage "

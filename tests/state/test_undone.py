@@ -9,32 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from interrupting import FAIL, Brittle, Interrupt, state_of_everything
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage._torch import functorch as ft
-from funcstage._torch import interception as _interception
 
-OWN_APPLY: Any = Function.__dict__["apply"]
-FAIL: list[BaseException] = []
 ENGINES = ("closures", "aten")
-
-
-class Brittle(Function):
-    """The identity, whose backward fails when told to."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if FAIL:
-            raise FAIL.pop()
-        return grad.clone()
 
 
 class Stage(nn.Module):
@@ -134,36 +115,6 @@ class Everything(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = checkpoint(lambda x: self.norm(self.a(x)).tanh(), x, use_reentrant=False)
         return self.b(y)
-
-
-def state_of_everything(module: nn.Module) -> tuple[Any, ...]:
-    return (
-        ft.current_level(),
-        _len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-        torch.is_grad_enabled(),
-        torch._C._is_any_autocast_enabled(),
-        ft.saving_refused(),
-        ft.saving_hooks(),
-        _interception.current(),
-        Function.__dict__["apply"] is OWN_APPLY,
-        getattr(getattr(OWN_APPLY, "__func__", None), "__code__", None),
-        torch.random.default_generator is torch.default_generator,
-        [id(tensor) for tensor in (*module.parameters(), *module.buffers())],
-    )
-
-
-class Interrupt:
-    """Raises at the n-th call of a Python function."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.calls = n, 0
-
-    def __call__(self, frame: Any, event: str, arg: Any) -> None:
-        self.calls += event == "call"
-        if self.calls == self.n and event == "call":
-            sys.setprofile(None)
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("engine", "share"), [("closures", 40), ("aten", 5), ("compiled before", 20)])

@@ -108,6 +108,7 @@ def grid_sampler(make: Make, dim: int, layout: str) -> Case:
 
 
 def batch_norm_with_update(make: Make, layout: str) -> Case:
+    layout = layout if layout == "channels_last" else "contiguous"  # what the kernel of CUDA takes
     x, grad = laid_out(make(*SHAPES[4]), layout), laid_out(make(*SHAPES[4]), layout)
     weight, statistics = make(4), (make(4), make(4).abs() + 0.5)
     _, mean, rstd, reserve = aten._batch_norm_with_update(x, weight, make(4), *statistics, 0.1, 1e-5)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupting import FAIL, Brittle, Interrupt, state_of_everything
 from pipeline_ranks import Raised, ranks
-from test_undone import FAIL, Brittle, Interrupt, state_of_everything
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.nn import functional

@@ -1,0 +1,63 @@
+"""Interrupts at any point of a run, and what they must leave as it was."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import _len_torch_function_stack
+
+from funcstage._torch import functorch as ft
+from funcstage._torch import interception as _interception
+
+OWN_APPLY: Any = Function.__dict__["apply"]
+
+
+FAIL: list[BaseException] = []
+
+
+class Brittle(Function):
+    """The identity, whose backward fails when told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if FAIL:
+            raise FAIL.pop()
+        return grad.clone()
+
+
+def state_of_everything(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        ft.current_level(),
+        _len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled(),
+        ft.saving_refused(),
+        ft.saving_hooks(),
+        _interception.current(),
+        Function.__dict__["apply"] is OWN_APPLY,
+        getattr(getattr(OWN_APPLY, "__func__", None), "__code__", None),
+        torch.random.default_generator is torch.default_generator,
+        [id(tensor) for tensor in (*module.parameters(), *module.buffers())],
+    )
+
+
+class Interrupt:
+    """Raises at the n-th call of a Python function."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.calls = n, 0
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        self.calls += event == "call"
+        if self.calls == self.n and event == "call":
+            sys.setprofile(None)
+            raise KeyboardInterrupt
