@@ -105,6 +105,17 @@ class ExchangingStage(PipelineStage):
         )
         self._cause = error
 
+    @property
+    def cannot_run(self) -> bool:
+        """Whether it was found out before the first microbatch that the stages cannot run."""
+        return self._failure is not None
+
+    def prepare_again(self) -> None:
+        """Forget what torch 2.11 has noted of shapes, where a stage has found that they do not fit."""
+        if EVERY_INPUT_RETURNS_A_GRADIENT:
+            self.inputs_meta: Any = None
+            self._outputs_meta: Any = None
+
     def raise_failure(self) -> None:
         """Raise what this stage, or one that told it so, failed with."""
         if self._failure is not None:

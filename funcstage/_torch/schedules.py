@@ -89,6 +89,13 @@ KEPT_BY_SCHEDULES = (
 """Attributes of torch's schedules, containers, which are empty between steps; not all schedules have all."""
 
 
+def prepare_again(schedule: Any) -> None:
+    """Let a schedule find out in its next step what its stages send; torch 2.11 takes a failure for done."""
+    for name in ("_stage_forward_initialized", "_stages_forward_initialized"):
+        if hasattr(schedule, name):
+            setattr(schedule, name, False)
+
+
 def is_schedule(value: object) -> bool:
     """Tell whether a value is one of torch's schedules."""
     schedules = sys.modules.get("torch.distributed.pipelining.schedules")

@@ -246,3 +246,27 @@ def test_a_step_after_one_that_failed_in_a_forward_is_eagers(schedule: str, comp
     grads = torch.autograd.grad(expected, [p for module in modules for p in module.parameters()])
     torch.testing.assert_close(found, [*grads])
     torch.testing.assert_close(torch.stack(losses).mean(), expected.detach())
+
+
+class FailsAtFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.left = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.left:
+            raise ValueError("not yet")
+        return self.linear(x)
+
+
+def test_a_modules_own_error_in_the_first_step_comes_as_it_is_and_the_next_step_runs(group: Any) -> None:
+    module, x = FailsAtFirst(), torch.randn(4, 3)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", group=group)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, t: ((y - t) ** 2).mean())
+    with pytest.raises(ValueError, match="not yet"):
+        schedule.step(x, target=x)
+    module.left = 0
+    schedule.step(x, target=x)
+    expected = torch.autograd.grad(((module(x) - x) ** 2).mean(), module.linear.weight)[0]
+    torch.testing.assert_close(module.linear.weight.grad, expected)

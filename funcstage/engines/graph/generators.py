@@ -60,7 +60,8 @@ def _is_compiler(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith(("torch._dynamo", "torch._inductor"))
 
 
-_RANDOM = (vars(torch.random), vars(torch.cuda.random))
+_RANDOM = ("torch.random", "torch.cuda", "torch.cuda.random")
+"""Modules whose functions look generators up for their callers."""
 
 
 class Asked:
@@ -78,10 +79,10 @@ class Asked:
         generator, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if type(generator) is not torch.Generator or name not in _UNRECORDED:
             return
-        caller: FrameType | None = frame  # behind the functions of torch.random and torch.cuda.random
-        while caller is not None and any(caller.f_globals is each for each in _RANDOM):
+        caller: FrameType | None = frame
+        while caller is not None and caller.f_globals.get("__name__") in _RANDOM:
             caller = caller.f_back
-        looked_up = generator is torch.default_generator and frame.f_globals is _RANDOM[0]
+        looked_up = generator is torch.default_generator and frame.f_globals is vars(torch.random)
         if not looked_up and not (caller is not None and _is_compiler(caller)):
             self._before.append((generator, generator.get_state()))
             self._first = self._first or f"{name}(), at {frame.f_code.co_filename}:{frame.f_lineno}"
