@@ -39,7 +39,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float64: 1e-9}
 """Of the largest magnitude of a gradient: kernels for one gradient may sum in another order."""
 
 LIMIT = 120.0
-"""Seconds for one operator in one dtype and layout."""
+"""Seconds for one sample."""
 
 Call = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 Sample = tuple[Call, tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -249,8 +249,8 @@ def child(names: Sequence[str], device: str, skip: Sequence[str]) -> None:
             if label in skip:
                 continue
             print(f"case: {label}", flush=True)
-            faulthandler.dump_traceback_later(LIMIT, exit=True)
             for i, sample in enumerate(found):
+                faulthandler.dump_traceback_later(LIMIT, exit=True)
                 for finding in findings(sample, layout):
                     print(finding if finding == "equal" else f"{finding} [sample {i}]", flush=True)
             faulthandler.cancel_dump_traceback_later()

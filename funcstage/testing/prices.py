@@ -92,13 +92,16 @@ class Prices(TorchFunctionMode):
         return result
 
     def watch_functions(self, outputs: Iterable[Tensor]) -> None:
-        """Note what each `autograd.Function` takes in the backward of some outputs that comes next."""
+        """Note what those whose backward is one for all gradients take in the backward that comes next."""
         for node in nodes_on_tape(outputs):
+            name = node.name().removesuffix("Backward0")
             if isinstance(node, BackwardCFunction):
-                self._watch_function(node)
+                name = type(node).__name__.removesuffix("Backward")
+                self._watch(node, name, "an autograd.Function that ignores needs_input_grad")
+            elif name in _OF_ONE_FORMULA:
+                self._watch(node, name, "one formula yields all gradients")
 
-    def _watch_function(self, node: Any) -> None:
-        name = type(node).__name__.removesuffix("Backward")
+    def _watch(self, node: Any, name: str, why: str) -> None:
         before: list[int] = []
 
         def enter(_: Any) -> None:
@@ -107,7 +110,7 @@ class Prices(TorchFunctionMode):
         def leave(*_: Any) -> None:
             flops = self._counter.total - before.pop()
             if flops:
-                self.found.append(Price(name, "an autograd.Function that ignores needs_input_grad", flops))
+                self.found.append(Price(name, why, flops))
 
         node.register_prehook(enter)
         node.register_hook(leave)
@@ -118,4 +121,5 @@ def _writes(name: str) -> bool:
 
 
 _CHAINS = (torch.einsum, torch.linalg.multi_dot, torch.chain_matmul)
+_OF_ONE_FORMULA = {"EuclideanDist", "LinalgHouseholderProduct", "Ormqr"}
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)

@@ -180,6 +180,11 @@ def is_dead(tensor: Tensor) -> bool:
     return not plain or tensor.requires_grad or tensor.grad_fn is not None
 
 
+@pytest.mark.supports(
+    "tensors that the forward keeps on its module",
+    "as eager leaves them, detached",
+    "likewise; refused where it reads them again",
+)
 @ENGINES
 @pytest.mark.parametrize("keep", KEEP)
 def test_the_module_holds_what_eager_leaves(keep: Any, engine: Any) -> None:
