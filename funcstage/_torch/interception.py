@@ -180,7 +180,8 @@ def _set_apply(*, asked: bool) -> None:
         source = _Asking.__dict__["apply"] if asked else _OWN_APPLY
         _IN_CLASS.__func__.__code__ = source.__func__.__code__
     else:
-        Function.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS  # type: ignore[method-assign]
+        kind: Any = Function
+        kind.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS
 
 
 _patches = _Patches()

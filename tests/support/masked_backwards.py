@@ -299,7 +299,7 @@ def differences(
             ours, right = found[i], expected[i]
             assert ours is not None
             assert right is not None
-            if not torch.allclose(ours.double(), right, rtol=tolerance, atol=tolerance):
+            if not torch.allclose(ours.double(), right.double(), rtol=tolerance, atol=tolerance):
                 yield mask, i
 
 
