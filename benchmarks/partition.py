@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import funcstage as fs
 from benchmarks.split import Block, Size
 from funcstage.engines.base import StageCall
-from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.partition import partition
 from funcstage.engines.graph.trace import trace
 
@@ -23,7 +23,7 @@ from funcstage.engines.graph.trace import trace
 def report(name: str, module: nn.Module, x: Tensor) -> None:
     """Trace a stage and partition it five times."""
     apply, params, buffers = fs.functionalize(module)
-    joint = separate(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
+    joint = decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
     runs = []
     for _ in range(5):
         start = time.perf_counter(), time.process_time()

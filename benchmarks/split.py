@@ -55,7 +55,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 import funcstage as fs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import compile as fs_compile
-from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.partition import partition
 from funcstage.engines.graph.plan import plan_of
 from funcstage.engines.graph.trace import trace
@@ -529,7 +529,7 @@ def trace_of_meta(layers: int = 80) -> dict[str, float]:
     marks = [time.perf_counter()]
     joint = trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED)
     marks.append(time.perf_counter())
-    separated = separate(joint)
+    separated = decompose(joint)
     marks.append(time.perf_counter())
     parts = partition(separated, "min_cut")
     marks.append(time.perf_counter())

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from funcstage import _torch as _torch  # warns of a torch newer than those that were tried
 from funcstage.derived import DerivedPullback, derive
-from funcstage.engines.levels.sites import Site
 from funcstage.errors import (
     ConsumedError,
     LeafError,
@@ -29,6 +28,7 @@ from funcstage.pullback import (
     stage_backward_weight,
     stage_vjp,
 )
+from funcstage.sites import Site
 
 if TYPE_CHECKING:
     from funcstage.engines.graph.compile import CompiledStage, compile

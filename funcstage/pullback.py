@@ -28,10 +28,10 @@ from funcstage.checks import (
 )
 from funcstage.engines.base import InputTape, Place, StageCall, WeightTape, is_differentiated
 from funcstage.engines.choose import choose
-from funcstage.engines.levels.sites import Site, operation_of
 from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
 from funcstage.functional import check_leaves
 from funcstage.linear import Linear, register
+from funcstage.sites import Site, operation_of
 from funcstage.state.anomaly import refuse_unchecked
 from funcstage.state.backward_errors import explain
 from funcstage.state.captured import Captured

@@ -1,4 +1,4 @@
-"""The functorch internals that the closures engine stands on; nothing else imports them.
+"""The functorch internals that the levels engine stands on; nothing else imports them.
 
 `torch.func.vjp` opens a level, wraps its primals in it, runs the function and closes the level; its
 closure is `torch.autograd.grad` over the wrapped outputs. The engine does the same with two levels and

@@ -1,6 +1,6 @@
 """`compile`: a stage function -> the same function, whose F, I and W are programs traced once.
 
-The passes, in order: trace -> separate -> partition -> programs, one result for each signature.
+The passes, in order: trace -> decompose -> partition -> programs, one result for each signature.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
 from funcstage.engines.graph.cuda_graphs import SlotPool
-from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.draws import generators_restored
 from funcstage.engines.graph.guards import ModuleState, Recent, Signature, others_among, reasons, signature_of
 from funcstage.engines.graph.modules_behind import modules_behind
@@ -228,7 +228,7 @@ class CompiledStage:
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
         replayed = self.cuda_graphs and on_cuda and diff is not None and draws_in_graphs(joint)
         slots = SlotPool() if replayed else None
-        joint = separate(joint)
+        joint = decompose(joint)
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)
         programs = Programs(joint, partition(joint, self.remat), lower, slots)

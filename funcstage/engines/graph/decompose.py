@@ -1,4 +1,4 @@
-"""Pass 2, separate: one backward operation that serves both I and W -> one operation for each.
+"""Pass 2, decompose: one backward operation that serves both I and W -> one operation for each.
 
 `convolution_backward` returns the gradients of input, weight and bias together. Left whole it belongs
 to I, and all of the weight gradient with it. Its output mask tells it which to compute, so two copies
@@ -21,7 +21,7 @@ from funcstage.engines.graph.joint import Joint
 aten = torch.ops.aten
 
 
-def separate(joint: Joint) -> Joint:
+def decompose(joint: Joint) -> Joint:
     """Split every operation that computes input and parameter gradients at once.
 
     Args:

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 import funcstage as fs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import compile
-from funcstage.engines.graph.decompose import DECOMPOSED, separate
+from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.mincut import nbytes
 from funcstage.engines.graph.partition import _cut, partition
 from funcstage.engines.graph.trace import trace
@@ -81,7 +81,7 @@ def test_the_walk_finds_the_operations_that_it_is_for() -> None:
 
 def joint_of(module: nn.Module, x: Tensor) -> Any:
     apply, params, buffers = fs.functionalize(module)
-    return separate(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
+    return decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
 
 
 def test_gradients_of_norms_are_summed_where_their_terms_are_at_hand() -> None:
