@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
-from funcstage import trees
-from funcstage.trees import PyTree
 
-
-def first_dtensor(tree: PyTree) -> int | None:
-    """The number of the first leaf of a tree that is a DTensor."""
+def first_dtensor(leaves: Iterable[Any]) -> int | None:
+    """The number of the first leaf that is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return None
-    leaves = enumerate(trees.flatten(tree)[0])
-    return next((i for i, leaf in leaves if isinstance(leaf, module.DTensor)), None)
+    return next((i for i, leaf in enumerate(leaves) if isinstance(leaf, module.DTensor)), None)

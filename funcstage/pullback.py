@@ -367,7 +367,7 @@ def stage_vjp(
     watch = tape.watch
     if watch is None:
         watch = Watch.over(
-            [Part("params", param_leaves, params_spec), Part.of("buffers", buffers)],
+            [Part("params", param_leaves, params_spec), Part("buffers", *call.of_buffers)],
             [
                 Part("args", arg_leaves, args_spec),
                 Part.of("kwargs", kwargs),

@@ -153,7 +153,7 @@ def has_no_memory_of_its_own(tensor: Tensor) -> bool:
     Not so DTensors, which are refused elsewhere.
     """
     keys = torch._C._dispatch_keys(tensor)
-    return any(map(keys.has, _OF_WRAPPERS)) and first_dtensor(tensor) is None
+    return any(map(keys.has, _OF_WRAPPERS)) and first_dtensor([tensor]) is None
 
 
 _OF_WRAPPERS = [

@@ -106,6 +106,11 @@ class StageCall:
         return trees.flatten((self.params, self.buffers, self.args, self.kwargs))
 
     @property
+    def leaves(self) -> list[Any]:
+        """All leaves, for those who do not ask for the structure."""
+        return [*self.of_params[0], *self.of_buffers[0], *self.arg_leaves, *self.of_kwargs[0]]
+
+    @property
     def state(self) -> list[Tensor]:
         """Tensors among parameters and buffers, which are no residuals: the caller holds them anyway."""
         return [leaf for leaf in (*self.of_params[0], *self.of_buffers[0]) if isinstance(leaf, Tensor)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
@@ -29,7 +30,7 @@ def choose(call: StageCall) -> Engine:
     own: Engine | None = getattr(call.apply, "linearize", None)
     if own is not None:
         return own
-    if first_dtensor((call.params, call.args)) is not None:
+    if first_dtensor(chain(call.of_params[0], call.arg_leaves)) is not None:
         return tape.linearize
     return uncompiled
 
@@ -52,7 +53,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
         return levels.linearize(call)
     if not _is_known(call.apply):
         with lent(call.module):
-            before = Before.of(call.module, call.whole[0], getattr(call.apply, "contents", None))
+            before = Before.of(call.module, call.leaves, getattr(call.apply, "contents", None))
             try:
                 return levels.linearize(call, held=before.held)
             except TakesGradients:

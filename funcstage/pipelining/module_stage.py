@@ -232,7 +232,7 @@ class ModuleStage(ExchangingStage):
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            if first_dtensor(leaf) is not None:
+            if first_dtensor([leaf]) is not None:
                 return mode.from_tensor(leaf.detach()).requires_grad_(leaf.requires_grad)
             return tt.fake_like(mode, leaf, self.device).requires_grad_(leaf.requires_grad)
 

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import optree
 import torch
 from torch import Tensor, nn
 
@@ -76,14 +75,16 @@ class CompiledStage:
         found = self._found(call)
         if found is None:
             return self.apply(params, buffers, *args, **kwargs)
-        output, new_buffers, _ = _run(found, call)
+        output, new_buffers, _ = self._run(found, call)
         return output, new_buffers
 
     def linearize(self, call: StageCall) -> Linearized[Any]:
         """Run F: what makes it an engine."""
-        call = call.to(self.apply)
         found = self._found(call)
-        return choose(call)(call) if found is None else _run(found, call)
+        if found is not None:
+            return self._run(found, call)
+        call = call.to(self.apply)
+        return choose(call)(call)
 
     def plan(
         self,
@@ -105,8 +106,7 @@ class CompiledStage:
         Returns:
             The plan; print it.
         """
-        leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
+        programs = self._for(params, buffers, args, argnums, kwargs)
         return plan_of(self.__qualname__, programs.joint, programs.partition)
 
     def programs(
@@ -129,9 +129,7 @@ class CompiledStage:
         Returns:
             The three graphs; print them.
         """
-        leaves, structure = trees.flatten((params, buffers, args, kwargs))
-        programs = self._programs(leaves, structure, differentiated_leaves(args, argnums))
-        parts = programs.partition
+        parts = self._for(params, buffers, args, argnums, kwargs).partition
         return StagePrograms(parts.forward.module, parts.input_grad.module, parts.weight_grad.module)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -161,33 +159,50 @@ class CompiledStage:
 
     def _found(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
         """The programs for a call and its tensors; `None` where the original function must run."""
-        (leaves, structure), diff = call.whole, call.diff
+        leaves, structure = call.whole
         if current_level():
             return None  # a transform around the stage
         if self._recent is not None:  # computing a signature takes as long as launching F
             recent, programs = self._recent
-            tensors = recent.match(leaves, structure, diff, self._module_state)
+            tensors = recent.match(leaves, structure, call.diff, self._module_state)
             if tensors is not None:
                 return programs, tensors
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
-        programs, signature, reads = self._looked_up(leaves, structure, diff)
-        now = signature_of(leaves, structure, diff, self._module_state)
+        programs, signature, reads = self._looked_up(call)
+        now = self._signature(call)
         if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
-            self._recent = Recent(leaves, structure, diff, self._module_state, reads), programs
+            self._recent = Recent(leaves, structure, call.diff, self._module_state, reads), programs
         return programs, tensors
 
-    def _programs(
-        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
-    ) -> Programs:
-        return self._looked_up(leaves, structure, diff)[0]
+    def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
+        """Run F; where it fails, raise what the stage itself raises."""
+        programs, tensors = found
+        try:
+            return programs.linearize(tensors)
+        except Exception as caught:
+            error = caught
+        raise failed(error, call.to(self.apply))
 
-    def _looked_up(
-        self, leaves: list[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None
-    ) -> tuple[Programs, Signature, Reads]:
+    def _for(
+        self,
+        params: Params,
+        buffers: Buffers,
+        args: tuple[Any, ...],
+        argnums: int | Sequence[int] | None,
+        kwargs: dict[str, Any],
+    ) -> Programs:
+        """The programs for arguments with which nothing is run."""
+        diff = differentiated_leaves(args, argnums)
+        return self._looked_up(StageCall.of(self.apply, params, buffers, args, kwargs, diff))[0]
+
+    def _signature(self, call: StageCall) -> Signature:
+        return signature_of(*call.whole, call.diff, self._module_state)
+
+    def _looked_up(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
         """The programs for a call, the signature that they were traced for, and what that trace read."""
-        called = signature_of(leaves, structure, diff, self._module_state)
+        called = self._signature(call)
         with self._lock:
             for reads in self._reads.get(called, ()):
                 signature = called._replace(outside=reads.now())
@@ -195,22 +210,14 @@ class CompiledStage:
                 if programs is not None:
                     self._traced.move_to_end(signature)
                     return programs, signature, reads
-            return self._trace(called, leaves, structure, diff)
+            return self._trace(call.to(self.apply))
 
-    def _trace(
-        self,
-        called: Signature,
-        leaves: list[Any],
-        structure: optree.PyTreeSpec,
-        diff: Sequence[int] | None,
-    ) -> tuple[Programs, Signature, Reads]:
-        params, buffers, args, kwargs = trees.unflatten(structure, leaves)
-        _refuse_dtensors(params, args)
+    def _trace(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
+        _refuse_dtensors(call)
         decompositions, lower = _backend(self.backend)
-        recorder = Recorder(self.apply, self._modules, others_among(leaves, structure))
+        recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another.
         with lent(self.module), tt.one_at_a_time, generators_restored():
-            call = StageCall.of(self.apply, params, buffers, args, kwargs, diff)
             try:
                 joint = trace(call, {**DECOMPOSED, **decompositions}, recorder=recorder)
                 reads, said = recorder.finish()
@@ -226,14 +233,14 @@ class CompiledStage:
                 raise error from cause
             raise error
         on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
-        replayed = self.cuda_graphs and on_cuda and diff is not None and draws_in_graphs(joint)
+        replayed = self.cuda_graphs and on_cuda and call.diff is not None and draws_in_graphs(joint)
         slots = SlotPool() if replayed else None
         joint = decompose(joint)
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)
         programs = Programs(joint, partition(joint, self.remat), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
-        called = signature_of(leaves, structure, diff, self._module_state)
+        called = self._signature(call)
         signature = called._replace(outside=said)
         self._traced[signature] = programs
         alike = self._reads.setdefault(called, [])
@@ -311,16 +318,6 @@ def compile(
     return CompiledStage(apply, backend, remat, cuda_graphs)
 
 
-def _run(found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
-    """Run F; where it fails, raise what the stage itself raises."""
-    programs, tensors = found
-    try:
-        return programs.linearize(tensors)
-    except Exception as caught:
-        error = caught
-    raise failed(error, call)
-
-
 def _backend(name: str) -> tuple[Any, Lower]:
     if name == "aten":
         return {}, run_as_python
@@ -329,11 +326,10 @@ def _backend(name: str) -> tuple[Any, Lower]:
     return inductor.decompositions(), inductor.lower
 
 
-def _refuse_dtensors(params: Params, args: tuple[Any, ...]) -> None:
-    for tree, root in ((params, "params"), (args, "args")):
-        place = first_dtensor(tree)
+def _refuse_dtensors(call: StageCall) -> None:
+    for root, (leaves, spec) in (("params", call.of_params), ("args", (call.arg_leaves, call.args_spec))):
+        place = first_dtensor(leaves)
         if place is not None:
-            leaves, spec = trees.flatten(tree)
             raise TraceError(
                 f"{trees.leaf_names(spec, root)[place]} ({trees.describe(leaves[place])}) is a DTensor, "
                 "which is not compiled. Write the stage's communication as functional collectives "
