@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import optree
 from torch import Tensor
@@ -23,7 +23,6 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
     __slots__ = ("_failed", "_tape", "_watches", "stage")
-    _verb: ClassVar[str]
 
     def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
         self._tape = tape

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import _is_functional_tensor as is_functionalized
 from torch._C._functorch import (
     TransformType,
     _grad_decrement_nesting,
@@ -51,7 +50,6 @@ __all__ = [
     "grad_level",
     "innermost",
     "is_dead",
-    "is_functionalized",
     "level_of",
     "make_leaf",
     "one_level_down",

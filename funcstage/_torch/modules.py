@@ -1,27 +1,10 @@
-"""What a module holds of its own, by name: entries that are None are among them."""
+"""What a module does not tell publicly: its hooks, what its state dict leaves out, its flat weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
-__all__ = ["own_buffers", "own_modules", "own_parameters"]
-
-
-def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """The parameters that hang on the module itself: its dictionary, not a copy."""
-    return module._parameters
-
-
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that hang on the module itself: its dictionary, not a copy."""
-    return module._buffers
-
-
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that hang on the module itself: its dictionary, not a copy."""
-    return module._modules
+__all__ = ["has_hooks", "is_saved_without", "weight_names"]
 
 
 def has_hooks(module: nn.Module) -> bool:

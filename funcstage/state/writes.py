@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage._torch.tensors import version_of
+from funcstage._torch.tensors import is_functionalized, version_of
 from funcstage.errors import WrittenError
 from funcstage.residuals import SavedAndWritten
 from funcstage.trees import PyTree
@@ -184,7 +184,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor with the version counter of another, and none of its memory where that can be."""
-    if type(tensor) not in _PLAIN or ft.current_level() or ft.is_functionalized(tensor):
+    if type(tensor) not in _PLAIN or ft.current_level() or is_functionalized(tensor):
         with torch.no_grad():
             return tensor.detach()
     alias = tensor.detach()
