@@ -332,10 +332,7 @@ class _Regions:
 
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         asked = Call.of(call)
-        if asked.is_constant(lambda tensor: tensor.requires_grad):
-            with torch.no_grad():
-                return asked.run()
-        if self._open or not torch.is_grad_enabled():
+        if asked.constant or self._open or not torch.is_grad_enabled():
             return asked.run()
         context = asked.context_fn()[0]
         policy = tt.policy_of(context)

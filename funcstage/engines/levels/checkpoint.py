@@ -21,6 +21,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,8 @@ class Call(NamedTuple):
         preserve_rng_state: whether the second run draws the same random numbers.
         early_stop: whether the second run may stop where nothing more is needed.
         context_fn: makes the contexts of the two runs.
+        constant: whether its result has no gradient: the reentrant form gives none but through its arguments.
+            Torch warns of it.
     """
 
     function: Callable[..., Any]
@@ -64,32 +67,33 @@ class Call(NamedTuple):
     preserve_rng_state: bool
     early_stop: bool
     context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+    constant: bool
 
     @classmethod
-    def of(cls, call: inspect.BoundArguments) -> Call:
+    def of(
+        cls,
+        call: inspect.BoundArguments,
+        requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad"),
+    ) -> Call:
+        """Read a call; `requires_grad` tells of an argument whether it does."""
         given = call.arguments
-        kwargs = dict(given.get("kwargs", {}))
+        args, kwargs = given.get("args", ()), dict(given.get("kwargs", {}))
+        reentrant = given["use_reentrant"] is not False
         return cls(
             given["function"],
-            given.get("args", ()),
+            args,
             kwargs,
-            given["use_reentrant"] is not False,
+            reentrant,
             kwargs.pop("preserve_rng_state", True),
             given["early_stop"],
             given["context_fn"],
+            reentrant and not any(requires_grad(arg) for arg in args if isinstance(arg, Tensor)),
         )
 
     def run(self) -> Any:
-        """Run the function as it is."""
-        return self.function(*self.args, **self.kwargs)
-
-    def is_constant(self, requires_grad: Callable[[Tensor], bool]) -> bool:
-        """Tell whether its result has no gradient: the reentrant form gives none but through its arguments.
-
-        Torch warns of it.
-        """
-        tensors = (arg for arg in self.args if isinstance(arg, Tensor))
-        return self.reentrant and not any(map(requires_grad, tensors))
+        """Run the function as it is, without gradients where its result has none."""
+        with torch.no_grad() if self.constant else nullcontext():
+            return self.function(*self.args, **self.kwargs)
 
 
 class Region:

@@ -49,12 +49,9 @@ class Rerunnable(NamedTuple):
 
 def checkpointed(split: Split, call: inspect.BoundArguments) -> Any:
     """Run a checkpointed region, keeping what it takes to run it again."""
-    asked = Call.of(call)
-    if asked.is_constant(split.is_differentiated):
-        with torch.no_grad():
-            return asked.run()
+    asked = Call.of(call, split.is_differentiated)
     board = split.rerunnable
-    if board is None or not torch.is_grad_enabled():
+    if asked.constant or board is None or not torch.is_grad_enabled():
         return asked.run()
     region = Region(asked, board.module)
     split.had_regions = True

@@ -16,9 +16,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import is_symbolic_zero
-from funcstage.copies import Unpicklable
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
+from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.functional import ModuleState, lent_again
 from funcstage.residuals import (
     Home,
@@ -28,7 +28,6 @@ from funcstage.residuals import (
     replaced,
     residuals_of,
 )
-from funcstage.tensors import added
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
@@ -89,7 +88,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightTape(Unpicklable):
+class WeightTape(WeightsOnNodes):
     """What W needs: places on the inner tape with the cotangents that arrived there.
 
     Attributes:
@@ -105,8 +104,6 @@ class WeightTape(Unpicklable):
     regions: list[RegionTape]
     shared: bool
     home: Home
-    checks_nan: ClassVar = True
-    shares: ClassVar = None
 
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -127,17 +124,10 @@ class WeightTape(Unpicklable):
             grads[i] = grad
         return grads, replace(self, regions=regions, shared=True) if retain else None
 
-    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Run W and add the gradients into `totals`, which are donated."""
-        return added(totals, self.weight_vjp(retain=False)[0])
-
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved, the cotangents, then those of the regions."""
         own = [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
         return own + [leaf for _, tape in self.regions for leaf in tape.leaves()]
-
-    def share(self) -> list[Tensor]:
-        return self.leaves()  # nothing is ever written into them
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
         """The same tape over other residuals."""
@@ -206,7 +196,7 @@ class RegionTape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputTape(Unpicklable):
+class InputTape(InputsOnNodes):
     """What the forward pass retains: the outer tape for I, and the inner one for W.
 
     Attributes:
@@ -230,8 +220,6 @@ class InputTape(Unpicklable):
     shared: bool
     home: Home
     captured: Sequence[weakref.ref[Tensor]] = ()
-    watch: ClassVar = None
-    checks_nan: ClassVar = True
     higher: ClassVar = True
 
     def input_vjp(
@@ -288,17 +276,6 @@ class InputTape(Unpicklable):
         """What I reads: residuals, parameters and buffers."""
         edges = [edge for edge, _ in _seeds(self.roots, cotangents)]
         return self.origin.read_behind(edges, self.home)
-
-    def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes of both tapes have saved."""
-        return [r.tensor for r in self._saved()]
-
-    def share(self) -> list[Tensor]:
-        return self.leaves()  # nothing is ever written into them
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        """The same tape over other residuals."""
-        return replace(self, home=replaced(self._saved(), leaves, self.origin.switchboard, self.home))
 
     def _saved(self) -> list[Residual]:
         edges = [edge for _, edge in self.roots + self.derived] + [

@@ -23,11 +23,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from funcstage import autograd, trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import intercepting
-from funcstage.copies import Unpicklable
 from funcstage.effects import RefusedEffects
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
+from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
@@ -43,7 +43,6 @@ from funcstage.residuals import (
     saved_in,
 )
 from funcstage.state.argument_containers import Containers, are_among
-from funcstage.tensors import added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +83,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightTape(Unpicklable):
+class WeightTape(WeightsOnNodes):
     """What W needs.
 
     Attributes:
@@ -100,8 +99,6 @@ class WeightTape(Unpicklable):
     direct: dict[int, Tensor]
     shared: bool
     home: Home
-    checks_nan: ClassVar = True
-    shares: ClassVar = None
 
     def sites(self) -> None:
         return None
@@ -136,16 +133,9 @@ class WeightTape(Unpicklable):
         nodes = {*nodes_behind(behind), *(site.node for site in sites)}
         return [*saved_in(nodes, self.origin.switchboard, self.home), *self._cotangents()]
 
-    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Run W and add the gradients into `totals`, which are donated."""
-        return added(totals, self.weight_vjp(retain=False)[0])
-
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved, then the cotangents."""
         return [r.tensor for r in self._saved()] + self._cotangents() + list(self.direct.values())
-
-    def share(self) -> list[Tensor]:
-        return self.leaves()  # nothing is ever written into them
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
         """The same tape over other residuals."""
@@ -171,7 +161,7 @@ def _again(grads: Sequence[Tensor | None] | None, instead: Any) -> tuple[Tensor 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InputTape(Unpicklable):
+class InputTape(InputsOnNodes):
     """What the forward pass retains.
 
     Attributes:
@@ -187,8 +177,6 @@ class InputTape(Unpicklable):
     inputs: dict[int, Tensor]
     shared: bool
     home: Home
-    watch: ClassVar = None
-    checks_nan: ClassVar = True
     higher: ClassVar = False
     captured: ClassVar = ()
 
@@ -225,17 +213,6 @@ class InputTape(Unpicklable):
         ends = {get_gradient_edge(leaf).node for leaf in self.inputs.values()}
         between = nodes_between(outputs, ends)
         return saved_in(between, self.origin.switchboard, self.home)
-
-    def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes have saved."""
-        return [r.tensor for r in self._saved()]
-
-    def share(self) -> list[Tensor]:
-        return self.leaves()  # nothing is ever written into them
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        """The same tape over other residuals."""
-        return replace(self, home=replaced(self._saved(), leaves, self.origin.switchboard, self.home))
 
     def _saved(self) -> list[Residual]:
         return self.origin.saved(map(get_gradient_edge, self.outputs.values()), self.home)
@@ -313,10 +290,7 @@ class _AsTheyCome:
 
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         asked = Call.of(call)
-        if asked.is_constant(lambda tensor: tensor.requires_grad):
-            with torch.no_grad():
-                return asked.run()
-        return self.leftovers.run(asked.run) if asked.reentrant else asked.run()
+        return self.leftovers.run(asked.run) if asked.reentrant and not asked.constant else asked.run()
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)
