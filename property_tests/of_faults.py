@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from interrupting import FAIL, Brittle
 from situation import Around, Situation
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcstage import trees
@@ -60,27 +61,6 @@ class Interrupts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-_ARMED: list[type[BaseException]] = []
-
-
-class _Brittle(torch.autograd.Function):
-    """The identity, whose backward raises once where that is armed."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if _ARMED:
-            raise _ARMED.pop()("in a backward")
-        return grad.clone()
-
-
 class _Breaking(Around):
     """A backward that may raise: of the output, of the weights, or of the input."""
 
@@ -91,12 +71,12 @@ class _Breaking(Around):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def through(leaf: Any) -> Any:
-            return _Brittle.apply(leaf) if trees.is_differentiable(leaf) else leaf
+            return Brittle.apply(leaf) if trees.is_differentiable(leaf) else leaf
 
         if self.place == "input":
             args = trees.map_leaves(through, args)
         output = super().forward(*args, **kwargs)
-        gain = _Brittle.apply(self.gain) if self.place == "weight" else self.gain
+        gain = Brittle.apply(self.gain) if self.place == "weight" else self.gain
         if self.place == "output":
             output = trees.map_leaves(through, output)
         return trees.map_leaves(lambda t: t * gain if trees.is_differentiable(t) else t, output)
@@ -123,8 +103,8 @@ class Broken(Situation):
 
 @contextmanager
 def _armed(error: type[BaseException]) -> Iterator[None]:
-    _ARMED.append(error)
+    FAIL.append(error("in a backward"))
     try:
         yield
     finally:
-        _ARMED.clear()
+        FAIL.clear()

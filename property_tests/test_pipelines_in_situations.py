@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 
@@ -38,9 +38,8 @@ ENGINES: dict[str, Any] = {"closures": False, "aten": {"backend": "aten"}}
 @pytest.fixture(autouse=True, scope="module")
 def alone() -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 class Fault(Exception):

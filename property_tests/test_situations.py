@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import situations
 import torch
-import torch.distributed as dist
 from driven import ORDERS, Script, ambient_kept, verdict
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
+from one_process import one_process
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -45,9 +45,8 @@ PRECISE = ("residual", "branch", "repeat", "tied", "frozen", "eval")
 @pytest.fixture(autouse=True, scope="module")
 def alone() -> Iterator[None]:
     """A process group of this process alone, for wrappers."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.mark.parametrize("kind", situations.SITUATIONS)

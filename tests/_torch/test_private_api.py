@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
@@ -564,16 +565,6 @@ def check_stage() -> None:
     )
 
 
-class InOneProcess:
-    """A process group of this process alone."""
-
-    def __enter__(self) -> None:
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-
-    def __exit__(self, *_: Any) -> None:
-        dist.destroy_process_group()
-
-
 def called_by_torch(cls: type, called: set[str]) -> type:
     """A subclass that notes which methods that it shares with torch's stage are called."""
 
@@ -625,7 +616,7 @@ def stages_under_schedules() -> None:
 
     called: set[str] = set()
     kind = called_by_torch(FunctionalPipelineStage, called)
-    with InOneProcess():
+    with one_process():
         for schedule, count, options in (
             (torch_schedules.Schedule1F1B, 1, {}),
             (torch_schedules.ScheduleZBVZeroBubble, 2, {"compile": {"backend": "aten"}}),

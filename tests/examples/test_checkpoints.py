@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from one_process import one_process
 from torch import nn
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
@@ -19,9 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 @pytest.fixture(autouse=True, scope="module")
 def alone() -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.fixture

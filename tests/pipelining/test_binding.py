@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,9 +29,8 @@ MICROBATCHES = 2
 @pytest.fixture(autouse=True, scope="module")
 def alone() -> Iterator[Any]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with one_process() as group:
+        yield group
 
 
 class Net(nn.Module):
@@ -463,6 +462,11 @@ OTHER_PARAMETERS = [
 ]
 
 
+def engine(apply: Any, options: dict[str, Any]) -> Any:
+    """A stage function, compiled where the options say so."""
+    return fs.compile(apply, **options["compile"]) if options else apply
+
+
 @OPTIONS
 @pytest.mark.parametrize("change", OTHER_PARAMETERS, ids=lambda change: change.__name__)
 def test_a_functional_stage_refuses_a_module_that_has_got_other_parameters(
@@ -470,16 +474,14 @@ def test_a_functional_stage_refuses_a_module_that_has_got_other_parameters(
 ) -> None:
     module = net()
     apply, params, buffers = fs.functionalize(module)
-    stage = fs.compile(apply, **options["compile"]) if options else apply
+    stage = engine(apply, options)
     x = torch.randn(8, 4)
     fs.stage_vjp(stage, params, buffers, x)
     change(module)
     with pytest.raises(fs.StructureError, match=r"changed after functionalize.* Call functionalize again"):
         fs.stage_vjp(stage, params, buffers, x)
     apply, params, buffers = fs.functionalize(module)
-    output, _, _ = fs.stage_vjp(
-        fs.compile(apply, **options["compile"]) if options else apply, params, buffers, x
-    )
+    output, _, _ = fs.stage_vjp(engine(apply, options), params, buffers, x)
     torch.testing.assert_close(output, module(x).detach())
 
 
@@ -490,7 +492,7 @@ def test_a_functional_stage_takes_the_code_of_a_module_that_has_the_same_paramet
 ) -> None:
     module = net()
     apply, params, buffers = fs.functionalize(module)
-    stage = fs.compile(apply, **options["compile"]) if options else apply
+    stage = engine(apply, options)
     x = torch.randn(8, 4)
     fs.stage_vjp(stage, params, buffers, x)
     change(module)
@@ -539,7 +541,7 @@ def test_a_functional_stage_takes_the_code_that_is_assigned_later(
 ) -> None:
     module = net()
     apply, params, buffers = fs.functionalize(module)
-    stage = fs.compile(apply, **options["compile"]) if options else apply
+    stage = engine(apply, options)
     x = torch.randn(8, 4)
     for _ in range(2):  # the second is recognised at a glance
         before, _, _ = fs.stage_vjp(stage, params, buffers, x)
@@ -569,7 +571,7 @@ def test_a_functional_stage_refuses_a_module_with_a_parameter_more_or_less(
 ) -> None:
     module = net()
     apply, params, buffers = fs.functionalize(module)
-    stage = fs.compile(apply, **options["compile"]) if options else apply
+    stage = engine(apply, options)
     x = torch.randn(8, 4)
     for _ in range(2):
         fs.stage_vjp(stage, params, buffers, x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.pipelining import ScheduleZBVZeroBubble
 from torch.nn import functional
@@ -210,9 +210,8 @@ def test_two_steps_of_the_pipeline_train_the_model(case: Any, engine: str) -> No
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.mark.usefixtures("one_rank")

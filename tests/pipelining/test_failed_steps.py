@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interrupting import FAIL, Brittle, Interrupt, state_of_everything
+from one_process import one_process
 from pipeline_ranks import Raised, ranks
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
@@ -33,9 +34,8 @@ MICROBATCHES = 4
 
 @pytest.fixture(autouse=True, scope="module")
 def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 class Part(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_process import one_process
 from pipeline_cases import ONE_STAGE_A_RANK, V_SHAPED, Case, Model, make_schedule, make_stages, uneven
 from pipeline_ranks import Raised, ranks, run
 from torch import Tensor, nn
@@ -134,9 +135,8 @@ Stage = Callable[..., Any]
 @pytest.fixture(scope="module")
 def alone() -> Any:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with one_process() as group:
+        yield group
 
 
 def loss(output: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from one_process import one_process
 from pipeline_cases import (
     ONE_STAGE_A_RANK,
     V_SHAPED,
@@ -34,9 +34,8 @@ ENGINES = pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"
 @pytest.fixture(autouse=True, scope="module")
 def group() -> Iterator[Any]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with one_process() as group:
+        yield group
 
 
 def stages_for(schedule: str) -> int:

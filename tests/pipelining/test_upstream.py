@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from one_process import one_process
 from pipeline_cases import ONE_STAGE_A_RANK, Block, Case, Model, make_schedule, make_stages
 from pipeline_ranks import run
 from torch import Tensor, nn
@@ -140,9 +141,8 @@ def test_one_microbatch_gives_an_encoder_what_it_gets_from_torchs_stage() -> Non
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+    with one_process():
+        yield
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])

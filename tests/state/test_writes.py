@@ -9,8 +9,8 @@ from typing import Any
 import optree
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -487,11 +487,8 @@ def test_tensors_of_inference_mode_are_taken_although_torch_does_not_count_their
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """A mesh of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with one_process():
         yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
