@@ -20,15 +20,9 @@ from funcstage.errors import (
     WrittenError,
 )
 from funcstage.functional import FunctionalStage, functionalize
-from funcstage.pullback import (
-    Pullback,
-    WeightPullback,
-    stage_backward,
-    stage_backward_input,
-    stage_backward_weight,
-    stage_vjp,
-)
+from funcstage.pullback import Pullback, stage_backward, stage_backward_input, stage_vjp
 from funcstage.sites import Site
+from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 if TYPE_CHECKING:
     from funcstage.engines.graph.compile import CompiledStage, compile

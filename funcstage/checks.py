@@ -17,7 +17,7 @@ from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.trees import describe
 
 if TYPE_CHECKING:
-    from funcstage.pullback import WeightPullback
+    from funcstage.weight_pullback import WeightPullback
 
 
 class Meta(NamedTuple):

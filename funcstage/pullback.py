@@ -8,7 +8,7 @@ validation, single use and summation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import optree
@@ -18,144 +18,24 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import trees
 from funcstage.checks import (
-    UNKNOWN,
     Meta,
     check_callable,
-    checked_accumulators,
     chosen,
     every_differentiable,
-    what_was_added,
 )
-from funcstage.engines.base import InputTape, Place, StageCall, WeightTape, is_differentiated
+from funcstage.engines.base import InputTape, StageCall, is_differentiated
 from funcstage.engines.choose import choose
-from funcstage.errors import ConsumedError, LeafError, StageError, StructureError
+from funcstage.errors import LeafError, StructureError
 from funcstage.functional import check_leaves
 from funcstage.linear import Linear, register
-from funcstage.sites import Site, operation_of
 from funcstage.state.anomaly import refuse_unchecked
 from funcstage.state.backward_errors import explain
 from funcstage.state.captured import Captured
 from funcstage.state.grad_mode import outside_inference_mode, with_gradients_on
 from funcstage.state.undone import undone_if_interrupted
-from funcstage.state.writes import Part, Watch, refuse_written, versions
-from funcstage.tensors import added
+from funcstage.state.writes import Part, Watch, refuse_written
 from funcstage.trees import AnyBuffers, AnyParams, Output, PyTree, describe
-
-
-class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
-    """W: the deferred half of a stage's backward. Returned by a `Pullback`.
-
-    It holds the residuals that only the weight gradients need and the cotangents at the stage's sites,
-    and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
-    """
-
-    __slots__ = ("_params", "_params_spec")
-
-    def __init__(
-        self,
-        tape: WeightTape | None,
-        stage: str,
-        params_spec: optree.PyTreeSpec,
-        params: Sequence[Any],
-        watches: tuple[Watch | Captured, ...],
-    ) -> None:
-        super().__init__(tape, stage, watches)
-        self._params_spec = params_spec
-        self._params = params  # the tape has them too
-
-    @undone_if_interrupted
-    @outside_inference_mode
-    def __call__(self, *, retain: bool = False) -> AnyParams:
-        """Compute the gradients of the parameters.
-
-        Args:
-            retain: keep the residuals for another call.
-
-        Returns:
-            A pytree with the structure of `params`; each gradient has its parameter's shape, dtype and
-            device, and memory of its own. `None` for a parameter that the output does not depend on.
-
-        Raises:
-            ConsumedError: on a second call, unless the first was made with `retain=True`. One that failed in
-                its midst counts.
-            WrittenError: if something that it reads was written in place after F or I.
-            StageError: in anomaly mode, if the stage is compiled.
-        """
-        tape = self._live()
-        self._check_ready(tape)
-        try:
-            grads, left = tape.weight_vjp(retain)
-            self._keep(left)
-        except BaseException as error:
-            if not retain:
-                self._fail(tape)
-            explain(error, self.stage, "W")
-            raise
-        return trees.unflatten(self._params_spec, grads)
-
-    def _check_ready(self, tape: WeightTape) -> None:
-        refuse_unchecked(tape.checks_nan, self.stage, "W")
-        refuse_written(self._watches, tape.reads, self.stage, "W")
-
-    def _keep(self, left: WeightTape | None) -> None:
-        self._tape = left
-        if left is None:
-            self._params, self._watches = (), ()
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The sites of the stage that the output depends on, whose vjps sum up to what W computes.
-
-        Looking at them uses nothing up. A stage without differentiated arguments (`argnums=()`) has no
-        input side to be split from: it is one site for each of its outputs.
-
-        Raises:
-            ConsumedError: if the weight pullback was used.
-            StageError: if the stage is compiled, so that its W is one program, or runs on DTensors.
-        """
-        places = self._live().sites()
-        if places is None:
-            raise StageError(
-                f"The sites of {self.stage} cannot be told apart: its W is one program. Give stage_vjp the "
-                "uncompiled stage function (`compiled.apply`), and plain tensors."
-            )
-        names = [".".join(map(str, path)) for path in self._params_spec.paths()]
-
-        def site(place: Place) -> Site:
-            def pull(cotangent: Tensor) -> dict[str, Tensor]:
-                self._check_ready(self._live())
-                grads = place.vjp(cotangent)
-                return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
-
-            params = tuple(names[i] for i in place.reached)
-            return Site(operation_of(place.node), params, tuple(place.inputs), place.cotangent, pull)
-
-        return tuple(map(site, places))
-
-    @undone_if_interrupted
-    def _add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Compute the gradients and add them into `totals`, which are donated."""
-        if torch.is_inference_mode_enabled():  # only there can be added into what was made there
-            return added(totals, trees.flatten(self())[0])
-        tape = self._live()
-        try:
-            totals = tape.add_into(totals)
-            self._keep(None)
-        except BaseException as error:
-            self._fail(tape)
-            explain(error, self.stage, "W")
-            raise
-        return totals
-
-    def _metas(self) -> list[Meta | None]:
-        """What the gradients look like; read when asked for, as there are many in the path of every F."""
-        return [Meta.of(param) for param in self._params]
-
-    def _signature(self) -> str:
-        return f"() -> gradients of {sum(meta is not None for meta in self._metas())} parameters"
-
-    def _rebuilt(self, tape: WeightTape | None) -> WeightPullback:
-        return WeightPullback(tape, self.stage, self._params_spec, self._params, self._watches)
+from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 
 class Pullback(Linear[InputTape], Generic[AnyParams]):
@@ -426,73 +306,4 @@ def stage_backward_input(
     return pullback(output_grads)
 
 
-def stage_backward_weight(
-    weight_pullbacks: WeightPullback[AnyParams] | Iterable[WeightPullback[AnyParams]],
-    accumulate: AnyParams | None = None,
-) -> AnyParams:
-    """Run W for one or many microbatches and sum.
-
-    Args:
-        weight_pullbacks: one weight pullback, or several of the same stage; consumed.
-        accumulate: gradients to add into, with the structure of the parameters, `None` leaves counting
-            as zero. Its tensors are donated: the sum reuses their storage. A wider dtype than the
-            parameters' (float32 for bfloat16) is kept. A compiled stage's matrix products add into them
-            directly, without rounding in between.
-
-    Returns:
-        The summed gradients, with the structure of the parameters; `None` where nothing contributed.
-
-    Raises:
-        ConsumedError: if a pullback was used before, or is listed twice.
-        WrittenError: if something that one of them reads was written in place after F or I.
-        StructureError: if pullbacks or `accumulate` differ in structure.
-        LeafError: if a leaf of `accumulate` cannot take its parameter's gradient.
-
-    These leave everything as it was. Another error, in the midst of a sum, has a note that says which
-    microbatches are in `accumulate`; those and the one that failed are consumed.
-    """
-    pending = [weight_pullbacks] if isinstance(weight_pullbacks, WeightPullback) else list(weight_pullbacks)
-    if not pending:
-        raise StructureError("stage_backward_weight needs at least one weight pullback, got none.")
-    _check_pending(pending)
-    first = pending[0]
-    total = given = checked_accumulators(first, accumulate)
-    start = versions(given)
-    for i, weight_pullback in enumerate(pending):
-        before = versions(given)
-        try:
-            total = weight_pullback._add_into(total)
-        except BaseException as error:
-            uncounted = any(leaf is not None and leaf.is_inference() for leaf in given)
-            added = UNKNOWN if uncounted else what_was_added(i, start, before, versions(given))
-            error.add_note(f"This was W of {first.stage}, weight pullback {i} of {len(pending)}. {added}")
-            raise
-    return trees.unflatten(first._params_spec, total)
-
-
-def _check_pending(pending: Sequence[WeightPullback]) -> None:
-    first = pending[0]
-    metas = first._metas() if isinstance(first, WeightPullback) else []
-    seen: set[int] = set()
-    for i, weight_pullback in enumerate(pending):
-        if not isinstance(weight_pullback, WeightPullback):
-            raise StructureError(
-                f"stage_backward_weight expects weight pullbacks, which a pullback returns second; entry {i} "
-                f"is {describe(weight_pullback)}."
-            )
-        if weight_pullback.consumed or id(weight_pullback) in seen:
-            raise ConsumedError(
-                f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. Call it "
-                "yourself with retain=True where its gradients are needed again."
-            )
-        seen.add(id(weight_pullback))
-        weight_pullback._check_ready(weight_pullback._live())
-        if weight_pullback._params_spec != first._params_spec or weight_pullback._metas() != metas:
-            raise StructureError(
-                f"Weight pullback {i} ({weight_pullback.stage}) has other parameters than the first "
-                f"({first.stage}); only microbatches of one stage can be summed."
-            )
-
-
-for _kind in (Pullback, WeightPullback):
-    register(_kind)
+register(Pullback)

@@ -22,10 +22,11 @@ from funcstage import trees
 from funcstage.checks import differentiated_leaves
 from funcstage.errors import ConsumedError, StageError
 from funcstage.functional import functionalize
-from funcstage.pullback import Pullback, WeightPullback, stage_vjp
+from funcstage.pullback import Pullback, stage_vjp
 from funcstage.testing.reference import _Twin, _twin, normal_like
 from funcstage.testing.stages import Stage
 from funcstage.testing.tolerances import compare, nodes_on_tape
+from funcstage.weight_pullback import WeightPullback
 
 Engine = Callable[[Callable[..., Any]], Callable[..., Any]]
 

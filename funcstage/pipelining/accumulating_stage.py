@@ -9,8 +9,8 @@ from funcstage.pipelining import failed_steps, hooks
 from funcstage.pipelining.binding import read
 from funcstage.pipelining.module_stage import STAGES_OF, ModuleStage
 from funcstage.pipelining.upstream import Upstream
-from funcstage.pullback import WeightPullback, stage_backward_weight
 from funcstage.state.parameter_hooks import hooked
+from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 
 class AccumulatingStage(ModuleStage):

@@ -16,9 +16,10 @@ from funcstage import trees
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.pullback import Pullback, WeightPullback, stage_backward_weight, stage_vjp
+from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.orders import Action, pipeline_order
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 StageFunction: TypeAlias = Callable[..., tuple[PyTree, Buffers]]
 LossFunction: TypeAlias = Callable[[PyTree, PyTree], Tensor]

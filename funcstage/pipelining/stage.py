@@ -29,10 +29,11 @@ from funcstage.pipelining.preparations import Preparations
 from funcstage.pipelining.refusals import check_loss, check_module, check_param_dtype, check_position
 from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.upstream import Upstream
-from funcstage.pullback import WeightPullback, stage_vjp
+from funcstage.pullback import stage_vjp
 from funcstage.state.parameter_hooks import with_hooks_on_accumulators
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import PyTree, describe
+from funcstage.weight_pullback import WeightPullback
 
 
 class FunctionalPipelineStage(AccumulatingStage):

@@ -18,7 +18,7 @@ from funcstage._torch.functorch import is_functorch_wrapped_tensor
 from funcstage.engines.graph import compile
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.pullback import Pullback, WeightPullback
+from funcstage.pullback import Pullback
 from funcstage.testing.reference import (
     COMPARED,
     Reference,
@@ -31,6 +31,7 @@ from funcstage.testing.reference import (
 )
 from funcstage.testing.report import EngineReport, StageMismatch, StageReport
 from funcstage.trees import Buffers, Params, PyTree
+from funcstage.weight_pullback import WeightPullback
 
 Engine: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 """An engine: a function from a stage function to one, such as `funcstage.compile`."""

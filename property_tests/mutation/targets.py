@@ -9,6 +9,7 @@ PACKAGE = "funcstage"
 
 TARGETS = (
     "funcstage/pullback.py",
+    "funcstage/weight_pullback.py",
     "funcstage/engines/levels/*.py",
     "funcstage/engines/graph/*.py",
     "funcstage/state/grad_mode.py",

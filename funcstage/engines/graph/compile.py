@@ -35,6 +35,7 @@ from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
+from funcstage.engines.graph.tapes import linearize
 from funcstage.engines.graph.trace import trace
 from funcstage.errors import StructureError, TraceError
 from funcstage.report import table
@@ -180,7 +181,7 @@ class CompiledStage:
         """Run F; where it fails, raise what the stage itself raises."""
         programs, tensors = found
         try:
-            return programs.linearize(tensors)
+            return linearize(programs, tensors)
         except Exception as caught:
             error = caught
         raise failed(error, call.to(self.apply))

@@ -1,34 +1,30 @@
-"""Pass 4, programs: a partition -> F, I and W as callables, and the tapes that carry residuals between.
+"""Pass 4, programs: a partition -> F, I and W as callables.
 
 A program takes its inputs in one list, which it empties, so that a residual is freed when it was last
-used. The tapes know by position where every input of the next program comes from.
+used.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch import tracing as tt
 from funcstage._torch.tensors import memory_of
-from funcstage.copies import Unpicklable
-from funcstage.engines.base import Linearized
 from funcstage.engines.graph.absent import without
-from funcstage.engines.graph.accumulate import Product, accumulating, add_into, can_add_into
-from funcstage.engines.graph.cuda_graphs import Flight, SlotPool, handed_out
+from funcstage.engines.graph.accumulate import Product, accumulating
+from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.extract import Program, giving_away
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.partition import Partition
 from funcstage.engines.graph.runners import Lower, Runner, plain_run
 from funcstage.state.writes import Watch
-from funcstage.tensors import added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,39 +70,33 @@ class Programs:
     slots: SlotPool | None = None
     _made: dict[Any, Any] = field(default_factory=dict)
 
-    def linearize(self, tensors: Sequence[Tensor]) -> Linearized[InputTape]:
-        """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
-        joint = self.joint
-        state, args = tensors[: joint.n_state], tensors[joint.n_state :]
-        n = joint.output_spec.num_leaves
-        end = n + joint.buffers_spec.num_leaves
-        flight = self.slots.claim(state) if self.slots is not None else None
-        if flight is None:
-            results = self.forward(state, args)
-            leaves = list(results[:end])
-        else:
-            results = flight.slot.run("F", self.forward, state, (), args)
-            leaves = handed_out(results[:end])
-        for i, constant in joint.constants.items():
-            leaves[i] = constant
-        output = trees.unflatten(joint.output_spec, leaves[:n])
-        new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
-        if joint.changes is not None:
-            new_buffers, kept = new_buffers
-            joint.changes.make(kept)
-        residuals: Any = tuple(results[end:])
+    def note_forward(
+        self,
+        given: Sequence[Tensor],
+        leaves: Sequence[Any],
+        results: Sequence[Any],
+        residuals: Sequence[Tensor],
+    ) -> None:
+        """Note, from a first run, which residuals of F lie in memory of their own, and what is to be watched.
+
+        Args:
+            given: parameters, buffers and arguments.
+            leaves: of output and new buffers, as the caller gets them.
+            results: the same, as the program returned them.
+            residuals: what it returned beside them.
+        """
         if "F" not in self._made:
-            others = [*tensors, *results[:end]]
-            self._made["F"] = unshared(self.partition.after_forward, residuals, others)
-            self._made["watched"] = self._watched((*tensors, *leaves), residuals)
+            self._made["F"] = unshared(self.partition.after_forward, residuals, [*given, *results])
+            self._made["watched"] = self._watched((*given, *leaves), residuals)
             self._made["captured"] = self._captured(residuals)
+
+    def watch(self, held_by_caller: Sequence[Any]) -> Watch:
+        """Watch over what I and W may read of what the caller gave and got, or the stage captured."""
         places, names = self._made["watched"]
-        held_by_caller = (*tensors, *leaves)
         # Without their history, which they have where the caller has turned gradients off.
         held = [leaf.detach() if (leaf := held_by_caller[i]).requires_grad else leaf for i in places]
         captured = self._made["captured"]
-        watch = Watch([*held, *captured], (), lambda: [*names(), *captured.values()])
-        return Linearized(output, new_buffers, InputTape(self, state, residuals, flight, watch))
+        return Watch([*held, *captured], (), lambda: [*names(), *captured.values()])
 
     def _watched(
         self, leaves: Sequence[Any], residuals: Sequence[Tensor]
@@ -306,173 +296,3 @@ class Backward:
     n_grads: int
     kept: tuple[int, ...]
     made: tuple[int, ...]
-
-
-@dataclass(slots=True, eq=False)
-class InputTape(Unpicklable):
-    """What F retains for I and W.
-
-    Attributes:
-        programs: of the signature.
-        state: parameters and buffers.
-        residuals: what F handed on; given up when I runs, so that it is freed as I proceeds.
-        flight: the claim on the slot that the residuals lie in, if CUDA graphs made them.
-        shared: whether others may hold residuals too, so that nothing may be written into them.
-    """
-
-    programs: Programs
-    state: Sequence[Tensor]
-    residuals: tuple[Tensor, ...]
-    flight: Flight | None
-    watch: Watch
-    shared: bool = False
-    intact: bool = True
-    checks_nan: ClassVar = False
-    higher: ClassVar = False
-    captured: ClassVar = ()
-
-    def input_vjp(
-        self, cotangents: Sequence[Tensor | None], retain: bool
-    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
-        """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
-        programs = self.programs
-        traced = programs.joint.cotangents
-        absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
-        backward = programs.backward(absent)
-        given: list[Any] = [_with_strides(cotangents[i], strides) for i, strides in backward.cotangents]
-        n, size = backward.n_grads, len(self.residuals)
-        kept = {i: self.residuals[i] for i in backward.kept}
-        shared = self.shared or retain
-        replay = self.flight is not None and not shared and not absent
-        step = programs.input_grad(backward, donate=not shared and self.flight is None)
-        first = not programs.is_noted(backward)
-        others = (*self.state, *kept.values(), *given) if first else ()
-        if self.flight is not None and replay:
-            results = self.flight.slot.run("I", step, self.state, self.residuals, given)
-            grads = handed_out(results[:n])
-            shares = None
-        else:
-            shares = programs.shared(backward)
-            laid_out = given if shares is None else []
-            inputs = step.inputs(self.state, (*self.residuals, *given))
-            del given
-            if not retain:
-                self.residuals, self.intact = (), False
-            results = list(plain_run(step.run, inputs))
-            grads = list(results[:n])
-            if shares is None:
-                shares = programs.note_shared(backward, laid_out, results, kept.values())
-        if first:
-            programs.note(backward, results, others)
-        residuals: list[Tensor | None] = [None] * (size + len(results) - n)
-        for i, residual in kept.items():
-            residuals[i] = residual
-        for i in backward.made:
-            residuals[size + i] = results[n + i]
-        weight_tape = WeightTape(
-            programs, backward, self.state, tuple(residuals), shares, self.flight, replay, shared
-        )
-        self.intact = retain
-        return grads, weight_tape, self if retain else None
-
-    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
-        """What I reads: residuals, parameters and buffers."""
-        absent = tuple(
-            [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
-        )
-        program = self.programs.backward(absent).input_grad
-        return self.programs.found(program, self.state, self.residuals)
-
-    def leaves(self) -> list[Tensor]:
-        return list(self.residuals)
-
-    def share(self) -> list[Tensor]:
-        self.shared = True
-        return self.leaves()
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        return replace(self, residuals=tuple(leaves), flight=None, shared=True)
-
-
-@dataclass(slots=True, eq=False)
-class WeightTape(Unpicklable):
-    """What F and I retain for W.
-
-    Attributes:
-        programs: of the signature.
-        backward: I and W for the cotangents that there were.
-        state: parameters and buffers.
-        residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
-        shares: which of I's cotangents and results share memory with them; None where that is unknown.
-        flight: the claim on the slot that residuals lie in, if any.
-        replay: whether W may run as a CUDA graph, because I did.
-        shared: whether others may hold residuals too, so that nothing may be written into them.
-    """
-
-    programs: Programs
-    backward: Backward
-    state: Sequence[Tensor]
-    residuals: tuple[Tensor | None, ...]
-    shares: tuple[int, ...] | None
-    flight: Flight | None
-    replay: bool
-    shared: bool
-    intact: bool = True
-    checks_nan: ClassVar = False
-
-    def reads(self) -> Iterator[Tensor]:
-        """What W reads: residuals, parameters and buffers."""
-        return self.programs.found(self.backward.weight_grad, self.state, self.residuals)
-
-    def sites(self) -> None:
-        return None
-
-    def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
-        """Run W: return the gradient of every parameter leaf, and the tape that is left."""
-        # What lies in a slot may only be given away by a replay, after which the slot keeps count of it.
-        own = not (self.shared or retain) and (self.flight is None or self.replay)
-        step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
-        if self.flight is not None and own:
-            grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
-            self.intact = False
-            return handed_out(grads), None
-        inputs = step.inputs(self.state, self.residuals)
-        if not retain:
-            self.residuals, self.intact = (), False
-        return list(plain_run(step.run, inputs)), self if retain else None
-
-    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Run W and add the gradients into `totals`, which are donated."""
-        if self.flight is not None or not can_add_into(totals, self.backward.weight_grad):
-            return added(totals, self.weight_vjp(retain=False)[0])
-        step, products = self.programs.weight_grad_into(self.backward)
-
-        def run(inputs: list[Any]) -> list[Tensor | None]:
-            return add_into(totals, list(step.run(inputs)), products)
-
-        inputs = step.inputs(self.state, self.residuals)
-        self.residuals, self.intact = (), False
-        return list(plain_run(run, inputs))
-
-    def leaves(self) -> list[Tensor]:
-        return [residual for residual in self.residuals if residual is not None]
-
-    def share(self) -> list[Tensor]:
-        self.shared = True
-        return self.leaves()
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
-        new = iter(leaves)
-        residuals = tuple(None if r is None else next(new) for r in self.residuals)
-        return replace(self, residuals=residuals, flight=None, shared=True)
-
-
-def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
-    """The programs view their cotangents as the trace did, so these must lie in memory as they did there."""
-    if cotangent is None or cotangent.stride() == strides:
-        return cotangent
-    with torch.no_grad():
-        laid_out = torch.empty_strided(
-            cotangent.shape, strides, dtype=cotangent.dtype, device=cotangent.device
-        )
-        return laid_out.copy_(cotangent)

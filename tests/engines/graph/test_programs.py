@@ -22,12 +22,12 @@ def test_an_error_that_the_uncompiled_stage_does_not_have_comes_through(
         runs.append(x)
         return x * params["w"], buffers
 
-    def fails(self: Programs, tensors: Any) -> Any:
+    def fails(self: Programs, *args: Any) -> Any:
         raise error("in a kernel")
 
     fast = fs.compile(apply, backend="aten")
     fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2))
-    monkeypatch.setattr(Programs, "linearize", fails)
+    monkeypatch.setattr(Programs, "note_forward", fails)
     runs.clear()
     with pytest.raises(error, match="in a kernel"):
         fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2))

@@ -1,0 +1,219 @@
+"""The tapes of a compiled stage: they carry residuals from F to I and W.
+
+They know by position where every input of the next program comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcstage import trees
+from funcstage.copies import Unpicklable
+from funcstage.engines.base import Linearized
+from funcstage.engines.graph.accumulate import add_into, can_add_into
+from funcstage.engines.graph.cuda_graphs import Flight, handed_out
+from funcstage.engines.graph.programs import Backward, Programs
+from funcstage.engines.graph.runners import plain_run
+from funcstage.state.writes import Watch
+from funcstage.tensors import added
+
+
+def linearize(programs: Programs, tensors: Sequence[Tensor]) -> Linearized[InputTape]:
+    """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
+    joint = programs.joint
+    state, args = tensors[: joint.n_state], tensors[joint.n_state :]
+    n = joint.output_spec.num_leaves
+    end = n + joint.buffers_spec.num_leaves
+    flight = programs.slots.claim(state) if programs.slots is not None else None
+    if flight is None:
+        results = programs.forward(state, args)
+        leaves = list(results[:end])
+    else:
+        results = flight.slot.run("F", programs.forward, state, (), args)
+        leaves = handed_out(results[:end])
+    for i, constant in joint.constants.items():
+        leaves[i] = constant
+    output = trees.unflatten(joint.output_spec, leaves[:n])
+    new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
+    if joint.changes is not None:
+        new_buffers, kept = new_buffers
+        joint.changes.make(kept)
+    residuals: Any = tuple(results[end:])
+    programs.note_forward(tensors, leaves, results[:end], residuals)
+    watch = programs.watch((*tensors, *leaves))
+    return Linearized(output, new_buffers, InputTape(programs, state, residuals, flight, watch))
+
+
+@dataclass(slots=True, eq=False)
+class InputTape(Unpicklable):
+    """What F retains for I and W.
+
+    Attributes:
+        programs: of the signature.
+        state: parameters and buffers.
+        residuals: what F handed on; given up when I runs, so that it is freed as I proceeds.
+        flight: the claim on the slot that the residuals lie in, if CUDA graphs made them.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
+    """
+
+    programs: Programs
+    state: Sequence[Tensor]
+    residuals: tuple[Tensor, ...]
+    flight: Flight | None
+    watch: Watch
+    shared: bool = False
+    intact: bool = True
+    checks_nan: ClassVar = False
+    higher: ClassVar = False
+    captured: ClassVar = ()
+
+    def input_vjp(
+        self, cotangents: Sequence[Tensor | None], retain: bool
+    ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
+        """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
+        programs = self.programs
+        traced = programs.joint.cotangents
+        absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
+        backward = programs.backward(absent)
+        given: list[Any] = [_with_strides(cotangents[i], strides) for i, strides in backward.cotangents]
+        n, size = backward.n_grads, len(self.residuals)
+        kept = {i: self.residuals[i] for i in backward.kept}
+        shared = self.shared or retain
+        replay = self.flight is not None and not shared and not absent
+        step = programs.input_grad(backward, donate=not shared and self.flight is None)
+        first = not programs.is_noted(backward)
+        others = (*self.state, *kept.values(), *given) if first else ()
+        if self.flight is not None and replay:
+            results = self.flight.slot.run("I", step, self.state, self.residuals, given)
+            grads = handed_out(results[:n])
+            shares = None
+        else:
+            shares = programs.shared(backward)
+            laid_out = given if shares is None else []
+            inputs = step.inputs(self.state, (*self.residuals, *given))
+            del given
+            if not retain:
+                self.residuals, self.intact = (), False
+            results = list(plain_run(step.run, inputs))
+            grads = list(results[:n])
+            if shares is None:
+                shares = programs.note_shared(backward, laid_out, results, kept.values())
+        if first:
+            programs.note(backward, results, others)
+        residuals: list[Tensor | None] = [None] * (size + len(results) - n)
+        for i, residual in kept.items():
+            residuals[i] = residual
+        for i in backward.made:
+            residuals[size + i] = results[n + i]
+        weight_tape = WeightTape(
+            programs, backward, self.state, tuple(residuals), shares, self.flight, replay, shared
+        )
+        self.intact = retain
+        return grads, weight_tape, self if retain else None
+
+    def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """What I reads: residuals, parameters and buffers."""
+        absent = tuple(
+            [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
+        )
+        program = self.programs.backward(absent).input_grad
+        return self.programs.found(program, self.state, self.residuals)
+
+    def leaves(self) -> list[Tensor]:
+        return list(self.residuals)
+
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
+        return replace(self, residuals=tuple(leaves), flight=None, shared=True)
+
+
+@dataclass(slots=True, eq=False)
+class WeightTape(Unpicklable):
+    """What F and I retain for W.
+
+    Attributes:
+        programs: of the signature.
+        backward: I and W for the cotangents that there were.
+        state: parameters and buffers.
+        residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
+        shares: which of I's cotangents and results share memory with them; None where that is unknown.
+        flight: the claim on the slot that residuals lie in, if any.
+        replay: whether W may run as a CUDA graph, because I did.
+        shared: whether others may hold residuals too, so that nothing may be written into them.
+    """
+
+    programs: Programs
+    backward: Backward
+    state: Sequence[Tensor]
+    residuals: tuple[Tensor | None, ...]
+    shares: tuple[int, ...] | None
+    flight: Flight | None
+    replay: bool
+    shared: bool
+    intact: bool = True
+    checks_nan: ClassVar = False
+
+    def reads(self) -> Iterator[Tensor]:
+        """What W reads: residuals, parameters and buffers."""
+        return self.programs.found(self.backward.weight_grad, self.state, self.residuals)
+
+    def sites(self) -> None:
+        return None
+
+    def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
+        """Run W: return the gradient of every parameter leaf, and the tape that is left."""
+        # What lies in a slot may only be given away by a replay, after which the slot keeps count of it.
+        own = not (self.shared or retain) and (self.flight is None or self.replay)
+        step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
+        if self.flight is not None and own:
+            grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
+            self.intact = False
+            return handed_out(grads), None
+        inputs = step.inputs(self.state, self.residuals)
+        if not retain:
+            self.residuals, self.intact = (), False
+        return list(plain_run(step.run, inputs)), self if retain else None
+
+    def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run W and add the gradients into `totals`, which are donated."""
+        if self.flight is not None or not can_add_into(totals, self.backward.weight_grad):
+            return added(totals, self.weight_vjp(retain=False)[0])
+        step, products = self.programs.weight_grad_into(self.backward)
+
+        def run(inputs: list[Any]) -> list[Tensor | None]:
+            return add_into(totals, list(step.run(inputs)), products)
+
+        inputs = step.inputs(self.state, self.residuals)
+        self.residuals, self.intact = (), False
+        return list(plain_run(run, inputs))
+
+    def leaves(self) -> list[Tensor]:
+        return [residual for residual in self.residuals if residual is not None]
+
+    def share(self) -> list[Tensor]:
+        self.shared = True
+        return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
+        new = iter(leaves)
+        residuals = tuple(None if r is None else next(new) for r in self.residuals)
+        return replace(self, residuals=residuals, flight=None, shared=True)
+
+
+def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
+    """The programs view their cotangents as the trace did, so these must lie in memory as they did there."""
+    if cotangent is None or cotangent.stride() == strides:
+        return cotangent
+    with torch.no_grad():
+        laid_out = torch.empty_strided(
+            cotangent.shape, strides, dtype=cotangent.dtype, device=cotangent.device
+        )
+        return laid_out.copy_(cotangent)
