@@ -6,6 +6,8 @@ code outside pipelines would expect (`TypeError`, `ValueError`, `RuntimeError`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class StageError(Exception):
     """A call that funcstage refuses; the base of all its errors."""
@@ -33,3 +35,24 @@ class WrittenError(PurityError):
 
 class TraceError(StageError, RuntimeError):
     """The stage function cannot be traced into a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rank cannot go on; sent to the others in place of what they wait for.
+
+    Attributes:
+        kind: the error to raise.
+        message: what it says, on every rank the same.
+    """
+
+    kind: type[StageError]
+    message: str
+
+    @classmethod
+    def of(cls, stage: str, error: BaseException) -> Failure:
+        """Describe an error of a stage."""
+        if isinstance(error, StageError):
+            text = str(error)
+            return cls(type(error), text if text.lower().startswith(stage.lower()) else f"{stage}: {text}")
+        return cls(StageError, f"{stage} has failed: {type(error).__name__}: {error}".removesuffix(": "))

@@ -104,7 +104,7 @@ def test_nothing_has_grown_too_long(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "below"),
     [
-        ("_torch", "_torch dtensors errors trees pipelining"),  # whose stage stands on torch's own
+        ("_torch", "_torch dtensors errors trees"),
         ("schedules", "_torch schedules errors report"),
         ("state", "_torch state trees errors registration functional wrappers copies residuals"),
         (

@@ -36,8 +36,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _utils as torch_utils
 from torch.distributed.pipelining import stage as torch_stage
 
-from funcstage.errors import LeafError, StageError, StructureError
-from funcstage.pipelining.failures import Failure
+from funcstage.errors import Failure, LeafError, StageError, StructureError
 from funcstage.trees import is_differentiable
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "PREPARED_BY_TORCH",
     "Examples",
     "ExchangingStage",
-    "Failure",
     "OptimizedModule",
     "without_memory",
 ]

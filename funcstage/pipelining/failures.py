@@ -16,7 +16,6 @@ import pickle
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,28 +23,7 @@ import torch
 import torch.distributed as dist
 
 from funcstage._torch.distributed import default_store
-from funcstage.errors import StageError, StructureError
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a rank cannot go on; sent to the others in place of what they wait for.
-
-    Attributes:
-        kind: the error to raise.
-        message: what it says, on every rank the same.
-    """
-
-    kind: type[StageError]
-    message: str
-
-    @classmethod
-    def of(cls, stage: str, error: BaseException) -> Failure:
-        """Describe an error of a stage."""
-        if isinstance(error, StageError):
-            text = str(error)
-            return cls(type(error), text if text.lower().startswith(stage.lower()) else f"{stage}: {text}")
-        return cls(StageError, f"{stage} has failed: {type(error).__name__}: {error}".removesuffix(": "))
+from funcstage.errors import Failure, StageError, StructureError
 
 
 def tell(groups: Iterable[dist.ProcessGroup | None], failure: Failure) -> None:
