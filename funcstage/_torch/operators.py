@@ -23,7 +23,6 @@ __all__ = [
     "copy_into_all",
     "divide_all",
     "given_to",
-    "is_any_autocast_enabled",
     "make_dual",
     "meshgrid",
     "namespace_of",
@@ -46,7 +45,6 @@ pack_padded_sequence = torch._pack_padded_sequence
 pad_packed_sequence = torch._pad_packed_sequence
 copy_into_all: Callable[..., None] = torch._foreach_copy_
 divide_all: Callable[..., None] = torch._foreach_div_
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def arguments_of(operator: Any) -> Sequence[Any]:

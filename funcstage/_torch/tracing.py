@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
-from operator import call
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -28,14 +26,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
@@ -59,21 +50,16 @@ __all__ = [
     "HigherOrderOperator",
     "LazyGraphModule",
     "Policy",
-    "autocast_off",
-    "autocast_state",
     "comparison",
     "draw_again",
     "draw_and_save",
     "fake_like",
     "from_functional",
-    "global_flags",
     "has_no_memory_of_its_own",
-    "is_any_autocast_enabled",
     "last_recorded",
     "lent",
     "make_fx",
     "one_at_a_time",
-    "own_autocast_cache",
     "policy_of",
     "to_functional",
     "was_written",
@@ -170,93 +156,9 @@ def was_written(tensor: Tensor) -> bool:
     return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
 
 
-def is_any_autocast_enabled() -> bool:
-    """Tell whether autocast is on for any device type."""
-    return torch._C._is_any_autocast_enabled()
-
-
-AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
-
-
-def autocast_state() -> tuple[Hashable, ...]:
-    """The device types for which autocast is on, with the dtypes that it casts to."""
-    return tuple(
-        (kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)
-    )
-
-
-@contextmanager
-def autocast_off() -> Iterator[None]:
-    """Turn autocast off where it is on."""
-    with ExitStack() as stack:
-        for kind in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-@contextmanager
-def own_autocast_cache() -> Iterator[None]:
-    """Keep what a trace casts out of the caller's autocast cache, and what it cast out of the trace."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
 def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextManager[None]:
     """Lend a module parameters and buffers, for a recompute that runs after its own call."""
     if module is None:
         return nullcontext()
     # "Stacked", they are taken back in reverse, as is right for a module that is reached by two names.
     return _reparametrize_module(module, state, tie_weights=True, stack_weights=True)
-
-
-def global_flags() -> tuple[Hashable, ...]:
-    """The global settings that a stage function, its trace or its lowering may read."""
-    return (
-        *map(call, _FLAGS),
-        torch.get_default_device() if _len_torch_function_stack() else None,
-        *_global_forward_hooks,
-        *_global_forward_pre_hooks,
-        *_global_backward_hooks,
-        *_global_backward_pre_hooks,
-        *torch._C._get_sdp_priority_order(),
-    )
-
-
-_EINSUM: Any = torch.backends.opt_einsum
-_FLAGS: tuple[Callable[[], Hashable], ...] = (
-    torch.get_default_dtype,
-    torch.is_inference_mode_enabled,
-    *[
-        partial(torch._C._get_fp32_precision_getter, of, part)
-        for of in ("cuda", "mkldnn")
-        for part in ("all", "matmul", "conv", "rnn")
-    ],
-    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
-    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
-    torch._C._get_cublas_allow_fp16_accumulation,
-    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
-    torch._C._get_deterministic_algorithms,
-    torch._C._get_deterministic_algorithms_warn_only,
-    torch._C._get_deterministic_fill_uninitialized_memory,
-    torch.is_anomaly_enabled,
-    torch.is_anomaly_check_nan_enabled,
-    torch.get_num_threads,
-    torch.backends.mha.get_fastpath_enabled,
-    *[  # an attribute that is found behind a `__getattr__` takes a microsecond
-        partial(vars(place).get, name) for place in (_EINSUM, _EINSUM.m) for name in ("enabled", "strategy")
-    ],
-    torch._C._get_cudnn_enabled,
-    torch._C._get_cudnn_benchmark,
-    torch._C._get_cudnn_deterministic,
-    torch._C._get_mkldnn_enabled,
-    torch._C._get_mkldnn_deterministic,
-    torch._C._get_flash_sdp_enabled,
-    torch._C._get_mem_efficient_sdp_enabled,
-    torch._C._get_math_sdp_enabled,
-    torch._C._get_cudnn_sdp_enabled,
-    torch._C._get_overrideable_sdp_enabled,
-)

@@ -37,6 +37,7 @@ from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
 from funcstage.pipelining.same_dtypes import SameDtypes
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
+from funcstage.state.ambient import own_autocast_cache
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import Buffers, Params, PyTree, describe
 
@@ -239,7 +240,7 @@ class ModuleStage(ExchangingStage):
         args, kwargs, params, buffers = trees.map_leaves(
             fake, (inputs, kwargs, self._parameters, self._buffers)
         )
-        with tt.own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
+        with own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
             output, _ = self._eager(params, buffers, *args, **kwargs)
         return output
 

@@ -341,7 +341,7 @@ def group_norms() -> None:
         assert_split_as_eager(nn.GroupNorm(2, 4), images, engine=engine)
 
 
-@stands_on("_torch/operators.py", "_torch/tracing.py")
+@stands_on("_torch/operators.py", "_torch/settings.py")
 def autocast() -> None:
     for engine in (None, "aten"):
         import funcstage as fs
@@ -508,7 +508,7 @@ def traces() -> None:
     assert_split_as_eager(Frequent(), ROWS, engine="aten")
 
 
-@stands_on("_torch/tracing.py")
+@stands_on("_torch/tracing.py", "_torch/settings.py")
 def signatures() -> None:
     import funcstage as fs
 

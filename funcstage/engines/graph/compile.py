@@ -25,7 +25,6 @@ from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
-from funcstage.engines.graph.draws import generators_restored
 from funcstage.engines.graph.guards import ModuleState, Recent, Signature, others_among, reasons, signature_of
 from funcstage.engines.graph.modules_behind import modules_behind
 from funcstage.engines.graph.partition import Remat, partition
@@ -39,6 +38,7 @@ from funcstage.engines.graph.tapes import linearize
 from funcstage.engines.graph.trace import trace
 from funcstage.errors import StructureError, TraceError
 from funcstage.report import table
+from funcstage.state.ambient import generators_kept, of_process
 from funcstage.state.locks import lent
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -217,8 +217,8 @@ class CompiledStage:
         _refuse_dtensors(call)
         decompositions, lower = _backend(self.backend)
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
-        # In this order, as a stage may run within another.
-        with lent(self.module), tt.one_at_a_time, generators_restored():
+        # In this order, as a stage may run within another. One that draws from the process's is refused.
+        with lent(self.module), tt.one_at_a_time, generators_kept(of_process()):
             try:
                 joint = trace(call, {**DECOMPOSED, **decompositions}, recorder=recorder)
                 reads, said = recorder.finish()

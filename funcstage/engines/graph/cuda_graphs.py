@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcstage._torch.operators import copy_into_all
 from funcstage._torch.tensors import memory_of, users_of
+from funcstage.state.ambient import generators_kept, of_torch
 
 MAX_SLOTS = 16
 """Microbatches that may be in flight as graphs, for each signature; further ones run without graphs."""
@@ -87,13 +88,13 @@ class Slot:
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
         for mine, theirs in zip(inputs, given, strict=True):
             mine.copy_(theirs)
-        generator = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            program(state, (*kept, *inputs))  # kernels are loaded and tuned outside the capture
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Kernels are loaded and tuned outside the capture. The first replay draws what this drew.
+        with generators_kept(of_torch([device])), torch.cuda.stream(stream):
+            program(state, (*kept, *inputs))
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.set_rng_state(generator)  # the first replay draws what this drew
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = list(program(state, (*kept, *inputs)))

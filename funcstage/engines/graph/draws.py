@@ -4,41 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from types import FrameType, ModuleType
-from typing import Any, NamedTuple
-
-
-class _Generator(NamedTuple):
-    """One of the generators of random numbers that all of a process shares."""
-
-    name: str
-    getstate: Callable[[], Any]
-    setstate: Callable[[Any], Any]
-
-
-def generators() -> list[_Generator]:
-    found = [_Generator("random", random.getstate, random.setstate)]
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        found.append(_Generator("numpy.random", lambda: _hashable(numpy.get_state()), numpy.set_state))
-    return found
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Leave the generators as they were: a stage that draws from them is refused."""
-    states = [(generator, generator.getstate()) for generator in generators()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.setstate(state)
-
-
-def _hashable(state: Any) -> tuple[Any, ...]:
-    return tuple(tuple(part.tolist()) if hasattr(part, "tolist") else part for part in state)
+from typing import Any
 
 
 class Noted:

@@ -17,9 +17,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funcstage.errors import TraceError
+from funcstage.state.ambient import Generator, RandomState
 
 _UNRECORDED = {
     *("get_state", "set_state", "graphsafe_get_state", "graphsafe_set_state", "clone_state"),
@@ -71,7 +71,7 @@ class Asked:
     """
 
     def __init__(self) -> None:
-        self._before: list[tuple[torch.Generator, Tensor]] = []
+        self._before = RandomState(())
         self._first: str | None = None
 
     def note(self, function: Any, frame: FrameType) -> None:
@@ -84,13 +84,12 @@ class Asked:
             caller = caller.f_back
         looked_up = generator is torch.default_generator and frame.f_globals is vars(torch.random)
         if not looked_up and not (caller is not None and _is_compiler(caller)):
-            self._before.append((generator, generator.get_state()))
+            self._before.note(Generator(name, generator.get_state, generator.set_state))
             self._first = self._first or f"{name}(), at {frame.f_code.co_filename}:{frame.f_lineno}"
 
     def undo(self) -> None:
         """Put the generators back."""
-        for generator, state in reversed(self._before):
-            generator.set_state(state)
+        self._before.restore()
 
     def refuse(self) -> None:
         """Refuse a stage that has done something to generators.

@@ -19,23 +19,8 @@ from funcstage._torch import tracing as tt
 from funcstage.engines.graph.content import content, is_plain
 from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.errors import TraceError
+from funcstage.state.ambient import AmbientState
 from funcstage.state.parameter_hooks import any_hooked, held_in
-
-
-class Surroundings(NamedTuple):
-    """What a trace depends on beside the arguments of the call."""
-
-    module: tuple[Hashable, ...]
-    autocast: tuple[Hashable, ...]
-    grad_mode: bool
-    flags: tuple[Hashable, ...]
-
-    @classmethod
-    def now(cls, module: ModuleState | None, differentiated: bool) -> Surroundings:
-        """Read them; what is differentiated is traced with gradients on, whatever the caller's mode."""
-        state = () if module is None else module.read()
-        autocast = tt.autocast_state() if tt.is_any_autocast_enabled() else ()
-        return cls(state, autocast, differentiated or torch.is_grad_enabled(), tt.global_flags())
 
 
 class Signature(NamedTuple):
@@ -44,7 +29,8 @@ class Signature(NamedTuple):
     structure: optree.PyTreeSpec
     leaves: tuple[Hashable, ...]
     argnums: tuple[int, ...] | None
-    surroundings: Surroundings
+    module: tuple[Hashable, ...]
+    ambient: AmbientState
     outside: Said = ()
 
 
@@ -69,7 +55,8 @@ def signature_of(
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
-    return Signature(structure, tuple(found), argnums, Surroundings.now(module, diff is not None))
+    ambient = AmbientState.now(differentiated=diff is not None)
+    return Signature(structure, tuple(found), argnums, module.read(), ambient)
 
 
 def others_among(leaves: Sequence[Any], structure: optree.PyTreeSpec) -> list[tuple[str, Any]]:
@@ -103,7 +90,7 @@ class Recent:
         self._others = [(i, _leaf(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
         self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
         self._glance = module.glance()
-        self._outside = Surroundings.now(None, diff is not None)
+        self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
 
     def match(
@@ -125,7 +112,7 @@ class Recent:
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others
         ):
             return None
-        unchanged = self._outside == Surroundings.now(None, diff is not None) and self._glance.agrees(
+        unchanged = self._ambient == AmbientState.now(diff is not None) and self._glance.agrees(
             module.glance()
         )
         return tensors if unchanged and self._watch.unchanged() else None
@@ -134,7 +121,7 @@ class Recent:
 def reasons(old: Signature, new: Signature) -> Iterator[str]:
     """Say in which respects two signatures differ."""
     first, second = (
-        dict(zip((*Signature._fields[:3], *Surroundings._fields), (*s[:3], *s.surroundings), strict=True))
+        dict(zip((*Signature._fields[:4], *AmbientState._fields), (*s[:4], *s.ambient), strict=True))
         for s in (old, new)
     )
     for field, before in first.items():

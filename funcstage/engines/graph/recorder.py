@@ -24,10 +24,11 @@ from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functionalized
 from funcstage.engines.graph.code import is_library, loads_of, nested_codes
 from funcstage.engines.graph.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
-from funcstage.engines.graph.draws import Noted, generators
+from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, in_cell, said_by
 from funcstage.errors import TraceError
+from funcstage.state.ambient import RandomState, of_process
 
 
 class Recorder(TorchFunctionMode):
@@ -67,7 +68,7 @@ class Recorder(TorchFunctionMode):
         self._before: Any = None
         self._thread = get_ident()
         self._collecting = False
-        self._states: list[Any] = []
+        self._random = RandomState(())
         parts = self._parts
         self.known = {*map(id, parts)}
         self._explored.update((id(part), part) for part in parts)
@@ -83,7 +84,7 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         super().__enter__()
-        self._states = [generator.getstate() for generator in generators()]
+        self._random = RandomState(of_process())
         self._others |= _run_by_the_interpreter()
         gc.callbacks.append(self._collect)
         self._before = sys.getprofile()
@@ -97,9 +98,8 @@ class Recorder(TorchFunctionMode):
         else:  # cProfile's, up to Python 3.11
             before.enable()
         gc.callbacks.remove(self._collect)
-        for generator, state in zip(generators(), self._states, strict=True):
-            if generator.getstate() != state:  # by whatever way
-                self._noted.draws.setdefault(generator.name, "a place that is not known")
+        for name in self._random.moved():  # by whatever way
+            self._noted.draws.setdefault(name, "a place that is not known")
         super().__exit__(*error)
 
     def __torch_function__(

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from funcstage._torch import tracing as tt
+from funcstage._torch.settings import is_any_autocast_enabled
 from funcstage.engines.rules.flex import is_flex_attention_backward, run_dense_backward
+from funcstage.state.ambient import autocast_off
 
 Runner: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor | None]]
 """A program that can be run: takes its inputs in a list, which it empties."""
@@ -35,8 +37,8 @@ def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
 
 def plain_run(run: Runner, inputs: list[Any]) -> Sequence[Tensor | None]:
     """Run a program without what is in it already: autograd's work and autocast's."""
-    if tt.is_any_autocast_enabled():
-        with torch.no_grad(), tt.autocast_off():
+    if is_any_autocast_enabled():
+        with torch.no_grad(), autocast_off():
             return run(inputs)
     with torch.no_grad():
         return run(inputs)

@@ -44,6 +44,7 @@ from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
 from funcstage.state import captured
+from funcstage.state.ambient import autocast_off, own_autocast_cache
 from funcstage.state.argument_containers import Containers
 from funcstage.state.kept import Changes, State, objects_among
 
@@ -77,7 +78,7 @@ def trace(
         run = _Run(call, recorder, overwritten)
     with (
         tt.without_modes(),
-        tt.own_autocast_cache(),
+        own_autocast_cache(),
         _recording(call.diff is not None),
         generators.left_alone(name_of(call.apply)),
     ):
@@ -186,7 +187,7 @@ class _Run:
             lent = {**buffers, **params} if call.module is not None else {}
             grads: list[Tensor | None] = [None] * len(values)
             if roots and wanted:
-                with tt.lent(call.module, lent), tt.autocast_off():
+                with tt.lent(call.module, lent), autocast_off():
                     found = torch.autograd.grad(
                         [outputs[i] for i in roots], ends, cotangents, allow_unused=True
                     )

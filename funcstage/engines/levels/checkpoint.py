@@ -20,7 +20,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import OpOverload, TorchDispatchMode, writes
 from funcstage.errors import StageError
 from funcstage.functional import hold, lending, state_of
+from funcstage.state.ambient import AmbientState, RandomState, of_torch
 from funcstage.state.kept import undone
 from funcstage.state.locks import lent
 
@@ -112,7 +112,9 @@ class Region:
         self._modules = state_of(modules)
         self._operations = Operations() if call.early_stop and not call.reentrant else None
         inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        self._surroundings = Surroundings(inputs, call.preserve_rng_state)
+        self._ambient = AmbientState.now()
+        devices = (tensor.device for tensor in inputs)
+        self._random = RandomState(of_torch(devices) if call.preserve_rng_state else ())
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def run(self) -> Any:
@@ -126,7 +128,7 @@ class Region:
         """Run the function on what stands in for the captured tensors."""
         leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
         args, kwargs = trees.unflatten(self._spec, leaves)
-        with self._surroundings.restored(), lent(self._owner):
+        with self._ambient.restored(), self._random.again(), lent(self._owner):
             before = state_of([state.module for state in self._modules])
             owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
             try:
@@ -286,37 +288,6 @@ class _Dispatched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._run(func, args, kwargs or {})
-
-
-class Surroundings:
-    """What a function's result depends on besides what it reads: generators, autocast, default device."""
-
-    def __init__(self, tensors: Sequence[Tensor], preserve_rng_state: bool) -> None:
-        """The generators are the CPU's and those of the tensors' devices."""
-        kinds = {tensor.device.type for tensor in tensors} - {"cpu", "meta"}
-        self._kind = min(kinds, default="cuda")
-        self._cpu = torch.get_rng_state() if preserve_rng_state else None
-        self._devices: Any = get_device_states(*tensors) if preserve_rng_state and kinds else ([], [])
-        self._casts = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in {"cpu", *kinds}
-        }
-        self._cached = torch.is_autocast_cache_enabled()
-        self._default = torch.get_default_device()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        devices, states = self._devices
-        with ExitStack() as stack:
-            if self._cpu is not None:
-                stack.enter_context(torch.random.fork_rng(devices, device_type=self._kind))
-                torch.set_rng_state(self._cpu)
-                set_device_states(devices, states, device_type=self._kind)
-            for kind, (enabled, dtype) in self._casts.items():
-                stack.enter_context(torch.autocast(kind, dtype, enabled, self._cached))
-            if self._default != torch.get_default_device():
-                stack.enter_context(self._default)
-            yield
 
 
 class Rerun:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from funcstage._torch import operators as ops
+from funcstage._torch.settings import is_any_autocast_enabled
 
 _COMPOSITES: dict[Any, Any] = {
     ops.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
@@ -25,7 +26,7 @@ _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "hp
 
 def cast_first(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """Return `function`, or under autocast the autocast kernel of a composite that needs it."""
-    if not ops.is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return function
     overload = _COMPOSITES.get(function)
     operand = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)

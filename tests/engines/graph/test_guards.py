@@ -339,6 +339,11 @@ SETTINGS: dict[str, Setting] = {
     "anomaly mode": Setting(  # with its checks for NaN no stage is traced
         torch.is_anomaly_enabled, lambda on: torch.autograd.set_detect_anomaly(on, False), (False, True)
     ),
+    "dtype of an autocast to come": Setting(
+        lambda: torch.get_autocast_dtype("cpu"),
+        lambda dtype: torch.set_autocast_dtype("cpu", dtype),
+        (torch.bfloat16, torch.float16),
+    ),
     "number of threads": Setting(torch.get_num_threads, torch.set_num_threads, (1, 2)),
     "fast path of attention layers": Setting(
         torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, (True, False)

@@ -1,0 +1,72 @@
+"""Torch's global settings: those that a stage, its trace or its lowering may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from operator import call
+from typing import Any
+
+import torch
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.overrides import _len_torch_function_stack
+
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def default_device() -> torch.device | None:
+    """The default device where one was set, as `torch.get_default_device` says, which is slow."""
+    return torch.get_default_device() if _len_torch_function_stack() else None
+
+
+def global_flags() -> tuple[Hashable, ...]:
+    """The settings; equal ones let a stage do the same."""
+    return (
+        *map(call, _FLAGS),
+        *_global_forward_hooks,
+        *_global_forward_pre_hooks,
+        *_global_backward_hooks,
+        *_global_backward_pre_hooks,
+        *torch._C._get_sdp_priority_order(),
+    )
+
+
+_EINSUM: Any = torch.backends.opt_einsum
+_FLAGS: tuple[Callable[[], Hashable], ...] = (
+    torch.get_default_dtype,
+    torch.is_inference_mode_enabled,
+    *[
+        partial(torch._C._get_fp32_precision_getter, of, part)
+        for of in ("cuda", "mkldnn")
+        for part in ("all", "matmul", "conv", "rnn")
+    ],
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_fp16_accumulation,
+    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_deterministic_algorithms_warn_only,
+    torch._C._get_deterministic_fill_uninitialized_memory,
+    torch.is_anomaly_enabled,
+    torch.is_anomaly_check_nan_enabled,
+    torch.get_num_threads,
+    torch.backends.mha.get_fastpath_enabled,
+    *[  # an attribute that is found behind a `__getattr__` takes a microsecond
+        partial(vars(place).get, name) for place in (_EINSUM, _EINSUM.m) for name in ("enabled", "strategy")
+    ],
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_mkldnn_deterministic,
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_overrideable_sdp_enabled,
+)
