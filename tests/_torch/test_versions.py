@@ -60,7 +60,7 @@ def test_the_list_is_what_pyproject_and_the_pages_say() -> None:
     assert f"torch>={TRIED[0]}" in PROJECT["dependencies"]
     for page in ("README.md", "docs/index.md"):
         text = " ".join((ROOT / page).read_text().split())
-        assert f"torch {TRIED[0]} or later are needed (tried: {TRIED[0]} to {TRIED[-1]})" in text, page
+        assert f"torch {TRIED[0]} or later (tested with {TRIED[0]} to {TRIED[-1]})" in text, page
 
 
 def test_what_is_imported_is_declared() -> None:
