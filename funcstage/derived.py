@@ -26,8 +26,8 @@ from funcstage.trees import AnyParams, Output, Params, PyTree, describe
 class DerivedPullback(CopiedByLeaves, Generic[AnyParams]):
     """From gradients of derived parameters to those of the parameters. Returned by `derive`.
 
-    Linear like the pullbacks of a stage: used once, unless asked to be retained. As a pytree (namespace
-    "funcstage") its leaves are its residuals.
+    Linear like the pullbacks of a stage: it can be used once, unless `retain=True` is passed. As a
+    pytree (namespace "funcstage") its leaves are its residuals.
     """
 
     __slots__ = ("_metas", "_passed", "_pullback", "_spec")
@@ -115,19 +115,19 @@ class DerivedPullback(CopiedByLeaves, Generic[AnyParams]):
 def derive(
     make: Callable[[AnyParams], Output], params: AnyParams
 ) -> tuple[Output, DerivedPullback[AnyParams]]:
-    """Compute derived parameters once for all microbatches, and the way back for their gradients.
+    """Compute derived parameters once for all microbatches, with a pullback for their gradients.
 
     What `make` computes runs once, and so does its backward, when the pullback is called with the gradients
-    of the derived parameters, summed over the microbatches of a step. After an optimizer's step, derive anew.
+    of the derived parameters, summed over the microbatches of a step. Derive again after each optimizer step.
 
     Args:
         make: a pure function from parameters to a pytree of parameters of any structure: casts, weight
             norms, merged adapters, the parameters of several stages of which two have the same embedding.
-            Leaves may pass through as they come.
+            Leaves may pass through unchanged.
         params: a pytree of tensors; its floating and complex leaves are differentiated.
 
     Returns:
-        `(derived_params, pullback)`, with `pullback(derived_grads) -> param_grads`.
+        `(derived_params, pullback)`, where `pullback(derived_grads)` returns `param_grads`.
 
     Raises:
         StructureError: if `make` is no function, or returns no tensor.

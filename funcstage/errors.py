@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class StageError(Exception):
-    """A call that funcstage refuses; the base of all its errors."""
+    """The base of all errors that funcstage raises."""
 
 
 class ConsumedError(StageError, RuntimeError):

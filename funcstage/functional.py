@@ -56,8 +56,8 @@ class FunctionalStage(NamedTuple):
 def functionalize(module: nn.Module) -> FunctionalStage:
     """Turn a module into a pure stage function and its parameters and buffers.
 
-    Built on `torch.func.functional_call`. The module lends its code and its train/eval mode, both read
-    at call time; its tensors are read here once and never written. While the stage's forward runs, the
+    Built on `torch.func.functional_call`. The module's code and its train/eval mode are read
+    at call time; its tensors are read here, once, and never written. While the stage's forward runs, the
     module and its submodules hold the tensors that the stage was given: stages that share a submodule
     therefore run one at a time, whatever their threads, and other readers of the module (a plain call,
     `state_dict()`, an optimizer) must wait until no stage of it runs. A parameter

@@ -38,15 +38,15 @@ _SHAPED = {
 
 @dataclass(frozen=True, eq=False)
 class Site(Unpicklable):
-    """One operation that reads parameters, with a differentiated activation beside them.
+    """One operation that reads parameters next to a differentiated activation.
 
     Attributes:
         name: of the operation, as autograd calls it: `"addmm"` for a linear layer.
         params: the parameters that its gradient reaches, as paths in the `params` pytree joined by dots. A
             weight that is computed from parameters (normalised, transposed, cast) stands for all of those.
-        inputs: what was saved for its gradient, parameters and buffers left out, as the kernel has it: of a
+        inputs: what was saved for its gradient, without parameters and buffers, as the kernel has it: for a
             linear layer the input, whose leading dimensions may be flattened into one.
-        cotangent: what arrived at its output, of the shape that the kernel's output has.
+        cotangent: what arrived at its output, with the shape of the kernel's output.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Site(Unpicklable):
     _vjp: Callable[[Tensor], dict[str, Tensor]]
 
     def vjp(self, cotangent: Tensor | None = None) -> dict[str, Tensor]:
-        """Compute the site's share of the parameters' gradients.
+        """Compute the site's part of the parameters' gradients.
 
         Args:
             cotangent: of the output of the site, with its shape, dtype and device, by default the one that

@@ -40,49 +40,49 @@ class FunctionalPipelineStage(AccumulatingStage):
     """A pipeline stage whose backward is split by `stage_vjp`, for all of torch's schedules.
 
     It takes the place of `torch.distributed.pipelining.PipelineStage` and may share a pipeline with it.
-    The module stays the owner of its parameters and buffers: gradients are added into `.grad`, and buffers
-    are updated in place, microbatch after microbatch, so optimizers, gradient clipping and state dicts work
-    as ever. What crosses between stages is found out with fake tensors before the first microbatch, and
-    stages that do not fit together are refused there.
+    The module keeps its parameters and buffers: gradients are added into `.grad`, and buffers are updated in
+    place, microbatch after microbatch, so optimizers, gradient clipping and state dicts work as usual. Fake
+    tensors determine what the stages send each other before the first microbatch runs, and stages that do not
+    fit together raise an error there.
 
-    An error in the midst of a step says which microbatches are in `.grad`. It leaves messages in flight, so
-    that no rank goes on in the group of several: make a new group, or let the process end. Others are woken
-    at once where the group is gloo's; on a GPU they wait for at most its timeout. A stage whose constructor
-    fails is heard of on all ranks before their first step.
+    An error in the middle of a step says which microbatches are in `.grad`. It leaves messages in flight, so
+    no rank can go on in a group of several: make a new group, or let the process end. With gloo the other
+    ranks are woken at once; on a GPU they wait for at most the group's timeout. If the constructor of a stage
+    fails, all ranks hear of it before their first step.
 
     Args:
-        submodule: the module of this stage, not compiled or wrapped. What is changed between steps
-            (submodules that are replaced, parametrized or frozen, tensors, all of it by `stage.submod = ...`)
-            is taken up by the next one, or refused where the other stages were told otherwise.
-        stage_index: which stage it is, from 0.
-        num_stages: of how many.
+        submodule: the module of this stage, not compiled or wrapped. You may change it between steps (replace,
+            parametrize or freeze submodules, replace tensors, or assign `stage.submod`): the next step uses
+            what it finds, or raises an error if it no longer fits the other stages.
+        stage_index: the number of this stage, from 0.
+        num_stages: how many stages the pipeline has.
         device: where the module's tensors are.
-        input_args: examples of the positional arguments for one microbatch. Checked against what the stage
-            gets; never needed.
-        output_args: examples of the output, likewise; needed where shapes depend on the values of inputs.
+        input_args: examples of the positional arguments for one microbatch. They are checked against what the
+            stage gets, and never needed.
+        output_args: examples of the output, likewise; needed if shapes depend on the values of inputs.
         group: the pipeline's process group; `None` is the default group.
-        dw_builder: refused, as this stage splits its backward itself.
+        dw_builder: must be `None`, as this stage splits its backward itself.
         compile: run F, I and W as compiled programs: `True`, or a dict of options of `funcstage.compile`.
-        loss_fn: what the schedule is going to compute from the last stage's output,
-            `loss_fn(output, target) -> scalar`, a pure function. Give the schedule the `loss_fn` of this
-            stage, and the loss becomes a part of the last stage's programs. Other stages need none.
-        data_parallel: the ranks with replicas of this one's stages, as a process group or a mesh of one
-            dimension (`mesh["data"]`). The replicas start as copies of the first one, and each step averages
-            their gradients once, after the stage's last W and beside the work of the rank's other stages.
+        loss_fn: `loss_fn(output, target) -> scalar`, a pure function of the last stage's output. Give the
+            schedule the `loss_fn` attribute of this stage, and the loss becomes part of the last stage's
+            programs. Other stages need none.
+        data_parallel: the ranks with replicas of this rank's stages, as a process group or a one-dimensional
+            mesh (`mesh["data"]`). The replicas start as copies of the first one. Each step averages their
+            gradients once, after the stage's last W, while the rank's other stages work.
         grad_dtype: the dtype of the parameters' `.grad`, such as `torch.float32` to sum the gradients of
-            bfloat16 parameters in; `None` is that of the parameters. Not all of torch's optimizers take
-            gradients that are wider than their parameters (Adam and its kin do not: cast them first).
-        param_dtype: the dtype to compute in, such as `torch.bfloat16` where the parameters are float32. The
-            floating parameters are cast once a step, the floating inputs where they arrive, buffers and
-            outputs not (as by FSDP's `MixedPrecisionPolicy` with its defaults). Gradients end in `.grad` in
-            the parameters' own dtype, summed over the microbatches in that.
+            bfloat16 parameters; `None` is that of the parameters. Not all of torch's optimizers take
+            gradients that are wider than their parameters (Adam and its relatives do not: cast them first).
+        param_dtype: the dtype to compute in, such as `torch.bfloat16` for float32 parameters. Floating
+            parameters are cast once a step, and floating inputs when they arrive; buffers and outputs are not
+            cast (as with FSDP's `MixedPrecisionPolicy` and its defaults). Gradients end up in `.grad` in the
+            parameters' own dtype, and are summed over the microbatches in it.
 
     Raises:
         LeafError: if `stage_index` is out of range, a tensor of the module is on another device, or
             `param_dtype` is no floating dtype.
         StructureError: if the module is wrapped, the loss has parameters, or `dw_builder` is given.
 
-    In a process for each rank (examples/train_distributed.py is the whole of it):
+    In a process for each rank (examples/train_distributed.py is a complete script):
 
     ```python
     stages = [FunctionalPipelineStage(part, i, 4, device, compile=True) for i, part in mine]

@@ -21,7 +21,7 @@ class ScheduleError(StageError, ValueError):
 
 
 class Action(NamedTuple):
-    """One unit of work: a kind (F, I, W, or B for I and W in one) of one stage for one microbatch."""
+    """One unit of work: a kind (F, I, W, or B for I and W together) of one stage for one microbatch."""
 
     kind: Kind
     stage: int
@@ -135,7 +135,7 @@ SCHEDULES = tuple(_FAMILIES)
 def pipeline_order(
     schedule: str, num_stages: int, num_microbatches: int, *, num_ranks: int | None = None
 ) -> Order:
-    """Return the table of a schedule of torch's.
+    """Return the table of one of torch's schedules.
 
     Args:
         schedule: one of `SCHEDULES`, in any case.
@@ -146,11 +146,11 @@ def pipeline_order(
             `num_stages`, by default two stages a rank where that is possible, else one.
 
     Returns:
-        The order, communication and idle slots left out. Pairs that DualPipeV overlaps on a device
-        stand one after the other.
+        The order, without communication and idle slots. Pairs that DualPipeV overlaps on a device
+        follow one another.
 
     Raises:
-        ScheduleError: if there is no such schedule, or torch's refuses these numbers.
+        ScheduleError: if there is no such schedule, or torch's does not take these numbers.
 
     Example:
         >>> print(*pipeline_order("1F1B", num_stages=2, num_microbatches=2).ranks[0])

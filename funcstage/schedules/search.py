@@ -24,9 +24,9 @@ from funcstage.schedules.timeline import peak_memory, simulate
 
 
 def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> Order:
-    """Return ZB-H1: 1F1B whose W wait, on rank `r` for `r` microbatches (arXiv 2401.10241, section 2.3).
+    """Return ZB-H1: 1F1B with W deferred, on rank `r` by `r` microbatches (arXiv 2401.10241, section 2.3).
 
-    It holds as much as 1F1B does, and leaves a third of its bubble where F, I and W take equally long.
+    It holds as much as 1F1B, and has a third of its bubble if F, I and W take equally long.
 
     Args:
         num_ranks: how many, with one stage each.
@@ -77,7 +77,7 @@ def find_schedule(
         microbatches: how many microbatches a step has.
         memory_limit: bytes of residuals that a rank may hold at a time; `None` is any number.
         comm: seconds until what one rank has computed is at hand on another.
-        seconds: how long the integer program may search, where the problem is small and scipy is
+        seconds: how long integer programming may take, if the problem is small and scipy is
             installed (the extra `schedules`); 0 leaves it out.
 
     Returns:
@@ -85,8 +85,8 @@ def find_schedule(
         that keeps to the limit. `write_order` makes a file of it for torch.
 
     Raises:
-        ScheduleError: if the numbers do not fit, or no order keeps to the limit: then it says the least
-            limit that one does.
+        ScheduleError: if the numbers do not fit, or no order meets the limit: then it names the smallest
+            limit that can be met.
 
     Example:
         >>> order = find_schedule([Costs(1, 1, 1, 2, 1)] * 4, ranks=4, microbatches=8, memory_limit=8)

@@ -57,7 +57,7 @@ class Timeline:
 
     @property
     def busy(self) -> float:
-        """Seconds that all ranks compute, summed: what the step takes in one process."""
+        """Seconds of computation, summed over the ranks: how long the step takes in one process."""
         return sum(sum(ends) - sum(starts) for starts, ends in zip(self.starts, self.ends, strict=True))
 
     @property
@@ -89,7 +89,7 @@ class Timeline:
         return table(str(self), header, rows)
 
     def critical_path(self) -> list[Span]:
-        """Return the actions that the step's length depends on, the first one first.
+        """Return the actions that determine the length of the step, in order.
 
         Each starts when the one before it is done, or has arrived from the other rank.
         """
@@ -160,8 +160,8 @@ def simulate(order: Order, costs: Sequence[Costs], *, comm: float = 0.0) -> Time
     Args:
         order: from `pipeline_order`, `read_order` or `find_schedule`.
         costs: one for each stage.
-        comm: seconds until what one rank has computed is at hand on another. Sending and receiving
-            keep no rank from computing. A full backward sends when all of it is done, as torch's does.
+        comm: seconds until what one rank has computed is available on another. Ranks compute while they
+            send and receive. A whole backward sends when all of it is done, as torch's does.
 
     Returns:
         The timeline.

@@ -78,8 +78,8 @@ def check_stage(
             that makes them from the output; drawn from a normal distribution if left out.
         flops: whether to count FLOPs as well, which runs everything a second time. More than eager's are a
             mismatch, unless what the README lists as "Right, but at a price" explains them; that, and fewer,
-            is noted in the report. Of Inductor the programs that it was given are counted, as nobody sees
-            into its kernels.
+            is noted in the report. For Inductor, the programs that it was given are counted, as its kernels
+            cannot be looked into.
         tolerance: largest error relative to the largest magnitude of a leaf; by default that of the
             coarsest dtype that took part (`funcstage.testing.TOLERANCES`), and where a stage is so
             ill-conditioned that one more rounding after every operation moves eager's own results by more,
@@ -89,13 +89,13 @@ def check_stage(
             above, pass a function that calls it.
 
     Returns:
-        A `StageReport`. An engine that refuses the stage, as those of `funcstage.compile` do with control
-        flow that depends on values, is listed in its `refusals`.
+        A `StageReport`. An engine that raises a `StageError` for the stage, as those of `funcstage.compile`
+        do for control flow that depends on values, is listed in its `refusals`.
 
     Raises:
         StageMismatch: an `AssertionError` that lists every leaf that differs, by how much, and which
             operations of the stage read it.
-        StageError: if every engine refuses the stage, or the call is wrong; the first engine's refusal.
+        StageError: if every engine raises one (the first is raised), or the call is wrong.
         StructureError: if the arguments are not those of the module's forward.
 
     Example:

@@ -73,12 +73,12 @@ class EngineReport:
         engine: its name.
         leaves: every compared leaf with its error.
         problems: broken promises that no leaf stands for.
-        notes: what is no mismatch and worth knowing: work that is done twice at a known price, work left out,
+        notes: what is not a mismatch but worth knowing: work done twice at a known price, work left out,
             what could not be compared.
         flops: of F, I and W against eager's, if they were counted.
         input_nbytes: bytes that the pullback held between F and I.
         weight_nbytes: bytes that the weight pullback held between I and W.
-        refusal: the error with which the engine refused the stage, if it did; nothing is compared then.
+        refusal: the error that the engine raised for the stage, if it did; then nothing is compared.
     """
 
     engine: str
@@ -144,7 +144,7 @@ class StageReport:
 
     @property
     def refusals(self) -> dict[str, StageError]:
-        """The engines that refused the stage, and why."""
+        """The engines that raised an error for the stage, with the error."""
         return {name: r.refusal for name, r in self.engines.items() if r.refusal is not None}
 
     def complaints(self) -> list[str]:

@@ -51,9 +51,9 @@ WARN_SIGNATURES = 8
 class CompiledStage:
     """A stage function whose forward and split backward run as compiled programs.
 
-    It is called as the function that it was made from, and `stage_vjp` runs F, I and W from it. A call
-    that somebody differentiates from outside (an argument requires grad, or a transform or a mode of
-    torch is active) runs the original function, whose results are the same.
+    You call it like the function that it was made from, and `stage_vjp` gets F, I and W from it. A call that
+    is differentiated from outside (an argument requires grad, or a transform or a mode of torch is active)
+    runs the original function, with the same results.
     """
 
     def __init__(self, apply: Callable[..., Any], backend: str, remat: Remat, cuda_graphs: bool) -> None:
@@ -95,7 +95,7 @@ class CompiledStage:
         argnums: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Plan:
-        """Say what F, I and W cost for these arguments, which may be on the meta device.
+        """Return what F, I and W cost for these arguments, which may be on the meta device.
 
         Args:
             params: as for `stage_vjp`, a pytree of tensors.
@@ -286,9 +286,9 @@ def compile(
         apply: a stage function, from `functionalize` or hand-written.
         backend: "inductor" lowers the programs with TorchInductor; "aten" runs them operation by
             operation, bitwise as eager does.
-        remat: what backward computes again instead of holding it: "none", "min_cut" (cheap operations,
-            so that the fewest bytes are held), "full" (all, from the stage's inputs), or a policy that
-            tells of a graph node whether its value is to be saved.
+        remat: what backward recomputes instead of holding it: "none", "min_cut" (cheap operations, so that
+            the fewest bytes are held), "full" (everything, from the stage's inputs), or a policy that says of
+            a graph node whether to save its value.
         cuda_graphs: replay the programs as CUDA graphs. Every microbatch between F and W takes a slot
             of device memory, at most 16 for each signature; further ones run without graphs.
 
