@@ -51,9 +51,9 @@ class FunctionalPipelineStage(AccumulatingStage):
     fails, all ranks hear of it before their first step.
 
     Args:
-        submodule: the module of this stage, not compiled or wrapped. You may change it between steps (replace,
-            parametrize or freeze submodules, replace tensors, or assign `stage.submod`): the next step uses
-            what it finds, or raises an error if it no longer fits the other stages.
+        submodule: the module of this stage, not compiled or wrapped. You may change it between steps
+            (replace, parametrize or freeze submodules, replace tensors, or assign `stage.submod`): the next
+            step uses what it finds, or raises an error if it no longer fits the other stages.
         stage_index: the number of this stage, from 0.
         num_stages: how many stages the pipeline has.
         device: where the module's tensors are.
