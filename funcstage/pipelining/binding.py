@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from funcstage import trees
 from funcstage._torch.operators import copy_into_all
 from funcstage.functional import function_of
+from funcstage.state.kept import undone
 from funcstage.trees import Buffers, PyTree
 
 
@@ -175,7 +176,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         for part in module.modules()
     ]
     try:
-        yield
+        with undone([module]):  # what lists and objects on the way hold
+            yield
     finally:
         try:
             _put_back(kept)

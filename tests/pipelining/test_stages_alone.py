@@ -269,3 +269,29 @@ def test_a_modules_own_error_in_the_first_step_comes_as_it_is_and_the_next_step_
     schedule.step(x, target=x)
     expected = torch.autograd.grad(((module(x) - x) ** 2).mean(), module.linear.weight)[0]
     torch.testing.assert_close(module.linear.weight.grad, expected)
+
+
+class Logging(nn.Module):
+    """Keeps something of every microbatch in a list, and in one within a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+        self.log: list[Tensor] = []
+        self.notes: dict[str, list[int]] = {"rows": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(x)
+        self.log.append(y.detach().sum())
+        self.notes["rows"].append(len(x))
+        return y
+
+
+@ENGINES
+def test_finding_out_shapes_leaves_nothing_in_the_lists_of_a_module(compile: Any) -> None:
+    module, x, target = Logging(), torch.randn(8, 4), torch.randn(8, 4)
+    stage = FunctionalPipelineStage(module, 0, 1, torch.device("cpu"), compile=compile)
+    ScheduleGPipe(stage, 4, loss_fn=functional.mse_loss).step(x, target=target)
+    expected = [module.last(rows).sum() for rows in x.chunk(4)]
+    assert torch.equal(torch.stack(module.log), torch.stack(expected))
+    assert module.notes == {"rows": [2, 2, 2, 2]}
