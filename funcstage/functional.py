@@ -7,7 +7,7 @@ nothing it is given; what a module would update in place comes back as a value.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -24,7 +24,7 @@ from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.report import table
 from funcstage.state.contents import Contents
-from funcstage.state.locks import lent, look_over
+from funcstage.state.module import locked, look_over
 from funcstage.state.parameter_hooks import any_hooked, check_no_hooks, held_in
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
@@ -177,7 +177,7 @@ class ModuleFunction:
         state.update(params)
         for alias, name in self._aliases.items():
             state[alias] = state[name]
-        with lent(module), _flat_weights(self._recurrent, state):
+        with locked(module), _flat_weights(self._recurrent, state):
             before = [*map(dict.get, self._owners, self._names)]
             try:
                 # The ties are resolved above, once, rather than in every call.
@@ -289,83 +289,6 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     finally:
         for rnn, flat_weights, refs in kept:
             rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
-
-
-class ModuleState(NamedTuple):
-    """What a module holds at some moment, its submodules aside."""
-
-    module: nn.Module
-    params: dict[str, Tensor | None]
-    buffers: dict[str, Tensor | None]
-    attributes: dict[str, Any]
-
-
-def state_of(modules: Iterable[nn.Module]) -> list[ModuleState]:
-    """Remember what modules hold now, lent parameters and buffers among it."""
-    return [
-        ModuleState(m, dict(m._parameters), dict(m._buffers), {k: vars(m)[k] for k in _STATE if k in vars(m)})
-        for m in modules
-    ]
-
-
-def holding(module: nn.Module | None, state: Mapping[str, Any]) -> list[ModuleState]:
-    """What a module and its submodules hold where they are lent tensors under these names."""
-    if module is None:
-        return []
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    lent_for = {id(tensor): state[name] for name, tensor in named.items() if name in state}
-
-    def instead(tensor: Tensor | None) -> Tensor | None:
-        return lent_for.get(id(tensor), tensor)
-
-    states = state_of(module.modules())
-    for part in states:
-        for own in (part.params, part.buffers):
-            own.update({name: instead(tensor) for name, tensor in own.items()})
-        if "_flat_weights" in part.attributes:
-            flat = [instead(weight) for weight in part.attributes["_flat_weights"]]
-            part.attributes["_flat_weights"] = flat
-            part.attributes["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
-    return states
-
-
-@contextmanager
-def lending(states: Iterable[ModuleState]) -> Iterator[None]:
-    """Let modules hold what they held then."""
-    before = state_of([state.module for state in states])
-    try:
-        for state in states:
-            _hold(state)
-        yield
-    finally:
-        hold(before)
-
-
-@contextmanager
-def lent_again(states: Sequence[ModuleState]) -> Iterator[None]:
-    """Let a stage's modules hold what they held, for what reads them in a reverse pass."""
-    if not states:
-        yield
-        return
-    with lent(states[0].module), lending(states):
-        yield
-
-
-def hold(states: Sequence[ModuleState]) -> None:
-    """Let modules hold again what they held, for good."""
-    for state in states:
-        _hold(state)
-
-
-def _hold(state: ModuleState) -> None:
-    for own, values in ((state.module._parameters, state.params), (state.module._buffers, state.buffers)):
-        own.clear()
-        own.update(values)  # type: ignore[arg-type]  # lent tensors are no parameters
-    vars(state.module).update(state.attributes)
-
-
-_STATE = ("training", "_flat_weights", "_flat_weight_refs")
-"""Attributes beside parameters and buffers; the flat ones are recurrent layers' copies of their weights."""
 
 
 def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._C._dynamo.guards import TensorGuards
 from torch._ops import HigherOrderOperator
 from torch._prims.rng_prims import run_and_save_rng_state as draw_and_save
@@ -26,7 +25,6 @@ from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
@@ -57,7 +55,6 @@ __all__ = [
     "from_functional",
     "has_no_memory_of_its_own",
     "last_recorded",
-    "lent",
     "make_fx",
     "one_at_a_time",
     "policy_of",
@@ -154,11 +151,3 @@ def was_written(tensor: Tensor) -> bool:
     """Tell whether an in-place operation changed a functional tensor."""
     assert isinstance(tensor, FunctionalTensor)
     return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
-
-
-def lent(module: nn.Module | None, state: dict[str, Tensor]) -> AbstractContextManager[None]:
-    """Lend a module parameters and buffers, for a recompute that runs after its own call."""
-    if module is None:
-        return nullcontext()
-    # "Stacked", they are taken back in reverse, as is right for a module that is reached by two names.
-    return _reparametrize_module(module, state, tie_weights=True, stack_weights=True)

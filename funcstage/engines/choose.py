@@ -21,8 +21,8 @@ from funcstage.engines.levels.inner_gradients import TakesGradients
 from funcstage.engines.rules import control_flow
 from funcstage.engines.tape import eager as tape
 from funcstage.errors import StageError
-from funcstage.functional import lent
 from funcstage.state.before import Before
+from funcstage.state.module import locked
 
 
 def choose(call: StageCall) -> Engine:
@@ -52,7 +52,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
     if is_differentiated(call.of_params[0]) or is_differentiated(call.arg_leaves):
         return levels.linearize(call)
     if not _is_known(call.apply):
-        with lent(call.module):
+        with locked(call.module):
             before = Before.of(call.module, call.leaves, getattr(call.apply, "contents", None))
             try:
                 return levels.linearize(call, held=before.held)

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import TraceError
-from funcstage.state.locks import lent
+from funcstage.state.content import MARK
+from funcstage.state.module import locked
 
 if TYPE_CHECKING:
     from funcstage.state.contents import Held
-
-MARK = "_kept_by_stage"
-"""An attribute of tensors that compiled stages have left on modules: which one it is does not matter."""
 
 
 @contextmanager
@@ -56,7 +54,7 @@ def taken_out(
     if module is None and not handed:
         yield
         return
-    with lent(module if held is None else None):
+    with locked(module if held is None else None):
         try:
             yield
         finally:

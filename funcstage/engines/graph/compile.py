@@ -25,7 +25,7 @@ from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
-from funcstage.engines.graph.guards import ModuleState, Recent, Signature, others_among, reasons, signature_of
+from funcstage.engines.graph.guards import Recent, Signature, others_among, reasons, signature_of
 from funcstage.engines.graph.modules_behind import modules_behind
 from funcstage.engines.graph.partition import Remat, partition
 from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
@@ -39,7 +39,7 @@ from funcstage.engines.graph.trace import trace
 from funcstage.errors import StructureError, TraceError
 from funcstage.report import table
 from funcstage.state.ambient import generators_kept, of_process
-from funcstage.state.locks import lent
+from funcstage.state.module import Fingerprint, locked
 from funcstage.trees import Buffers, Params, PyTree
 
 MAX_SIGNATURES = 64
@@ -64,7 +64,7 @@ class CompiledStage:
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
-        self._module_state = ModuleState(self._modules, hooks=getattr(apply, "refuses_hooks", True))
+        self._fingerprint = Fingerprint(self._modules, hooks=getattr(apply, "refuses_hooks", True))
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()
         self._reads: dict[Signature, list[Reads]] = {}  # by signatures without what was read outside
         self._recent: tuple[Recent, Programs] | None = None
@@ -165,7 +165,7 @@ class CompiledStage:
             return None  # a transform around the stage
         if self._recent is not None:  # computing a signature takes as long as launching F
             recent, programs = self._recent
-            tensors = recent.match(leaves, structure, call.diff, self._module_state)
+            tensors = recent.match(leaves, structure, call.diff, self._fingerprint)
             if tensors is not None:
                 return programs, tensors
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -174,7 +174,7 @@ class CompiledStage:
         programs, signature, reads = self._looked_up(call)
         now = self._signature(call)
         if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
-            self._recent = Recent(leaves, structure, call.diff, self._module_state, reads), programs
+            self._recent = Recent(leaves, structure, call.diff, self._fingerprint, reads), programs
         return programs, tensors
 
     def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
@@ -199,7 +199,7 @@ class CompiledStage:
         return self._looked_up(StageCall.of(self.apply, params, buffers, args, kwargs, diff))[0]
 
     def _signature(self, call: StageCall) -> Signature:
-        return signature_of(*call.whole, call.diff, self._module_state)
+        return signature_of(*call.whole, call.diff, self._fingerprint)
 
     def _looked_up(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
         """The programs for a call, the signature that they were traced for, and what that trace read."""
@@ -218,7 +218,7 @@ class CompiledStage:
         decompositions, lower = _backend(self.backend)
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
-        with lent(self.module), tt.one_at_a_time, generators_kept(of_process()):
+        with locked(self.module), tt.one_at_a_time, generators_kept(of_process()):
             try:
                 joint = trace(call, {**DECOMPOSED, **decompositions}, recorder=recorder)
                 reads, said = recorder.finish()

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
-from itertools import chain
-from operator import attrgetter, call, itemgetter
+from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from funcstage import trees
 from funcstage._torch import tracing as tt
-from funcstage.engines.graph.content import content, is_plain
 from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
-from funcstage.state.parameter_hooks import any_hooked, held_in
+from funcstage.state.content import content
+from funcstage.state.module import Fingerprint
 
 
 class Signature(NamedTuple):
@@ -35,7 +32,7 @@ class Signature(NamedTuple):
 
 
 def signature_of(
-    leaves: Sequence[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None, module: ModuleState
+    leaves: Sequence[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None, module: Fingerprint
 ) -> Signature:
     """Compute the signature of a call.
 
@@ -43,7 +40,7 @@ def signature_of(
         leaves: all leaves of (params, buffers, args, kwargs).
         structure: of the same.
         diff: indices of the differentiated leaves of args; `None` for the forward alone.
-        module: the state of the module behind the stage function.
+        module: of the modules behind the stage function.
 
     Raises:
         TraceError: if a leaf can be no part of a signature.
@@ -80,7 +77,7 @@ class Recent:
         leaves: Sequence[Any],
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
-        module: ModuleState,
+        module: Fingerprint,
         reads: Reads,
     ) -> None:
         self._structure = structure
@@ -98,7 +95,7 @@ class Recent:
         leaves: Sequence[Any],
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
-        module: ModuleState,
+        module: Fingerprint,
     ) -> list[Tensor] | None:
         """Return the call's tensors if it has the signature, else `None`."""
         if diff != self._diff or structure != self._structure:
@@ -175,90 +172,4 @@ def _name(structure: optree.PyTreeSpec, i: int) -> str:
     return accessor[1:].codify(("params", "buffers", "args", "kwargs")[accessor.path[0]])
 
 
-class ModuleState:
-    """Reads what a module's code may read of it besides its parameters and buffers.
-
-    Classes, modes, submodules, hooks and attributes, by their content (`content.py`), and which parameters
-    there are. What a module reads elsewhere, in globals or closures, is found out by tracing (`reads.py`).
-
-    Args:
-        modules: with all of their submodules.
-        hooks: whether it matters that parameters have hooks.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], hooks: bool) -> None:
-        self._modules = modules
-        self._hooks_matter = hooks
-        self._collect()
-
-    def read(self) -> tuple[Hashable, ...]:
-        """What is to be compared by equality, in every detail."""
-        self._collect()
-        plain, rest, _ = self.glance()
-        seen = set(self._ids)
-        there = [
-            (type(part), *[name for name, parameter in part._parameters.items() if parameter is not None])
-            for part in self._parts
-        ]
-        return (*[content(value, seen) for value in plain], *rest, *there)
-
-    def glance(self) -> Glance:
-        """The same in a form that is made and compared faster, but not made to be kept."""
-        sizes = [*map(len, self._namespaces)]
-        if sizes != self._sizes:
-            self._collect()
-        seen = set(self._ids)
-        others = [content(namespace.get(name), seen) for namespace, name in self._others]
-        try:
-            plain = [*chain.from_iterable(map(call, self._readers))]
-        except KeyError:  # one attribute in place of another
-            self._collect()
-            return self.glance()
-        parameters = held_in(self._parameters)
-        hooked = self._hooks_matter and any_hooked(parameters)
-        kinds = [*map(type, self._parts), *map(type, parameters)]
-        hooks = chain.from_iterable(self._hooks) if any(self._hooks) else ()
-        return Glance(plain, [*sizes, *hooks, *others, hooked], kinds)
-
-    def _collect(self) -> None:
-        parts = [part for module in self._modules for part in module.modules()]
-        self._parts, self._ids = parts, [*map(id, parts)]
-        self._parameters = [part._parameters for part in parts if part._parameters]
-        self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
-        self._sizes = [*map(len, self._namespaces)]
-        self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
-        self._readers: list[Callable[[], Any]] = []
-        self._others: list[tuple[dict[str, Any], str]] = []
-        for part in parts:
-            attributes = vars(part)
-            own = [name for name in attributes if name not in _OF_EVERY_MODULE]
-            plain = [name for name in own if is_plain(attributes[name])]
-            if "training" in attributes:  # a compiled module has its original's
-                plain.insert(0, "training")
-            for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
-                if names:  # the first one twice, as a getter of one item returns no tuple
-                    self._readers.append(partial(itemgetter(names[0], *names), namespace))
-            self._others += [(attributes, name) for name in own if name not in plain]
-
-
-class Glance(NamedTuple):
-    """The state of a module.
-
-    Attributes:
-        plain: immutable values and modules, which are unchanged if they are the same objects.
-        rest: what is compared by equality.
-        kinds: the classes of the modules and of their parameters, None's among these.
-    """
-
-    plain: list[Any]
-    rest: list[Hashable]
-    kinds: list[type]
-
-    def agrees(self, other: Glance) -> bool:
-        alike = len(self.plain) == len(other.plain) and all(map(operator.is_, self.plain, other.plain))
-        return alike and self.rest == other.rest and self.kinds == other.kinds
-
-
 _is_nested = attrgetter("is_nested")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_EVERY_MODULE = set(vars(nn.Module()))

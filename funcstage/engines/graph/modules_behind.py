@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from funcstage.engines.graph.code import is_library, loads_of
-from funcstage.engines.graph.content import parts_of
 from funcstage.engines.graph.reads import in_cell
+from funcstage.state.content import parts_of
 
 
 def modules_behind(apply: Any) -> list[nn.Module]:

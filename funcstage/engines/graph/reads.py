@@ -20,7 +20,7 @@ from torch import Tensor
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import version_of
-from funcstage.engines.graph.content import content, is_one_of_its_kind, is_plain
+from funcstage.state.content import content, is_one_of_its_kind, is_plain
 
 
 class Place(NamedTuple):

@@ -47,6 +47,7 @@ from funcstage.state import captured
 from funcstage.state.ambient import autocast_off, own_autocast_cache
 from funcstage.state.argument_containers import Containers
 from funcstage.state.kept import Changes, State, objects_among
+from funcstage.state.module import state_with, swapped
 
 
 def trace(
@@ -184,10 +185,10 @@ class _Run:
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
             cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
             as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
-            lent = {**buffers, **params} if call.module is not None else {}
             grads: list[Tensor | None] = [None] * len(values)
             if roots and wanted:
-                with tt.lent(call.module, lent), autocast_off():
+                held = {} if call.module is None else {**buffers, **params}
+                with swapped(state_with(call.module, held)), autocast_off():
                     found = torch.autograd.grad(
                         [outputs[i] for i in roots], ends, cotangents, allow_unused=True
                     )

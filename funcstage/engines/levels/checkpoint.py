@@ -33,10 +33,9 @@ from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import OpOverload, TorchDispatchMode, writes
 from funcstage.errors import StageError
-from funcstage.functional import hold, lending, state_of
 from funcstage.state.ambient import AmbientState, RandomState, of_torch
 from funcstage.state.kept import undone
-from funcstage.state.locks import lent
+from funcstage.state.module import locked, put_back, state_of, swapped
 
 
 class Place(NamedTuple):
@@ -128,20 +127,20 @@ class Region:
         """Run the function on what stands in for the captured tensors."""
         leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
         args, kwargs = trees.unflatten(self._spec, leaves)
-        with self._ambient.restored(), self._random.again(), lent(self._owner):
+        with self._ambient.restored(), self._random.again(), locked(self._owner):
             before = state_of([state.module for state in self._modules])
             owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
             try:
                 with ExitStack() as stack:
                     stack.enter_context(undone(owners))
-                    stack.enter_context(lending(self._modules))
+                    stack.enter_context(swapped(self._modules))
                     stack.enter_context(self._second)
                     if self._operations is not None:
                         stack.enter_context(self._operations.cut_short())
                     stack.enter_context(StandIns(functools.partial(self.stand_in, stand_ins)))
                     return self._function(*args, **kwargs)
             except BaseException:
-                hold(before)  # an interrupt may come between leaving and what that does
+                put_back(before)  # an interrupt may come between leaving and what that does
                 raise
 
     def forget(self, saved: Any) -> None:

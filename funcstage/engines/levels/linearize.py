@@ -31,7 +31,7 @@ from funcstage.engines.levels.explain import explaining, refuse_saved_tensor_hoo
 from funcstage.engines.levels.mode import Split
 from funcstage.engines.levels.regions import Rerunnable
 from funcstage.engines.levels.tape import Entries, InputTape, Origin
-from funcstage.functional import ModuleState, checked_result, holding
+from funcstage.functional import checked_result
 from funcstage.residuals import (
     Switchboard,
     saving_outside,
@@ -39,6 +39,7 @@ from funcstage.residuals import (
 from funcstage.state import kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.contents import Held
+from funcstage.state.module import ModuleState, state_with
 from funcstage.trees import Buffers
 
 
@@ -137,4 +138,4 @@ def _held(call: StageCall, new_buffers: Buffers) -> list[ModuleState]:
     """
     if not (isinstance(call.params, dict) and isinstance(new_buffers, dict)):
         return []
-    return holding(call.module, {**new_buffers, **call.params})
+    return state_with(call.module, {**new_buffers, **call.params})

@@ -19,7 +19,6 @@ from funcstage._torch.tensors import is_symbolic_zero
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
-from funcstage.functional import ModuleState, lent_again
 from funcstage.residuals import (
     Home,
     Residual,
@@ -28,6 +27,7 @@ from funcstage.residuals import (
     replaced,
     residuals_of,
 )
+from funcstage.state.module import ModuleState, locked_and_swapped
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
@@ -300,7 +300,7 @@ def reverse(
         return [None] * len(wanted)
     edges, cotangents = zip(*seeds, strict=True)
     board = origin.switchboard
-    with board.reading(home), lent_again(origin.modules):
+    with board.reading(home), locked_and_swapped(origin.modules):
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             edges,
             wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both

@@ -22,7 +22,7 @@ from funcstage._torch.dynamo import compiled_again, disable_cache_limit
 from funcstage._torch.operators import HigherOrderOperator
 from funcstage.engines.levels.checkpoint import StandIns, modules_in
 from funcstage.engines.rules import custom_functions
-from funcstage.functional import lending, state_of
+from funcstage.state.module import state_of, swapped
 
 
 def is_flex_attention(function: Any) -> bool:
@@ -82,7 +82,7 @@ class _Call:
             for tensors in (state.params, state.buffers):
                 tensors.update({name: instead.get(id(tensor), tensor) for name, tensor in tensors.items()})
         score_mod, mask_mod = (_with_cells(function, instead) for function in self._functions)
-        with lending(states):
+        with swapped(states):
             return run_compiled(
                 self._operator,
                 query,

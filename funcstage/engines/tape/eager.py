@@ -31,7 +31,7 @@ from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
-from funcstage.functional import ModuleState, checked_result, holding, lent_again
+from funcstage.functional import checked_result
 from funcstage.residuals import (
     Home,
     Residual,
@@ -43,6 +43,7 @@ from funcstage.residuals import (
     saved_in,
 )
 from funcstage.state.argument_containers import Containers, are_among
+from funcstage.state.module import ModuleState, locked_and_swapped, state_with
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +69,7 @@ class Origin:
     @contextmanager
     def reading(self, home: Home) -> Iterator[None]:
         """Let a reverse pass find residuals, and its Python functions the parameters of the forward."""
-        with self.switchboard.reading(home), lent_again(self.modules):
+        with self.switchboard.reading(home), locked_and_swapped(self.modules):
             yield
 
     def added_directly(self) -> dict[int, Tensor]:
@@ -263,7 +264,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     named = (
         {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
     )
-    modules = holding(call.module, trees.map_leaves(_held, named))
+    modules = state_with(call.module, trees.map_leaves(_held, named))
     origin = Origin(len(arg_leaves), len(param_leaves), trained, call.state, Switchboard(), modules)
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     tape = InputTape(origin, wanted, inputs, shared=False, home={})

@@ -25,7 +25,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from funcstage.state.kept import MARK
+MARK = "_kept_by_stage"
+"""An attribute of tensors that compiled stages have left on modules: which one it is does not matter."""
 
 PLAIN = (
     *(bool, int, float, complex, str, bytes, torch.dtype, torch.device),
