@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optree
@@ -103,6 +105,20 @@ def checked_accumulators(pullback: WeightPullback, accumulate: Any) -> list[Tens
                     "Pass accumulate leaves with memory of their own: tensor.clone()."
                 )
     return leaves
+
+
+def checked_parts(parts: object) -> int:
+    """In how many pieces W is to be split."""
+    if not isinstance(parts, bool | Tensor):
+        with suppress(TypeError):
+            count = operator.index(parts)  # type: ignore[arg-type]  # what it raises is meant
+            if count > 0:
+                return count
+    got = repr(parts) if isinstance(parts, bool | int | float | str) else describe(parts)
+    raise StructureError(
+        f"split takes the number of pieces, a whole number of 1 or more; got {got}. There are fewer "
+        "pieces where there is less to divide."
+    )
 
 
 def check_callable(apply: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcstage import trees
-from funcstage.checks import UNKNOWN, Meta, checked_accumulators, what_was_added
+from funcstage.checks import UNKNOWN, Meta, checked_accumulators, checked_parts, what_was_added
 from funcstage.engines.base import Place, WeightTape
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.linear import Linear, register
@@ -32,7 +32,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
     """
 
-    __slots__ = ("_params", "_params_spec")
+    __slots__ = ("_divided", "_params", "_params_spec")
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         super().__init__(tape, stage, watches)
         self._params_spec = params_spec
         self._params = params  # the tape has them too
+        self._divided = False
 
     @undone_if_interrupted
     @outside_inference_mode
@@ -84,6 +85,64 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         self._tape = left
         if left is None:
             self._params, self._watches = (), ()
+
+    @undone_if_interrupted
+    @outside_inference_mode
+    def split(self, parts: int) -> tuple[WeightPullback[AnyParams], ...]:
+        """Divide W in pieces: weight pullbacks that sum up to this one, which is consumed.
+
+        A parameter's gradient is whole in one piece and `None` in the others, so that pieces may run in any
+        order, each where there is time for it: the gradients are those of the whole, bit for bit where the
+        same kernels run. Operations that reach a parameter together are in one piece, and the pieces cost
+        about the same. What several pieces need is freed with the last of them.
+
+        Of a compiled stage, what several pieces would have to compute and is not cheap runs at once: nothing
+        in most stages, the chain of cotangents where no argument is differentiated.
+
+        Args:
+            parts: how many pieces at most, 1 or more. There are fewer where there is less to divide: at
+                least one, and no empty ones beside it.
+
+        Returns:
+            The pieces, in the order of the stage. `stage_backward_weight` sums some of them or all, of one
+            microbatch or of many.
+
+        Raises:
+            ConsumedError: if the weight pullback was used or split before.
+            WrittenError: if something that it reads was written in place after F or I.
+            StructureError: if `parts` is no whole number, or less than 1.
+
+        Example:
+            >>> import torch, funcstage as fs
+            >>> module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+            >>> apply, params, buffers = fs.functionalize(module)
+            >>> output, buffers, pullback = fs.stage_vjp(apply, params, buffers, torch.ones(5, 3))
+            >>> _, weight_pullback = pullback(torch.ones(5, 2))
+            >>> first, second = weight_pullback.split(2)
+            >>> [name for name, grad in second().items() if grad is not None]
+            ['1.weight', '1.bias']
+        """
+        parts = checked_parts(parts)
+        tape = self._live()
+        self._check_ready(tape)
+        try:
+            tapes = tape.split(parts)
+        except BaseException as error:
+            self._fail(tape)
+            explain(error, self.stage, "W")
+            raise
+        pieces = tuple(map(self._rebuilt, tapes))
+        self._keep(None)
+        self._divided = True
+        return pieces
+
+    def _live(self) -> WeightTape:
+        if self._divided:
+            raise ConsumedError(
+                f"This WeightPullback of {self.stage} was split, and its pieces have its residuals: use "
+                "those. Where the whole is needed too, split a copy of it, copy.copy(weight_pullback)."
+            )
+        return super()._live()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -196,6 +255,8 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
                 f"is {describe(weight_pullback)}."
             )
         if weight_pullback.consumed or id(weight_pullback) in seen:
+            if weight_pullback._divided:
+                weight_pullback._live()  # says so
             raise ConsumedError(
                 f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. Call it "
                 "yourself with retain=True where its gradients are needed again."

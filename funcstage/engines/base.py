@@ -165,6 +165,9 @@ class WeightTape(Tape, Protocol):
     def sites(self) -> Iterable[Place] | None:
         """What W sums over, or None where it is one program or one tape."""
 
+    def split(self, parts: int) -> Sequence[WeightTape]:
+        """Divide W in at most `parts` tapes, each parameter's gradient in one of them; it is then used up."""
+
 
 class InputTape(Tape, Protocol):
     """An engine's I.

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch.fx import GraphModule, Node
-from torch.utils.flop_counter import flop_registry
+from torch.fx import GraphModule
 
 from funcstage._torch.tensors import memory_of
+from funcstage.engines.graph.cost import flops
 from funcstage.engines.graph.extract import Program
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.nodes import is_view
@@ -160,17 +160,3 @@ def _phase(program: Program, done: set[str], reads: int) -> Phase:
     work = [node for node in work if node.target.__module__ != "_operator"]
     again = [node for node in work if node.name in done]
     return Phase(sum(map(flops, work)), len(work), sum(map(flops, again)), len(again), reads)
-
-
-def flops(node: Node) -> int:
-    """Floating-point operations of a node, as `torch.utils.flop_counter` counts them."""
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if formula is None:
-        return 0
-    args = [_value(argument) for argument in node.args]
-    kwargs = {name: _value(argument) for name, argument in node.kwargs.items()}
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
-
-
-def _value(argument: object) -> object:
-    return argument.meta["val"] if isinstance(argument, Node) else argument

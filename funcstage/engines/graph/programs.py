@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.extract import Program, giving_away
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.partition import Partition
+from funcstage.engines.graph.pieces import divide
 from funcstage.engines.graph.runners import Lower, Runner, plain_run
 from funcstage.state.writes import Watch
 
@@ -160,12 +161,11 @@ class Programs:
         """W; residuals that are its own it may return as results and, if donated, overwrite."""
         key = "W", backward, own, donate
         if key not in self._made:
-            parts, program = self.partition, backward.weight_grad
-            owned = self._made["F"] | self._made["I", backward]
+            program = backward.weight_grad
+            owned = (self._made["F"] | self._made["I", backward.whole or backward]) - backward.common
             if own:
                 program = giving_away(program, owned)
-            rest = [*parts.after_forward, *parts.from_input]
-            self._made[key] = self._step(program, rest, owned if own and donate else ())
+            self._made[key] = self._step(program, self.kept(backward), owned if own and donate else ())
         return self._made[key]
 
     def weight_grad_into(self, backward: Backward) -> tuple[Step, tuple[Product, ...]]:
@@ -173,8 +173,31 @@ class Programs:
         key = "W into", backward
         if key not in self._made:
             program, products = accumulating(backward.weight_grad)
-            rest = [*self.partition.after_forward, *self.partition.from_input]
-            self._made[key] = self._step(program, rest), products
+            self._made[key] = self._step(program, self.kept(backward)), products
+        return self._made[key]
+
+    def kept(self, backward: Backward) -> tuple[str, ...]:
+        """What W may read beside parameters and buffers, in the order in which its tape has it."""
+        return (*self.partition.after_forward, *self.partition.from_input, *backward.handed)
+
+    def pieces(self, backward: Backward, parts: int) -> tuple[Step | None, tuple[Backward, ...]]:
+        """W in pieces: what runs first, whose results are handed on to them, and each as a W of its own."""
+        key = "pieces", backward, parts
+        if key not in self._made:
+            first, handed, programs, common = divide(backward.weight_grad, parts)
+            step = None if first is None else self._step(first, self.kept(backward))
+            pieces = [
+                replace(
+                    backward,
+                    weight_grad=program,
+                    whole=backward.whole or backward,
+                    handed=backward.handed + handed,
+                    common=backward.common | common,
+                    name=f"{backward.name}, {i} of {len(programs)}",
+                )
+                for i, program in enumerate(programs)
+            ]
+            self._made[key] = step, tuple(pieces)
         return self._made[key]
 
     def note(
@@ -207,13 +230,16 @@ class Programs:
         return found
 
     def found(
-        self, program: Program, state: Sequence[Tensor], residuals: Sequence[Tensor | None]
+        self,
+        program: Program,
+        state: Sequence[Tensor],
+        kept: Sequence[str],
+        residuals: Sequence[Tensor | None],
     ) -> Iterator[Tensor]:
-        """What a program reads of parameters, buffers, residuals (of F, then I) and captured tensors."""
+        """What a program reads of parameters, buffers, residuals (called `kept`) and captured tensors."""
         yield from _constants(program)
         names = set(program.inputs)
         given = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
-        kept = (*self.partition.after_forward, *self.partition.from_input)
         for name, tensor in (*zip(given, state, strict=True), *zip(kept, residuals, strict=False)):
             if tensor is not None and name in names:
                 yield tensor
@@ -288,6 +314,10 @@ class Backward:
         n_grads: how many results of I are input gradients; the others are residuals of W.
         kept: the residuals of F that W reads.
         made: the residuals of I that W reads.
+        whole: what W was split from, if this is a piece.
+        handed: what else W reads, as what ran when it was split has made it.
+        common: residuals that other pieces of W read too.
+        name: of W.
     """
 
     input_grad: Program
@@ -296,3 +326,7 @@ class Backward:
     n_grads: int
     kept: tuple[int, ...]
     made: tuple[int, ...]
+    whole: Backward | None = None
+    handed: tuple[str, ...] = ()
+    common: frozenset[str] = frozenset()
+    name: str = "W"

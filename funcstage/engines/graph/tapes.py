@@ -122,7 +122,8 @@ class InputTape(Unpicklable):
             [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
         )
         program = self.programs.backward(absent).input_grad
-        return self.programs.found(program, self.state, self.residuals)
+        kept = self.programs.partition.after_forward
+        return self.programs.found(program, self.state, kept, self.residuals)
 
     def leaves(self) -> list[Tensor]:
         return list(self.residuals)
@@ -163,10 +164,28 @@ class WeightTape(Unpicklable):
 
     def reads(self) -> Iterator[Tensor]:
         """What W reads: residuals, parameters and buffers."""
-        return self.programs.found(self.backward.weight_grad, self.state, self.residuals)
+        kept = self.programs.kept(self.backward)
+        return self.programs.found(self.backward.weight_grad, self.state, kept, self.residuals)
 
     def sites(self) -> None:
         return None
+
+    def split(self, parts: int) -> list[WeightTape]:
+        """Divide W by parameters, after what several pieces need and is not cheap has run."""
+        first, pieces = self.programs.pieces(self.backward, parts)
+        handed: Sequence[Tensor | None] = ()
+        if first is not None:
+            handed = first(self.state, self.residuals)
+        residuals = (*self.residuals, *handed)
+        tapes = []
+        for piece in pieces:
+            read = {*piece.weight_grad.inputs}
+            names = self.programs.kept(piece)
+            mine = tuple(r if name in read else None for name, r in zip(names, residuals, strict=True))
+            # What has just been made lies in no slot.
+            replay = self.replay and not piece.handed
+            tapes.append(replace(self, backward=piece, residuals=mine, replay=replay))
+        return tapes
 
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -174,7 +193,7 @@ class WeightTape(Unpicklable):
         own = not (self.shared or retain) and (self.flight is None or self.replay)
         step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
         if self.flight is not None and own:
-            grads = self.flight.slot.run("W", step, self.state, self.residuals, ())
+            grads = self.flight.slot.run(self.backward.name, step, self.state, self.residuals, ())
             self.intact = False
             return handed_out(grads), None
         inputs = step.inputs(self.state, self.residuals)

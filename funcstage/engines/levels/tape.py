@@ -18,6 +18,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import is_symbolic_zero
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
+from funcstage.engines.levels.pieces import split
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.residuals import (
     Home,
@@ -171,6 +172,10 @@ class WeightTape(WeightsOnNodes):
                     reached=reached_from([outside[i] for i in place.reached]),
                     vjp=lambda grad, inside=place.vjp, outside=outside: vjp_from(outside, inside(grad)),  # type: ignore[misc]
                 )
+
+    def split(self, parts: int) -> list[WeightTape]:
+        """Divide the sites."""
+        return split(self, parts)
 
     @property
     def intact(self) -> bool:

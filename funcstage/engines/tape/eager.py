@@ -28,6 +28,7 @@ from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
+from funcstage.engines.pieces import balanced
 from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
@@ -103,6 +104,21 @@ class WeightTape(WeightsOnNodes):
 
     def sites(self) -> None:
         return None
+
+    def split(self, parts: int) -> list[WeightTape]:
+        """Deal out the groups, which have no weight and no site in common."""
+        params = {get_gradient_edge(leaf).node: i for i, leaf in self.origin.params.items()}
+        of_group = [{params[node] for node in group["params"]} for group in self.groups]
+        alone = [{i} for i in self.direct if not any(i in reached for reached in of_group)]
+        reached = [*of_group, *alone]
+        costs = [sum(self.origin.params[i].numel() for i in indices) for indices in reached]
+        tapes = []
+        for run in balanced(costs, parts):
+            groups = self.groups[run.start : run.stop]
+            mine = {i for k in run for i in reached[k]}
+            direct = {i: grad for i, grad in self.direct.items() if i in mine}
+            tapes.append(replace(self, groups=groups, direct=direct))
+        return tapes or [self]
 
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
