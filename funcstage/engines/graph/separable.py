@@ -17,6 +17,7 @@ from funcstage.engines.graph.refusals import TRACED, captured
 from funcstage.engines.levels.mode import is_in_place
 from funcstage.engines.rules import recurrent
 from funcstage.engines.rules.composites import in_order, opened
+from funcstage.engines.rules.dtypes import linear, refuse_complex
 from funcstage.engines.rules.flex import is_flex_attention, run_compiled
 from funcstage.engines.rules.group_norm import contiguous_group_norm, crashes
 from funcstage.engines.tape.reentrant import Leftovers
@@ -27,7 +28,8 @@ class Separable(TorchFunctionMode):
 
     Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Linear
     algebra is traced without its checks, so that of a singular matrix the results are not finite. Batch
-    norm is traced without cuDNN, whose operation writes the running statistics and does not say so.
+    norm is traced without cuDNN, whose operation writes the running statistics and does not say so. A linear
+    layer keeps the dtype that eager gives it, also inside of attention.
     """
 
     def __init__(self, owner: str, leftovers: Leftovers) -> None:
@@ -47,14 +49,18 @@ class Separable(TorchFunctionMode):
             target = kwargs.get("out", args[0] if args else None)
             if isinstance(target, Tensor) and not isinstance(ft.innermost(target), TRACED):
                 raise captured(self.owner, trees.describe(target))  # which is real, and would be written
+            if isinstance(target, Tensor):
+                refuse_complex(getattr(func, "__name__", ""), target, *args, *kwargs.values())
         generators.check_kept(args, kwargs)
         if crashes(func, args, kwargs):
             return contiguous_group_norm(func, args, kwargs)
-        if func in (F.batch_norm, F.instance_norm):
+        if func in _COMPOSITES:
             body = opened(func)
             assert body is not None
             with self:
                 return body(*args, **kwargs)
+        if func is F.linear:
+            return linear(*args, **kwargs)
         if func is torch.batch_norm:
             return norms.batch_norm(*args, **kwargs)
         if func is torch.instance_norm:
@@ -89,6 +95,9 @@ def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | Non
 
 OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
 
+
+_COMPOSITES = (F.batch_norm, F.instance_norm, F.multi_head_attention_forward)
+"""Functions in Python that call what is replaced."""
 
 _RECURRENT = {
     torch.lstm: recurrent.stacked(recurrent.lstm_step),
