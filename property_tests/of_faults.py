@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from interrupting import FAIL, Brittle
+from interrupting import FAIL, Brittle, Interrupts
 from situation import Around, Situation
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcstage import trees
 
@@ -43,22 +42,6 @@ class Interrupt(Situation):
 
     def around_eager(self, verb: str) -> AbstractContextManager[object]:
         return nullcontext()
-
-
-class Interrupts(TorchDispatchMode):
-    """Raises an error instead of running operation number `at`."""
-
-    def __init__(self, at: int, error: type[BaseException]) -> None:
-        super().__init__()
-        self.left, self.error = at, error
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.left -= 1
-        if self.left == -1:
-            raise self.error("in the midst of a pass")
-        return function(*args, **(kwargs or {}))
 
 
 class _Breaking(Around):

@@ -22,7 +22,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from of_faults import Interrupts
+from interrupting import Interrupts, drop_what_autograd_left
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -57,7 +57,7 @@ class Link(nn.Module):
         self.faulty = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
+        y = self.body(x.clone() if self.differentiates else x)  # whose tape refuses to write into what came
         if self.faulty:
             raise Fault
         if self.differentiates:
@@ -287,6 +287,7 @@ class Training(RuleBasedStateMachine):
         if sys.exc_info()[0] is not None:
             return  # a failure's traceback holds what it is about
         self.stages, self.microbatches, self.pending = [], [], []
+        drop_what_autograd_left()
         gc.collect()
         alive = [tensor for tensor in (ref() for ref in self.seen) if tensor is not None]
         assert not alive, f"{len(alive)} of {len(self.seen)} tensors are left"

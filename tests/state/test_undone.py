@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import pytest
 import torch
-from interrupting import FAIL, Brittle, Interrupt, state_of_everything
+from interrupting import (
+    FAIL,
+    Brittle,
+    Interrupt,
+    Interrupts,
+    drop_what_autograd_left,
+    state_of_everything,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,3 +158,24 @@ def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> No
         gc.collect(0)
         assert state_of_everything(module) == before, f"at call {n} of {counter.calls}"
         torch.testing.assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pullback_that_failed_keeps_no_tensor_alive(engine: str, at: int) -> None:
+    def seen() -> list[weakref.ref[Tensor]]:
+        def branches(params: dict[str, Tensor], buffers: Any, x: Tensor) -> Any:
+            return x * params["scale"] + (x @ params["weight"]).sum().tanh(), buffers
+
+        params, x = {"scale": torch.randn(3), "weight": torch.randn(3, 3)}, torch.randn(2, 3)
+        run = fs.compile(branches, backend="aten") if engine == "aten" else branches
+        output, _, pullback = fs.stage_vjp(run, params, {}, x)
+        with contextlib.suppress(MemoryError), Interrupts(at, MemoryError):
+            pullback(torch.ones_like(output))[1]()
+        leaves: list[Any] = optree.tree_leaves(pullback, namespace="funcstage")
+        return [weakref.ref(tensor) for tensor in (x, output, *params.values(), *leaves)]
+
+    refs = seen()
+    drop_what_autograd_left()
+    gc.collect()
+    assert not [ref() for ref in refs if ref() is not None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcstage._torch import functorch as ft
 from funcstage._torch import interception as _interception
@@ -61,3 +62,24 @@ class Interrupt:
         if self.calls == self.n and event == "call":
             sys.setprofile(None)
             raise KeyboardInterrupt
+
+
+class Interrupts(TorchDispatchMode):
+    """Raises an error instead of running operation number `at`."""
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.error = at, error
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise self.error("in the midst of a pass")
+        return function(*args, **(kwargs or {}))
+
+
+def drop_what_autograd_left() -> None:
+    """Run a backward: until a thread's next one autograd keeps what a failed one had not come to."""
+    torch.ones((), requires_grad=True).square().backward()
