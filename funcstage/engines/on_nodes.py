@@ -2,30 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from funcstage.copies import Unpicklable
-from funcstage.residuals import Home, Residual, replaced
+from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
+from funcstage.state.module import ModuleState, locked_and_swapped
 from funcstage.tensors import added
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """What all tapes of one forward pass have in common.
+
+    Attributes:
+        n_args: the number of argument leaves.
+        n_params: the number of parameter leaves.
+        state: the parameters and buffers, which are no residuals: the caller holds them anyway.
+        switchboard: where nodes look for residuals that were taken out of them.
+        modules: what the stage's modules held, where Python functions may read it in the reverse passes.
+    """
+
+    n_args: int
+    n_params: int
+    state: list[Tensor]
+    switchboard: Switchboard
+    modules: list[ModuleState]
+
+    @contextmanager
+    def reading(self, home: Home) -> Iterator[None]:
+        """Let a reverse pass find residuals, and its Python functions what the modules held in F."""
+        with self.switchboard.reading(home), locked_and_swapped(self.modules):
+            yield
+
+    def saved(self, edges: Iterable[GradientEdge], home: Home) -> list[Residual]:
+        """The residuals that the nodes behind these places hold."""
+        return residuals_of(edges, self.state, self.switchboard, home)
+
+
 class OnNodes(Unpicklable):
-    """Either tape: autograd runs it, and nothing is ever written into its residuals."""
+    """Either tape: a dataclass with `origin` and `home`. Nothing is ever written into its residuals."""
 
     __slots__ = ()
-    checks_nan: ClassVar = True
+    checks_nan: ClassVar = True  # autograd runs it
+    origin: Any
+    home: Home
 
     def leaves(self) -> list[Tensor]:
-        """The residuals."""
-        raise NotImplementedError
+        """The residuals: what the nodes have saved, then what lies beside."""
+        return [*(residual.tensor for residual in self._saved()), *self._beside()]
 
     def share(self) -> list[Tensor]:
         """The residuals, for others to hold."""
         return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
+        """The same tape over other residuals."""
+        saved, rest = self._saved(), iter(leaves)
+        home = replaced(saved, [*islice(rest, len(saved))], self.origin.switchboard, self.home)
+        return replace(self, home=home, **self._others(rest))  # type: ignore[type-var]
+
+    def _saved(self) -> list[Residual]:
+        raise NotImplementedError
+
+    def _beside(self) -> Iterable[Tensor]:
+        """Residuals that no node holds."""
+        return ()
+
+    def _others(self, rest: Iterator[Tensor]) -> dict[str, Any]:
+        """The fields that hold those, with the next tensors of `rest` in their place."""
+        return {}
+
+
+class InputsOnNodes(OnNodes):
+    """A tape of I."""
+
+    __slots__ = ()
+    watch: ClassVar = None
 
 
 class WeightsOnNodes(OnNodes):
@@ -41,24 +100,3 @@ class WeightsOnNodes(OnNodes):
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
         return added(totals, self.weight_vjp(retain=False)[0])
-
-
-class InputsOnNodes(OnNodes):
-    """A tape of I, all of whose residuals nodes hold; a dataclass with `origin` and `home`."""
-
-    __slots__ = ()
-    watch: ClassVar = None
-    origin: Any
-    home: Home
-
-    def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes have saved."""
-        return [residual.tensor for residual in self._saved()]
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
-        """The same tape over other residuals."""
-        home = replaced(self._saved(), leaves, self.origin.switchboard, self.home)
-        return replace(self, home=home)  # type: ignore[type-var]
-
-    def _saved(self) -> list[Residual]:
-        raise NotImplementedError

@@ -217,7 +217,7 @@ class Programs:
         backward: Backward,
         given: Sequence[Tensor | None],
         results: Sequence[Tensor | None],
-        kept: Iterable[Tensor],
+        kept: Iterable[Tensor | None],
     ) -> tuple[int, ...]:
         """Read it off a first run, as for donation; of those without graphs, which read copies."""
         n, leaves = backward.n_grads, [leaf for leaf, _ in backward.cotangents]

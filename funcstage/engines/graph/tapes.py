@@ -6,8 +6,8 @@ They know by position where every input of the next program comes from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -46,29 +46,55 @@ def linearize(programs: Programs, tensors: Sequence[Tensor]) -> Linearized[Input
     residuals: Any = tuple(results[end:])
     programs.note_forward(tensors, leaves, results[:end], residuals)
     watch = programs.watch((*tensors, *leaves))
-    return Linearized(output, new_buffers, InputTape(programs, state, residuals, flight, watch))
+    return Linearized(output, new_buffers, InputTape(programs, state, residuals, flight, False, watch))
 
 
 @dataclass(slots=True, eq=False)
-class InputTape(Unpicklable):
-    """What F retains for I and W.
+class OnList(Unpicklable):
+    """What both tapes have in common.
 
     Attributes:
         programs: of the signature.
         state: parameters and buffers.
-        residuals: what F handed on; given up when I runs, so that it is freed as I proceeds.
-        flight: the claim on the slot that the residuals lie in, if CUDA graphs made them.
+        residuals: what was handed on, `None` where nobody reads it; given up as the tape runs, so that it is
+            freed meanwhile.
+        flight: the claim on the slot that residuals lie in, if CUDA graphs made them.
         shared: whether others may hold residuals too, so that nothing may be written into them.
     """
 
     programs: Programs
     state: Sequence[Tensor]
-    residuals: tuple[Tensor, ...]
+    residuals: tuple[Tensor | None, ...]
     flight: Flight | None
-    watch: Watch
-    shared: bool = False
-    intact: bool = True
+    shared: bool
+    intact: bool = field(default=True, kw_only=True)
     checks_nan: ClassVar = False
+
+    def leaves(self) -> list[Tensor]:
+        """The residuals."""
+        return [residual for residual in self.residuals if residual is not None]
+
+    def share(self) -> list[Tensor]:
+        """The residuals, for others to hold: nothing may be written into them any more."""
+        self.shared = True
+        return self.leaves()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
+        """The same tape over other residuals."""
+        new = iter(leaves)
+        residuals = tuple(None if r is None else next(new) for r in self.residuals)
+        return replace(self, residuals=residuals, flight=None, shared=True)
+
+
+@dataclass(slots=True, eq=False)
+class InputTape(OnList):
+    """What F retains for I and W.
+
+    Attributes:
+        watch: over what I and W may read of what the caller holds.
+    """
+
+    watch: Watch
     higher: ClassVar = False
     captured: ClassVar = ()
 
@@ -111,7 +137,7 @@ class InputTape(Unpicklable):
         for i in backward.made:
             residuals[size + i] = results[n + i]
         weight_tape = WeightTape(
-            programs, backward, self.state, tuple(residuals), shares, self.flight, replay, shared
+            programs, self.state, tuple(residuals), self.flight, shared, backward, shares, replay
         )
         self.intact = retain
         return grads, weight_tape, self if retain else None
@@ -125,42 +151,20 @@ class InputTape(Unpicklable):
         kept = self.programs.partition.after_forward
         return self.programs.found(program, self.state, kept, self.residuals)
 
-    def leaves(self) -> list[Tensor]:
-        return list(self.residuals)
-
-    def share(self) -> list[Tensor]:
-        self.shared = True
-        return self.leaves()
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        return replace(self, residuals=tuple(leaves), flight=None, shared=True)
-
 
 @dataclass(slots=True, eq=False)
-class WeightTape(Unpicklable):
+class WeightTape(OnList):
     """What F and I retain for W.
 
     Attributes:
-        programs: of the signature.
         backward: I and W for the cotangents that there were.
-        state: parameters and buffers.
-        residuals: what F and I handed on, `None` where W does not read it; given up when W runs.
-        shares: which of I's cotangents and results share memory with them; None where that is unknown.
-        flight: the claim on the slot that residuals lie in, if any.
+        shares: which of I's cotangents and results share memory with residuals; None where that is unknown.
         replay: whether W may run as a CUDA graph, because I did.
-        shared: whether others may hold residuals too, so that nothing may be written into them.
     """
 
-    programs: Programs
     backward: Backward
-    state: Sequence[Tensor]
-    residuals: tuple[Tensor | None, ...]
     shares: tuple[int, ...] | None
-    flight: Flight | None
     replay: bool
-    shared: bool
-    intact: bool = True
-    checks_nan: ClassVar = False
 
     def reads(self) -> Iterator[Tensor]:
         """What W reads: residuals, parameters and buffers."""
@@ -213,18 +217,6 @@ class WeightTape(Unpicklable):
         inputs = step.inputs(self.state, self.residuals)
         self.residuals, self.intact = (), False
         return list(plain_run(run, inputs))
-
-    def leaves(self) -> list[Tensor]:
-        return [residual for residual in self.residuals if residual is not None]
-
-    def share(self) -> list[Tensor]:
-        self.shared = True
-        return self.leaves()
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
-        new = iter(leaves)
-        residuals = tuple(None if r is None else next(new) for r in self.residuals)
-        return replace(self, residuals=residuals, flight=None, shared=True)
 
 
 def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:

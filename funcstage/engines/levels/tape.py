@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import is_symbolic_zero
+from funcstage.engines import on_nodes
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
 from funcstage.engines.levels.pieces import split
@@ -23,12 +24,9 @@ from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.residuals import (
     Home,
     Residual,
-    Switchboard,
     nodes_behind,
-    replaced,
     residuals_of,
 )
-from funcstage.state.module import ModuleState, locked_and_swapped
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
@@ -54,26 +52,16 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Origin:
+class Origin(on_nodes.Origin):
     """What all tapes of one forward pass have in common.
 
     Attributes:
-        n_args: the number of argument leaves.
-        n_params: the number of parameter leaves.
         params: the parameter leaves, where the inner tape ends.
-        state: the parameters and buffers, which are no residuals: the caller holds them anyway.
         higher: whether the gradients are to be differentiated in turn.
-        switchboard: where nodes look for residuals that were taken out of them.
-        modules: what the stage's modules held, where Python functions may read it in the reverse passes.
     """
 
-    n_args: int
-    n_params: int
     params: Entries
-    state: list[Tensor]
     higher: bool
-    switchboard: Switchboard
-    modules: list[ModuleState]
 
     def retains(self, shared: bool) -> bool:
         """Whether a reverse pass leaves the nodes as they are."""
@@ -125,21 +113,20 @@ class WeightTape(WeightsOnNodes):
             grads[i] = grad
         return grads, replace(self, regions=regions, shared=True) if retain else None
 
-    def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes have saved, the cotangents, then those of the regions."""
-        own = [r.tensor for r in self._saved()] + [cotangent for _, cotangent in self.seeds]
-        return own + [leaf for _, tape in self.regions for leaf in tape.leaves()]
+    def _beside(self) -> Iterator[Tensor]:
+        """The cotangents, then the residuals of the regions."""
+        yield from (cotangent for _, cotangent in self.seeds)
+        for _, tape in self.regions:
+            yield from tape.leaves()
 
-    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
-        """The same tape over other residuals."""
-        saved, rest = self._saved(), iter(leaves)
-        home = replaced(saved, [*islice(rest, len(saved))], self.origin.switchboard, self.home)
-        seeds = [(edge, next(rest)) for edge, _ in self.seeds]
-        regions = [
-            RegionTape(places, tape.with_leaves([*islice(rest, len(tape.leaves()))]))
-            for places, tape in self.regions
-        ]
-        return replace(self, seeds=seeds, regions=regions, home=home)
+    def _others(self, rest: Iterator[Tensor]) -> dict[str, Any]:
+        return {
+            "seeds": [(edge, next(rest)) for edge, _ in self.seeds],
+            "regions": [
+                RegionTape(places, tape.with_leaves([*islice(rest, len(tape.leaves()))]))
+                for places, tape in self.regions
+            ],
+        }
 
     def sites(self) -> Iterator[Place]:
         """Yield the sites, those of checkpointed regions included; nothing is used up."""
@@ -158,7 +145,7 @@ class WeightTape(WeightsOnNodes):
             return [i for i, leaf in origin.params if any(end is leaf for end in ends)]
 
         for edge, cotangent in self.seeds:
-            saved = residuals_of([edge], origin.state, origin.switchboard, self.home)
+            saved = origin.saved([edge], self.home)
             yield Place(
                 edge.node,
                 cotangent,
@@ -189,8 +176,7 @@ class WeightTape(WeightsOnNodes):
             yield from tape.reads()
 
     def _saved(self) -> list[Residual]:
-        edges = (edge for edge, _ in self.seeds)
-        return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
+        return self.origin.saved((edge for edge, _ in self.seeds), self.home)
 
 
 class RegionTape(NamedTuple):
@@ -286,7 +272,7 @@ class InputTape(InputsOnNodes):
         edges = [edge for _, edge in self.roots + self.derived] + [
             edge for site in self.sites for edge in site
         ]
-        return residuals_of(edges, self.origin.state, self.origin.switchboard, self.home)
+        return self.origin.saved(edges, self.home)
 
 
 def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
@@ -304,8 +290,7 @@ def reverse(
     if not seeds or not wanted:
         return [None] * len(wanted)
     edges, cotangents = zip(*seeds, strict=True)
-    board = origin.switchboard
-    with board.reading(home), locked_and_swapped(origin.modules):
+    with origin.reading(home):
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             edges,
             wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both

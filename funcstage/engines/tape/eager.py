@@ -10,8 +10,7 @@ stage, is refused. Checkpointed regions are not computed again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from funcstage import autograd, trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import intercepting
 from funcstage.effects import RefusedEffects
+from funcstage.engines import on_nodes
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
@@ -39,39 +39,21 @@ from funcstage.residuals import (
     Switchboard,
     nodes_behind,
     nodes_between,
-    replaced,
-    residuals_of,
     saved_in,
 )
 from funcstage.state.argument_containers import Containers, are_among
-from funcstage.state.module import ModuleState, locked_and_swapped, state_with
+from funcstage.state.module import state_with
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Origin:
+class Origin(on_nodes.Origin):
     """What both tapes of one forward pass have in common.
 
     Attributes:
-        n_args: the number of argument leaves.
-        n_params: the number of parameter leaves.
         params: the leaves of the tape that stand for parameters, by number.
-        state: parameters and buffers, which are no residuals.
-        switchboard: where nodes look for residuals that were taken out of them.
-        modules: what the stage's modules held, for what reads them in the backward.
     """
 
-    n_args: int
-    n_params: int
     params: dict[int, Tensor]
-    state: list[Tensor]
-    switchboard: Switchboard
-    modules: list[ModuleState]
-
-    @contextmanager
-    def reading(self, home: Home) -> Iterator[None]:
-        """Let a reverse pass find residuals, and its Python functions the parameters of the forward."""
-        with self.switchboard.reading(home), locked_and_swapped(self.modules):
-            yield
 
     def added_directly(self) -> dict[int, Tensor]:
         """Take away what backward() calls within a reverse pass have added to parameters' `.grad`."""
@@ -79,9 +61,6 @@ class Origin:
         for i in found:
             self.params[i].grad = None
         return found
-
-    def saved(self, edges: Iterable[GradientEdge], home: Home) -> list[Residual]:
-        return residuals_of(edges, self.state, self.switchboard, home)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,19 +129,14 @@ class WeightTape(WeightsOnNodes):
         nodes = {*nodes_behind(behind), *(site.node for site in sites)}
         return [*saved_in(nodes, self.origin.switchboard, self.home), *self._cotangents()]
 
-    def leaves(self) -> list[Tensor]:
-        """The residuals: what the nodes have saved, then the cotangents."""
-        return [r.tensor for r in self._saved()] + self._cotangents() + list(self.direct.values())
+    def _beside(self) -> list[Tensor]:
+        return [*self._cotangents(), *self.direct.values()]
 
-    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
-        """The same tape over other residuals."""
-        saved = self._saved()
-        rest = iter(leaves[len(saved) :])
-        home = replaced(saved, leaves[: len(saved)], self.origin.switchboard, self.home)
+    def _others(self, rest: Iterator[Tensor]) -> dict[str, Any]:
         groups = [
             {**group, "grads": [_again(grads, rest) for grads in group["grads"]]} for group in self.groups
         ]
-        return replace(self, groups=groups, direct={i: next(rest) for i in self.direct}, home=home)
+        return {"groups": groups, "direct": {i: next(rest) for i in self.direct}}
 
     def _saved(self) -> list[Residual]:
         sites = (site for group in self.groups for site in group["intermediates"])
@@ -281,7 +255,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
     )
     modules = state_with(call.module, trees.map_leaves(_held, named))
-    origin = Origin(len(arg_leaves), len(param_leaves), trained, call.state, Switchboard(), modules)
+    origin = Origin(len(arg_leaves), len(param_leaves), call.state, Switchboard(), modules, trained)
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     tape = InputTape(origin, wanted, inputs, shared=False, home={})
     return Linearized(
