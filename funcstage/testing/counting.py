@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from funcstage._torch.operators import HigherOrderOperator, TorchDispatchMode, packet_of
+from funcstage._torch.operators import HigherOrderOperator, OpOverload, TorchDispatchMode, packet_of
 
 Result = TypeVar("Result")
 
@@ -50,8 +50,8 @@ class FlopCounter(TorchDispatchMode):
 
     def _counting(self, argument: Any) -> Any:
         """What a higher-order operator runs, with this counter entered again."""
-        if not callable(argument):
-            return argument
+        if not callable(argument) or isinstance(argument, OpOverload):
+            return argument  # an operator is told from functions by its type
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch.functorch import is_functorch_wrapped_tensor
+from funcstage._torch.operators import written_by
 from funcstage.testing.counting import FlopCounter
 from funcstage.testing.tolerances import nodes_on_tape
 
@@ -79,6 +80,7 @@ class Prices(TorchFunctionMode):
                 unknown = not by_input and not by_params
                 (self._of_inputs if by_input or unknown else self._of_params)[id(leaf)] = leaf
         name = getattr(function, "__name__", str(function))
+        writes = written_by(function).positions == (0,)
         if any(map(is_functorch_wrapped_tensor, operands)):
             self.found.append(Price(name, "a torch.func transform inside the stage", 2 * _BACKWARD * flops))
         elif by_params and by_input:
@@ -87,7 +89,7 @@ class Prices(TorchFunctionMode):
                 self.found.append(Price(name, why, _BACKWARD * flops))
             elif function in _ATTENTION:
                 self.found.append(Price(name, "attention to what is made of parameters", _BACKWARD * flops))
-        if by_params and _writes(name) and id(operands[0]) not in map(id, by_params):
+        if by_params and writes and id(operands[0]) not in map(id, by_params):
             self.found.append(Price(name, "parameters written in place into an activation", None))
         return result
 
@@ -114,10 +116,6 @@ class Prices(TorchFunctionMode):
 
         node.register_prehook(enter)
         node.register_hook(leave)
-
-
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 _CHAINS = (torch.einsum, torch.linalg.multi_dot, torch.chain_matmul)

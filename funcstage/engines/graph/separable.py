@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage.effects import MARKS, refuse_effects, refused_mark
-from funcstage.engines.graph import generators, norms
+from funcstage.engines.graph import generators
 from funcstage.engines.graph.refusals import TRACED, captured
-from funcstage.engines.levels.mode import is_in_place
-from funcstage.engines.rules import recurrent
-from funcstage.engines.rules.composites import in_order, opened
-from funcstage.engines.rules.dtypes import linear, refuse_complex
-from funcstage.engines.rules.flex import is_flex_attention, run_compiled
-from funcstage.engines.rules.group_norm import contiguous_group_norm, crashes
+from funcstage.engines.rules.base import Call
+from funcstage.engines.rules.dtypes import refuse_complex
+from funcstage.engines.rules.table import known
 from funcstage.engines.tape.reentrant import Leftovers
 
 
@@ -45,31 +42,17 @@ class Separable(TorchFunctionMode):
         refuse_effects(func, args, kwargs)
         if func in MARKS:
             self._mark(*args, **kwargs)
-        if is_in_place(func, kwargs):
-            target = kwargs.get("out", args[0] if args else None)
-            if isinstance(target, Tensor) and not isinstance(ft.innermost(target), TRACED):
+        operation = known(func)
+        for target in operation.written.among(args, kwargs):
+            if not isinstance(ft.innermost(target), TRACED):
                 raise captured(self.owner, trees.describe(target))  # which is real, and would be written
-            if isinstance(target, Tensor):
-                refuse_complex(getattr(func, "__name__", ""), target, *args, *kwargs.values())
+            refuse_complex(getattr(func, "__name__", ""), target, *args, *kwargs.values())
         generators.check_kept(args, kwargs)
-        if crashes(func, args, kwargs):
-            return contiguous_group_norm(func, args, kwargs)
-        if func in _COMPOSITES:
-            body = opened(func)
-            assert body is not None
-            with self:
-                return body(*args, **kwargs)
-        if func is F.linear:
-            return linear(*args, **kwargs)
-        if func is torch.batch_norm:
-            return norms.batch_norm(*args, **kwargs)
-        if func is torch.instance_norm:
-            return norms.instance_norm(*args, **kwargs)
-        if is_flex_attention(func):
-            return run_compiled(func, *args, backend="eager")
-        if func in _RECURRENT:
-            return _RECURRENT[func](*in_order(args, kwargs))
-        return func(*args, **kwargs)
+        rule = operation.instead(Call(args, kwargs, traced=True, split=True))
+        if rule is None:
+            return func(*args, **kwargs)
+        with nullcontext() if rule.whole else self:
+            return rule.body(*args, **kwargs)
 
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         if id(tensor) in self.given and tensor.requires_grad != requires_grad:
@@ -94,14 +77,3 @@ def _bernoulli(like: Tensor, p: float = 0.5, *, generator: torch.Generator | Non
 
 
 OWN = {torch.ops.aten.bernoulli.p: _bernoulli}
-
-
-_COMPOSITES = (F.batch_norm, F.instance_norm, F.multi_head_attention_forward)
-"""Functions in Python that call what is replaced."""
-
-_RECURRENT = {
-    torch.lstm: recurrent.stacked(recurrent.lstm_step),
-    torch.gru: recurrent.stacked(recurrent.gru_step),
-    torch.rnn_tanh: recurrent.stacked(recurrent.tanh_step),
-    torch.rnn_relu: recurrent.stacked(recurrent.relu_step),
-}

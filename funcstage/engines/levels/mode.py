@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import (
-    BuiltinFunctionType,
-    FunctionType,
-    MethodDescriptorType,
-    MethodWrapperType,
-    WrapperDescriptorType,
-)
 from typing import Any
 
 import torch
@@ -21,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage._torch.operators import without_torch_function
+from funcstage._torch.operators import Written, without_torch_function
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
 from funcstage.engines.levels.explain import CAPTURED, impure, written_into_own
@@ -29,10 +22,8 @@ from funcstage.engines.levels.moves import Levels
 from funcstage.engines.levels.regions import Rerunnable, checkpointed
 from funcstage.engines.levels.tape import Exit
 from funcstage.engines.rules import custom_functions
-from funcstage.engines.rules.autocast import cast_first
-from funcstage.engines.rules.composites import decomposed, opened
-from funcstage.engines.rules.flex import attend, is_flex_attention
-from funcstage.engines.rules.group_norm import CRASHING, contiguous_group_norm, crashes
+from funcstage.engines.rules.base import Call, Rule
+from funcstage.engines.rules.table import known
 from funcstage.trees import PyTree
 
 
@@ -93,45 +84,44 @@ class Split(Levels, TorchFunctionMode):
             refuse_effects(func, args, kwargs)
             if func in MARKS:
                 return self.mark(*args, **kwargs)
-        body = opened(func)
-        if body is not None:
+        operation = known(func)
+        if operation.opened is not None:
             if func is Tensor.register_hook:
                 self.hook(args[1])
             with self:
-                return body(*args, **kwargs)
+                return operation.opened(*args, **kwargs)
         if self.moved or self.had_regions:
             args, kwargs = trees.map_leaves(self.current, (args, kwargs))
-        if is_in_place(func, kwargs):
-            return self.in_place(func, args, kwargs)
-        if self.before_write is not None and func in _WRITERS:
-            for statistics in _WRITERS[func](args):
-                self.before_write(statistics, func)
-        if func in CRASHING and crashes(func, args, kwargs):
-            with self:
-                return contiguous_group_norm(func, args, kwargs)
-        if type(func) in _NO_OPERATORS:
-            return self.call(func, args, kwargs)
-        if is_flex_attention(func):
-            with self:
-                return attend(func, args)
-        if custom_functions.may_have_formula(func):
+        writes = operation.written
+        if (writes.positions or kwargs) and writes.among(args, kwargs):
+            return self.in_place(func, args, kwargs, writes)
+        if self.before_write is not None:
+            for i in operation.statistics:
+                self.before_write(args[i] if i < len(args) else None, func)
+        if operation.may_have_formula:
             try:
                 return self.call(func, args, kwargs)
             except custom_functions.Formula as found:
                 with self:
                     return custom_functions.applied(found.function, (kwargs, *args))
-        return self.call(func, args, kwargs)
+        return self.call(func, args, kwargs, operation.instead if operation.at_levels else None)
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that mutates nothing."""
-        func = cast_first(func, args, kwargs)
+    def call(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        instead: Callable[[Call], Rule | None] | None = None,
+    ) -> Any:
+        """Run an operation that mutates nothing, or what a rule puts in its place."""
         splits = self.splits()
         is_site = splits and self.reads_weights(args, kwargs)
-        found = decomposed(func, args, kwargs, is_site)
-        if found is not None:
-            body, operands = found
-            with self:
-                return body(*operands)
+        if instead is not None:
+            rule = instead(Call(args, kwargs, False, is_site))
+            if rule is not None and not rule.whole:
+                with self:
+                    return rule.body(*args, **kwargs)
+            func = func if rule is None else rule.body
         if not splits:
             self.reads_weights(args, kwargs)
             return func(*args, **kwargs)
@@ -199,38 +189,32 @@ class Split(Levels, TorchFunctionMode):
                 self.take_gradients("a hook")
         return tensor
 
-    def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that writes into its first operand, or into `out`."""
-        out = kwargs.get("out")
-        target = out if out is not None else args[0] if args else next(iter(kwargs.values()))
-        targets = target if isinstance(target, (tuple, list)) else (target,)
-        for tensor in targets:
+    def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: Written) -> Any:
+        """Run an operation that writes into some of its operands."""
+        written = writes.among(args, kwargs)
+        for tensor in written:
             if self.before_write is not None:
                 self.before_write(tensor, func)
             owner = self.owner(tensor)
             if owner is not None:
-                if (
-                    tensor is not target
-                    or out is not None
-                    or not args
-                    or not any(tensor is a for a in self.arguments)
-                ):
+                is_first = writes.positions == (0,) and len(written) == 1 and bool(args) and tensor is args[0]
+                if not is_first or not any(tensor is a for a in self.arguments):
                     raise impure(owner, func)
                 # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
                 copy = self.call(torch.clone, (tensor,), {})
                 self.moved[id(tensor)] = (tensor, copy)
-                return self.in_place(func, (copy, *args[1:]), kwargs)
+                return self.in_place(func, (copy, *args[1:]), kwargs, writes)
         if not self.splits():
             self.reads_weights(args, kwargs)
             return func(*args, **kwargs)
-        if any(ft.level_of(tensor) == self.inner_level for tensor in targets):
+        if any(ft.level_of(tensor) == self.inner_level for tensor in written):
             self.mixed = True  # an activation may be written into a value made of parameters
             try:
                 return func(*args, **kwargs)
             except RuntimeError as error:
-                if CAPTURED not in str(error) or any(ft.level_of(tensor) < 0 for tensor in targets):
+                if CAPTURED not in str(error) or any(ft.level_of(tensor) < 0 for tensor in written):
                     raise
-            return self.into_own(func, args, kwargs, target)
+            return self.into_own(func, args, kwargs, kwargs.get("out", written[0]))
         if self.reads_weights(args, kwargs):
             # The inner level may not write into a tensor of the outer one, so the weights come down.
             args, kwargs = trees.map_leaves(self.lower, (args, kwargs))
@@ -310,20 +294,6 @@ class Split(Levels, TorchFunctionMode):
         return nested
 
 
-def is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name.endswith("_") and name != "requires_grad_":
-        return name in _IN_PLACE_DUNDERS if name.endswith("__") else True
-    return kwargs.get("out") is not None
-
-
-_WRITERS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
-    torch.batch_norm: lambda args: args[3:5],
-    torch.instance_norm: lambda args: args[3:5],
-}
-"""What operations write into whose names do not say so."""
-
-
 # These speak of the operand itself, so that another tensor of the same value will not do.
 _ABOUT_THE_OPERAND = {"__get__", "__set__", "_register_hook_dict"}
 
@@ -333,32 +303,3 @@ _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", 
 
 
 _HEEDED = MARKS | EFFECTS | inner_gradients.TAKING
-_NO_OPERATORS = (
-    FunctionType,
-    BuiltinFunctionType,
-    MethodDescriptorType,
-    WrapperDescriptorType,
-    MethodWrapperType,
-)
-"""Types of most functions that a mode is told of; operators are objects of torch's own types."""
-
-
-_IN_PLACE_DUNDERS = {
-    f"__{name}__"
-    for name in [
-        "iadd",
-        "iand",
-        "idiv",
-        "ifloordiv",
-        "ilshift",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-        "setitem",
-    ]
-}

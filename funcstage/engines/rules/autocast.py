@@ -8,7 +8,7 @@ autocast kernel makes it act once, as in eager, and before the levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,24 +16,28 @@ from torch import Tensor
 
 from funcstage._torch import operators as ops
 from funcstage._torch.settings import is_any_autocast_enabled
+from funcstage.engines.rules.base import Call, Rule
 
-_COMPOSITES: dict[Any, Any] = {
-    ops.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
-    ops.cdist: torch.ops.aten.cdist.default,
-}
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "hpu": "AutocastHPU"}
 
 
-def cast_first(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """Return `function`, or under autocast the autocast kernel of a composite that needs it."""
-    if not is_any_autocast_enabled():
-        return function
-    overload = _COMPOSITES.get(function)
-    operand = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if overload is None or operand is None:
-        return function
-    device_type = operand.device.type
-    key = _KEYS.get(device_type)
-    if key is None or not torch.is_autocast_enabled(device_type):
-        return function
-    return ops.with_autocast_kernel(overload, key)
+def first(overload: Any) -> tuple[Rule, ...]:
+    """The rules of a composite whose autocast kernel runs first."""
+
+    def at_kernel(*args: Any, **kwargs: Any) -> Any:
+        device = _device_among((*args, *kwargs.values()))
+        return ops.with_autocast_kernel(overload, _KEYS[device])(*args, **kwargs)
+
+    return (Rule(_casts, at_kernel, whole=True),)
+
+
+def _casts(call: Call) -> bool:
+    if call.traced or not is_any_autocast_enabled():
+        return False
+    device = _device_among((*call.args, *call.kwargs.values()))
+    return device in _KEYS and torch.is_autocast_enabled(device)
+
+
+def _device_among(operands: Iterable[Any]) -> str:
+    """The type of the device of the first tensor, if there is one."""
+    return next((operand.device.type for operand in operands if isinstance(operand, Tensor)), "")

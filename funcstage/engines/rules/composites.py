@@ -5,9 +5,7 @@ the mode whole, before its body runs. Taken as one operation, everything between
 parameter would be repeated in the weight pass. `opened` returns the same body with its override checks
 answering no, so that called under the mode it presents the operations one by one.
 
-A few composites are written in C++ (the recurrent layers outside oneDNN, and their cells); `decomposed`
-returns the same computation in Python. Dropout is opened too, for another reason: torch.func has a
-dropout of its own, which draws other masks than the eager one.
+Composites in C++ are written out here, operation by operation; recurrent layers have a file of their own.
 """
 
 from __future__ import annotations
@@ -23,9 +21,11 @@ from torch import Tensor
 
 from funcstage._torch import functorch as ft
 from funcstage._torch import operators as ops
-from funcstage.engines.rules import recurrent
 
-_OVERRIDE_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_OVERRIDE_CHECKS = (
+    *("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"),
+    "_has_torch_function",  # what torch.foreach calls it
+)
 
 
 class _Opened(dict[str, Any]):
@@ -39,59 +39,30 @@ class _Opened(dict[str, Any]):
         return self._original[name]
 
 
-def opened(function: Any) -> Callable[..., Any] | None:
+def opened(function: types.FunctionType) -> Callable[..., Any] | None:
     """Return the body of a function of torch that must not run as one operation, or None for all else."""
-    try:
-        return _OPENED[function]
-    except (KeyError, TypeError):
-        pass
-    if type(function) is not types.FunctionType:
-        return None
-    body: Callable[..., Any] | None = None
     is_torchs = function.__module__.partition(".")[0] == "torch"
     checks_overrides = any(name in function.__globals__ for name in _OVERRIDE_CHECKS)
     # A method that calls super() only prepares the arguments of an operation of the same name.
     if is_torchs and checks_overrides and "__class__" not in function.__code__.co_freevars:
-        body = types.FunctionType(
-            function.__code__,
-            _Opened(function.__globals__),
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        body.__kwdefaults__ = function.__kwdefaults__
-    return _OPENED.setdefault(function, body)
+        return opened_body(function)
+    return None
 
 
-def decomposed(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], split: bool
-) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return a C++ composite's computation in Python with its operands, or None where it runs as it is.
-
-    Args:
-        function: what is called.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        split: whether it is a site, both of whose gradients are wanted apart.
-    """
-    choose = _DECOMPOSED.get(function)
-    if choose is None:
-        return None
-    args = in_order(args, kwargs)
-    body = choose(args, split)
-    return None if body is None else (body, args)
+def opened_body(function: Any) -> Callable[..., Any]:
+    """The same function with its override checks answering no."""
+    body = types.FunctionType(
+        function.__code__,
+        _Opened(function.__globals__),
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
-def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All operands of a recurrent layer or cell by position."""
-    if not kwargs:
-        return args
-    names = next(names for names in _SIGNATURES if kwargs.keys() <= {*names})
-    rest = names[len(args) :]
-    return args + tuple(kwargs.get(name) for name in rest[: max(map(rest.index, kwargs)) + 1])
-
-
-def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = False) -> Callable[..., Tensor]:
+def dropout(*, features: bool = False, alpha: bool = False, in_place: bool = False) -> Callable[..., Tensor]:
     """The eager dropout, as in ATen/native/Dropout.cpp, operation by operation."""
 
     def dropout(input: Tensor, p: float, train: bool) -> Tensor:
@@ -121,7 +92,7 @@ def _dropout(*, features: bool = False, alpha: bool = False, in_place: bool = Fa
     return dropout
 
 
-def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
+def meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
     """The eager function, whose override check lies in another one that it calls."""
     if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
         tensors = tuple(tensors[0])
@@ -129,37 +100,14 @@ def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
     return ops.meshgrid(tensors, **options)
 
 
-def _lstm(args: tuple[Any, ...], split: bool) -> Callable[..., Any] | None:
-    data, hidden = args[0], args[1]
-    is_sequence = isinstance(hidden, (tuple, list))  # packed data has its batch sizes there
-    if is_sequence and data.device.type == "cpu":
-        projected = hidden[0].shape[-1] != hidden[1].shape[-1]
-        supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
-        if supported and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-            return recurrent.lstm_by_layer if args[4] > 1 else None  # oneDNN runs a layer as one kernel
-    # A level would wrap batch sizes, which the kernels read by address.
-    return _LSTM if split or data.is_cuda or not is_sequence else None
-
-
-def _layers(step: recurrent.Cell) -> Callable[..., Any]:
-    body = recurrent.stacked(step)
-    # cuDNN's layers read their weights by address, which wrapped tensors do not have.
-    return lambda args, split: body if split or args[0].is_cuda or isinstance(args[2], Tensor) else None
-
-
-def _cell(step: recurrent.Cell) -> Callable[..., Any]:
-    body = recurrent.single(step)
-    return lambda args, split: body if split else None
-
-
-def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Pack with lengths and batch sizes free of wrappers, as the kernels read their memory."""
     pack = torch.ops.aten._pack_padded_sequence.default
     packed, batch_sizes = pack(input, ft.innermost(lengths), batch_first)
     return packed, ft.innermost(batch_sizes)
 
 
-def _pad_packed_sequence(
+def pad_packed_sequence(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
     """The eager operations, as in ATen/native/PackedSequence.cpp, whose kernel fills `lengths` by address."""
@@ -178,36 +126,3 @@ def _pad_packed_sequence(
         start, offset = start + steps, offset + steps * size
         lengths[:size] = [start] * size
     return padded.transpose(0, 1) if batch_first else padded, torch.tensor(lengths)
-
-
-_OPENED: dict[Any, Callable[..., Any] | None] = {
-    torch.meshgrid: _meshgrid,
-    ops.pack_padded_sequence: _pack_padded_sequence,
-    ops.pad_packed_sequence: _pad_packed_sequence,
-    torch.dropout: _dropout(),
-    torch.dropout_: _dropout(in_place=True),
-    torch.feature_dropout: _dropout(features=True),
-    torch.feature_dropout_: _dropout(features=True, in_place=True),
-    torch.alpha_dropout: _dropout(alpha=True),
-    torch.alpha_dropout_: _dropout(alpha=True, in_place=True),
-    torch.feature_alpha_dropout: _dropout(features=True, alpha=True),
-    torch.feature_alpha_dropout_: _dropout(features=True, alpha=True, in_place=True),
-}
-_OPTIONS = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
-_SIGNATURES = (
-    ("input", "hx", "params", *_OPTIONS, "batch_first"),
-    ("data", "batch_sizes", "hx", "params", *_OPTIONS),
-    ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
-)
-"""What the parameters of recurrent layers, of those over packed sequences, and of cells are called."""
-_LSTM = recurrent.stacked(recurrent.lstm_step)
-_DECOMPOSED: dict[Any, Callable[[tuple[Any, ...], bool], Callable[..., Any] | None]] = {
-    torch.lstm: _lstm,
-    torch.gru: _layers(recurrent.gru_step),
-    torch.rnn_tanh: _layers(recurrent.tanh_step),
-    torch.rnn_relu: _layers(recurrent.relu_step),
-    torch.lstm_cell: _cell(recurrent.lstm_step),
-    torch.gru_cell: _cell(recurrent.gru_step),
-    torch.rnn_tanh_cell: _cell(recurrent.tanh_step),
-    torch.rnn_relu_cell: _cell(recurrent.relu_step),
-}

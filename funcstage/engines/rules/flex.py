@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,21 @@ from funcstage._torch.dynamo import compiled_again, disable_cache_limit
 from funcstage._torch.operators import HigherOrderOperator
 from funcstage.engines.levels.checkpoint import StandIns, modules_in
 from funcstage.engines.rules import custom_functions
+from funcstage.engines.rules.base import Rule, traced
 from funcstage.state.module import state_of, swapped
 
 
-def is_flex_attention(function: Any) -> bool:
-    """Tell whether something is the operator behind `flex_attention`."""
-    return _is_named(function, "flex_attention")
+def rules(operator: Any) -> tuple[Rule, ...]:
+    """The rules of the operator behind `flex_attention`."""
+    return (
+        Rule(lambda call: not call.traced, lambda *args: attend(operator, args)),
+        Rule(traced, partial(run_compiled, operator, backend="eager"), whole=True),
+    )
 
 
 def is_flex_attention_backward(function: Any) -> bool:
     """Tell whether something is the operator behind its backward."""
-    return _is_named(function, "flex_attention_backward")
-
-
-def _is_named(function: Any, name: str) -> bool:
-    return isinstance(function, HigherOrderOperator) and function.name() == name
+    return isinstance(function, HigherOrderOperator) and function.name() == "flex_attention_backward"
 
 
 def attend(operator: Any, args: Sequence[Any]) -> Any:

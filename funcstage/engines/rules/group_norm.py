@@ -11,33 +11,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from funcstage._torch.operators import suggest_memory_format
+from funcstage.engines.rules.base import Call
 
 SURVIVES = torch.__version__ >= "2.14"
 """Whether the kernel does without dX."""
 
-CRASHING: frozenset[Any] = frozenset(() if SURVIVES else (F.group_norm, torch.group_norm))
-"""Calls that may be such that their backward crashes."""
 
-
-def crashes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call is one whose backward would crash."""
-    if func not in CRASHING:
-        return False
-    x = args[0] if args else kwargs.get("input")
+def crashes(call: Call) -> bool:
+    """Tell whether the backward of a call would crash."""
+    x = call.args[0] if call.args else call.kwargs.get("input")
     return isinstance(x, Tensor) and x.is_cpu and suggest_memory_format(x) != torch.contiguous_format
 
 
-def contiguous_group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def contiguous_group_norm(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same call of the other kernel."""
-    x, *rest = args or (kwargs["input"],)
-    kwargs = {name: value for name, value in kwargs.items() if name != "input"}
-    result: Tensor = func(x.contiguous(), *rest, **kwargs)
-    return result.contiguous(memory_format=suggest_memory_format(x))
+    result: Tensor = func(input.contiguous(), *args, **kwargs)
+    return result.contiguous(memory_format=suggest_memory_format(input))
 
 
 def edges_to_ask_for(node: Node) -> list[Any]:

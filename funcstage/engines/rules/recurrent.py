@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from funcstage.engines.rules.base import Call, Rule
+
 State: TypeAlias = tuple[Tensor, ...]
 """Hidden state, and cell state if the cell has one: float[batch, hidden] each."""
 
@@ -175,3 +177,73 @@ def _packed(
     ended.append(state)
     final = tuple(torch.cat(tensors[::-1]) for tensors in zip(*ended, strict=True))
     return torch.cat(outputs[::-1] if reverse else outputs), final
+
+
+# When they run instead of what they are written after.
+
+
+def layers(step: Cell) -> tuple[Rule, ...]:
+    """The rules of `torch.gru` and its like, over a step."""
+    return (Rule(_reads_by_address, _by_position(stacked(step))),)
+
+
+def cells(step: Cell) -> tuple[Rule, ...]:
+    """The rules of `torch.lstm_cell` and its like, over a step."""
+    return (Rule(lambda call: call.split and not call.traced, _by_position(single(step))),)
+
+
+def _reads_by_address(call: Call) -> bool:
+    """Whether a layer is split, or reads weights by address, as cuDNN's, where wrappers have none."""
+    args = in_order(call.args, call.kwargs)
+    return call.split or args[0].is_cuda or isinstance(args[2], Tensor)
+
+
+def _is_one_kernel(args: tuple[Any, ...]) -> bool:
+    """Whether oneDNN runs each layer of an LSTM as one kernel."""
+    data, hidden = args[0], args[1]
+    if isinstance(hidden, Tensor) or data.device.type != "cpu":  # packed data has its batch sizes there
+        return False
+    projected = hidden[0].shape[-1] != hidden[1].shape[-1]
+    supported = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and not projected
+    return supported and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _has_kernel_a_layer(call: Call) -> bool:
+    args = in_order(call.args, call.kwargs)
+    return not call.traced and _is_one_kernel(args) and args[4] > 1
+
+
+def _is_lstm_opened(call: Call) -> bool:
+    args = in_order(call.args, call.kwargs)
+    if call.traced:
+        return True
+    # A level would wrap batch sizes, which the kernels read by address.
+    return not _is_one_kernel(args) and (call.split or args[0].is_cuda or isinstance(args[1], Tensor))
+
+
+def _by_position(body: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: body(*in_order(args, kwargs))
+
+
+def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All operands of a recurrent layer or cell by position."""
+    if not kwargs:
+        return args
+    names = next(names for names in _SIGNATURES if kwargs.keys() <= {*names})
+    rest = names[len(args) :]
+    return args + tuple(kwargs.get(name) for name in rest[: max(map(rest.index, kwargs)) + 1])
+
+
+_OPTIONS = ("has_biases", "num_layers", "dropout", "train", "bidirectional")
+_SIGNATURES = (
+    ("input", "hx", "params", *_OPTIONS, "batch_first"),
+    ("data", "batch_sizes", "hx", "params", *_OPTIONS),
+    ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"),
+)
+"""What the parameters of recurrent layers, of those over packed sequences, and of cells are called."""
+
+LSTM = (
+    Rule(_has_kernel_a_layer, _by_position(lstm_by_layer)),
+    Rule(_is_lstm_opened, _by_position(stacked(lstm_step))),
+)
+"""The rules of `torch.lstm`."""

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from funcstage._torch.operators import written_by
 from funcstage.engines.levels.inner_gradients import codes
 
 
@@ -66,7 +68,7 @@ def looks_writing(backward: Any) -> bool:
 
 def _looks_writing(code: CodeType) -> bool:
     return (
-        not _WRITERS.isdisjoint(code.co_names)
+        any(map(_is_write, code.co_names))
         or any(isinstance(const, tuple) and "out" in const for const in code.co_consts)  # a keyword
         or any(
             step.opname == "STORE_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
@@ -75,4 +77,8 @@ def _looks_writing(code: CodeType) -> bool:
     )
 
 
-_WRITERS = {name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")} | {"data"}
+@functools.lru_cache(maxsize=4096)
+def _is_write(name: str) -> bool:
+    """Tell whether a method of tensors, or a function of torch, of this name writes into its operands."""
+    found = (getattr(place, name, None) for place in (Tensor, torch))
+    return name == "data" or any(bool(written_by(each).positions) for each in found if callable(each))
