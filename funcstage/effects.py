@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
-from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.errors import PurityError, StageError
 
 
@@ -45,21 +43,6 @@ def refused_mark(owner: str, requires_grad: bool) -> PurityError:
         f"The stage freezes {owner} by requires_grad_(False) in its forward, whose gradient would be "
         "computed nevertheless. Freeze it before functionalize, or read tensor.detach()."
     )
-
-
-class RefusedEffects(TorchFunctionMode):
-    """Refuses them while a stage runs under no other mode, and cuts off what reentrant regions have left."""
-
-    def __init__(self, leftovers: Leftovers) -> None:
-        super().__init__()
-        self._leftovers = leftovers
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = self._leftovers.cut((args, kwargs or {}))
-        refuse_effects(func, args, kwargs)
-        return func(*args, **kwargs)
 
 
 _ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]

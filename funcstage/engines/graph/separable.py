@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage.effects import MARKS, refuse_effects, refused_mark
+from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.refusals import TRACED, captured
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.dtypes import refuse_complex
 from funcstage.engines.rules.table import known
-from funcstage.engines.tape.reentrant import Leftovers
+from funcstage.engines.tape.reentrant import Leftovers, OneTape
 
 
-class Separable(TorchFunctionMode):
+class Separable(OneTape):
     """Replaces what would be recorded as one operation that cannot be separated or replayed.
 
     Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Linear
@@ -30,16 +29,12 @@ class Separable(TorchFunctionMode):
     """
 
     def __init__(self, owner: str, leftovers: Leftovers) -> None:
-        super().__init__()
+        super().__init__(leftovers)
         self.owner = owner
         self.given: dict[int, str] = {}  # state and differentiated arguments, by their ids
-        self._leftovers = leftovers
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = self._leftovers.cut((args, kwargs or {}))
-        refuse_effects(func, args, kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record an operation."""
         if func in MARKS:
             self._mark(*args, **kwargs)
         operation = known(func)

@@ -22,14 +22,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from funcstage import autograd, trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import intercepting
-from funcstage.effects import RefusedEffects
 from funcstage.engines import on_nodes
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.engines.pieces import balanced
-from funcstage.engines.tape.reentrant import Leftovers
+from funcstage.engines.tape.reentrant import Leftovers, OneTape
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
@@ -235,7 +234,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
         containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
     regions = _AsTheyCome()
-    modes = WatchedWrites(call.given), RefusedEffects(regions.leftovers)
+    modes = WatchedWrites(call.given), OneTape(regions.leftovers)
     try:
         with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)

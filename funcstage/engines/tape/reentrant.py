@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage.effects import refuse_effects
 
 
 class Leftovers:
@@ -36,6 +37,25 @@ class Leftovers:
         if not self._tensors:
             return operands
         return trees.map_leaves(lambda x: x.detach() if id(x) in self._tensors else x, operands)
+
+
+class OneTape(TorchFunctionMode):
+    """The mode of a run on one tape, plain or recorded: cuts leftovers off, and refuses effects."""
+
+    def __init__(self, leftovers: Leftovers) -> None:
+        super().__init__()
+        self._leftovers = leftovers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = self._leftovers.cut((args, kwargs or {}))
+        refuse_effects(func, args, kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation."""
+        return func(*args, **kwargs)
 
 
 class _Noting(TorchFunctionMode):
