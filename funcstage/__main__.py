@@ -1,4 +1,4 @@
-"""`python -m funcstage`: the command line."""
+"""`funcstage`, or `python -m funcstage`: the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from funcstage import __version__
 from funcstage.cli import check, plan, timeline
 from funcstage.demo.distributed import RANK, WORLD_SIZE
 from funcstage.errors import StageError
 from funcstage.pipelining import SCHEDULES, ScheduleError
+
+
+def console() -> int:
+    """Run the command line as the script `funcstage`, which finds stages in the working directory too."""
+    sys.path.insert(0, "")
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,10 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    script = "funcstage" if Path(sys.argv[0]).stem == "funcstage" else "python -m funcstage"
     parser = argparse.ArgumentParser(
-        prog="python -m funcstage",
+        prog=script,
         description="The split backward of a pipeline stage, as a function transformation, in PyTorch.",
-        epilog="Help on a command: python -m funcstage demo --help",
+        epilog=f"Help on a command: {script} demo --help",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"funcstage {__version__}, torch {torch.__version__}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo = commands.add_parser(
@@ -47,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             "Started by torchrun, each process is a rank of the schedule."
         ),
         epilog=(
-            "A quick look: python -m funcstage demo --steps 5. "
+            f"A quick look: {script} demo --steps 5. "
             "In two processes: torchrun --nproc-per-node=2 -m funcstage demo"
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

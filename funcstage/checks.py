@@ -61,7 +61,7 @@ def checked_accumulators(pullback: WeightPullback, accumulate: Any) -> list[Tens
     if spec != pullback._params_spec:
         raise StructureError(
             f"accumulate must have the structure of the parameters of {pullback.stage}, "
-            f"{pullback._params_spec}; got {spec}. Use None at leaves that hold nothing yet."
+            f"{trees.mismatch(pullback._params_spec, spec)}. Use None at leaves that hold nothing yet."
         )
 
     def name(i: int) -> str:

@@ -98,7 +98,7 @@ class DerivedPullback(CopiedByLeaves, Generic[AnyParams]):
         if spec != self._spec:
             raise StructureError(
                 f"derived_grads of {self._pullback.stage} must have the structure of the derived parameters, "
-                f"{self._spec}; got {spec}. Pass None at a leaf whose gradient is zero."
+                f"{trees.mismatch(self._spec, spec)}. Pass None at a leaf whose gradient is zero."
             )
         for i, (leaf, meta) in enumerate(zip(leaves, self._metas, strict=True)):
             if leaf is None or (meta is not None and _fits(leaf, meta)):

@@ -125,8 +125,8 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         leaves, spec = trees.flatten(output_grads)
         if spec != self._output_spec:
             raise StructureError(
-                f"output_grads of {self.stage} must have the structure of its output, {self._output_spec}; "
-                f"got {spec}. Pass None at a leaf whose cotangent is zero."
+                f"output_grads of {self.stage} must have the structure of its output, "
+                f"{trees.mismatch(self._output_spec, spec)}. Pass None at a leaf whose cotangent is zero."
             )
         for i, fixed in self._output_fixed.items():
             if type(leaves[i]) is type(fixed) and (leaves[i] is fixed or leaves[i] == fixed):

@@ -1,9 +1,12 @@
-"""Tables for notebooks."""
+"""Tables for notebooks, and figures with their units."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_DECIMAL = ("", "k", "M", "G", "T", "P")
 
 _SHOWN = 24
 """How many rows of a table are shown; a line says how many more there are."""
@@ -27,3 +30,21 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *,
     title = f'<caption style="text-align: left; white-space: nowrap">{html.escape(caption)}</caption>'
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table>{title}{head}<tbody>{body}</tbody></table>"
+
+
+def size(nbytes: float) -> str:
+    """Write a number of bytes with three significant digits, such as ``1.25 GiB``."""
+    return _scaled(nbytes, 1024, _BINARY)
+
+
+def work(flops: float, unit: str = "FLOP") -> str:
+    """Write a number of floating-point operations with three significant digits, such as ``17.6 TFLOP``."""
+    return _scaled(flops, 1000, tuple(prefix + unit for prefix in _DECIMAL))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    step = 0
+    while step < len(units) - 1 and float(f"{value:.4g}") >= base:
+        value, step = value / base, step + 1
+    digits = f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+    return f"{digits} {units[step]}".rstrip()

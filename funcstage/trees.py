@@ -87,6 +87,18 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
+def mismatch(expected: optree.PyTreeSpec, got: optree.PyTreeSpec) -> str:
+    """Return two structures for error messages: ``{'logits': *}; got [*, *], where each * is a leaf``."""
+
+    def show(spec: optree.PyTreeSpec) -> str:
+        if spec.is_leaf():
+            return "a single leaf"
+        text = str(spec).removeprefix("PyTreeSpec(")
+        return text[: text.rindex(", NoneIsLeaf")]
+
+    return f"{show(expected)}; got {show(got)}, where each * is a leaf"
+
+
 def look(like: Any) -> str:
     """Return what a tensor, or anything with its dtype and shape, looks like: ``float32[2, 3]``."""
     return f"{str(like.dtype).removeprefix('torch.')}{list(like.shape)}"

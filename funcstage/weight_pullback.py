@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic
+from typing import Any, Generic, Never
 
 import optree
 import torch
@@ -49,10 +49,11 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
 
     @undone_if_interrupted
     @outside_inference_mode
-    def __call__(self, *, retain: bool = False) -> AnyParams:
+    def __call__(self, *args: Never, retain: bool = False) -> AnyParams:
         """Compute the gradients of the parameters.
 
         Args:
+            *args: none; the cotangents came with I.
             retain: keep the residuals for another call.
 
         Returns:
@@ -60,11 +61,17 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
             device, and memory of its own. `None` for a parameter that the output does not depend on.
 
         Raises:
+            StructureError: if it is given an argument.
             ConsumedError: on a second call, unless the first was made with `retain=True`. One that failed in
                 its midst counts.
             WrittenError: if something that it reads was written in place after F or I.
             StageError: in anomaly mode, if the stage is compiled.
         """
+        if args:
+            raise StructureError(
+                f"W of {self.stage} takes no argument, as its cotangents came with I. Call weight_pullback() "
+                "without; pass output_grads to the pullback that returned it."
+            )
         tape = self._live()
         self._check_ready(tape)
         try:

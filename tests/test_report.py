@@ -11,7 +11,7 @@ from torch import nn
 
 import funcstage as fs
 from funcstage.pipelining import Costs, pipeline_order, simulate
-from funcstage.report import table
+from funcstage.report import size, table, work
 
 
 def cells(shown: Any) -> list[list[str]]:
@@ -51,14 +51,14 @@ def test_a_compiled_stage_is_shown_with_the_plans_of_its_signatures(stage: fs.Fu
     _, first, second = cells(compiled)
     assert second[1:4] == [f"{phase.flops:,}" for phase in (plan.forward, plan.input_grad, plan.weight_grad)]
     assert first != second
-    assert cells(plan)[1][:2] == ["F", f"{plan.forward.flops:,}"]
+    assert cells(plan)[1][:2] == ["F", work(plan.forward.flops)]
 
 
 def test_schedules_are_shown_by_rank() -> None:
     order = pipeline_order("1F1B", 2, 2)
     assert cells(order)[2] == ["rank 1", "1F0 1B0 1F1 1B1"]
     timeline = simulate(order, [Costs(1, 1, 1, 2, 1)] * 2)
-    assert cells(timeline)[1] == ["0", "0", "6", "33.3%", "4"]
+    assert cells(timeline)[1] == ["0", "0", "6 s", "33.3%", "4 B"]
     assert "1F1B: 9 s for 2 microbatches, bubble 33.3%" in timeline._repr_html_()
 
 
@@ -71,3 +71,29 @@ def test_text_is_escaped(nasty: str) -> None:
 def test_long_tables_say_how_much_is_left_out() -> None:
     root = ElementTree.fromstring(table("", ["n"], [[str(n)] for n in range(100)], shown=3))
     assert "".join(root.itertext()) == "n012and 97 more"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (7.5, "7.5 B"),
+        (1023, "1,023 B"),
+        (1024, "1 KiB"),
+        (1280, "1.25 KiB"),
+        (1024**2 - 1, "1 MiB"),
+        (1342177280, "1.25 GiB"),
+        (1 << 70, "1,048,576 PiB"),
+    ],
+)
+def test_bytes_are_written_in_binary_units(nbytes: float, text: str) -> None:
+    assert size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [(0, "0 FLOP"), (999, "999 FLOP"), (999_960, "1 MFLOP"), (17_592_186_044_416, "17.6 TFLOP")],
+)
+def test_operations_are_written_in_decimal_units(flops: float, text: str) -> None:
+    assert work(flops) == text
+    assert work(flops, "").split() == text.removesuffix("FLOP").split()

@@ -1,1 +1,1 @@
-"""What `python -m funcstage` can be asked: plan, check, timeline; the demo is a package of its own."""
+"""The commands of `funcstage`: plan, check, timeline; the demo is a package of its own."""

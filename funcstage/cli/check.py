@@ -1,4 +1,4 @@
-"""`python -m funcstage check`: is the split of this stage what eager backward gives?"""
+"""`funcstage check`: is the split of this stage what eager backward gives?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from funcstage import report as tables
 from funcstage.cli import show, target
 from funcstage.errors import StageError
 from funcstage.testing import EngineReport, StageMismatch, StageReport, check_stage
@@ -33,18 +34,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random numbers (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    target.add_traceback(parser)
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found and return the exit status."""
-    found = target.load(arguments.stage)
+    found = target.load(arguments)
     engines = arguments.engines or _ENGINES
     report: StageReport | None = None
     refusals: dict[str, StageError] = {}
     for engine in show.progress(engines, "checking"):
         try:
-            checked = check_stage(found.stage, *found.args, engines=engine, seed=arguments.seed)
+            with found.errors(arguments):
+                checked = check_stage(found.stage, *found.args, engines=engine, seed=arguments.seed)
         except StageMismatch as mismatch:
             checked = mismatch.report
         except StageError as refusal:
@@ -88,9 +91,8 @@ def _print(report: StageReport) -> None:
     header = (
         "engine",
         "verdict",
-        "leaves",
-        "bitwise equal",
-        "F + I + W, FLOPs",
+        "bitwise",
+        "FLOP: F + I + W",
         "eager",
         "before I",
         "before W",
@@ -98,24 +100,25 @@ def _print(report: StageReport) -> None:
     rows = []
     for name, engine in report.engines.items():
         if engine.refusal is not None:
-            rows.append((name, "refuses", *[""] * 6))
+            rows.append((name, "error", *[""] * 5))
             continue
         flops = engine.flops
         rows.append(
             (
                 name,
                 "differs" if engine.complaints() else "equal",
-                str(len(engine.leaves)),
-                str(engine.exact),
-                "" if flops is None else f"{flops.forward:,} + {flops.input:,} + {flops.weight:,}",
-                "" if flops is None else f"{flops.eager_forward + flops.eager_backward:,}",
-                f"{engine.input_nbytes:,} B",
-                f"{engine.weight_nbytes:,} B",
+                f"{engine.exact} of {len(engine.leaves)}",
+                ""
+                if flops is None
+                else " + ".join(tables.work(n, "") for n in (flops.forward, flops.input, flops.weight)),
+                "" if flops is None else tables.work(flops.eager_forward + flops.eager_backward, ""),
+                tables.size(engine.input_nbytes),
+                tables.size(engine.weight_nbytes),
             )
         )
     show.table(report.stage, header, rows)
     for name, refusal in report.refusals.items():
-        print(f"{name} refuses it: {refusal}")
+        print(f"{name}: {refusal}")
     for name, engine in report.engines.items():
         for note in engine.notes:
             print(f"{name}: note: {note}")

@@ -1,4 +1,4 @@
-"""`python -m funcstage plan`: what F, I and W of a stage cost, before it runs."""
+"""`funcstage plan`: what F, I and W of a stage cost, before it runs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--remat",
         default="min_cut",
         choices=("none", "min_cut", "full"),
-        help="what backward computes again (default: %(default)s)",
+        help="what backward recomputes (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    target.add_traceback(parser)
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
-    found = target.load(arguments.stage)
+    found = target.load(arguments)
     apply, params, buffers = found.functional
-    with show.working("tracing"):
+    with show.working("tracing"), found.errors(arguments):
         plan = compile(apply, backend="aten", remat=arguments.remat).plan(params, buffers, *found.args)
     if arguments.json:
         values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}

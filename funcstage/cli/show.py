@@ -22,9 +22,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table()
-        for i, name in enumerate(header):
-            drawn.add_column(name, justify="right" if i else "left")
+        # Where there is too little room, the words of a header are broken over lines, and no figure is cut.
+        drawn = Table(show_edge=False, pad_edge=False)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0] * len(header)
+        for i, (name, width) in enumerate(zip(header, widths, strict=True)):
+            drawn.add_column(name, justify="right" if i else "left", min_width=width)
         for row in rows:
             drawn.add_row(*row)
         console = Console()

@@ -1,9 +1,11 @@
-"""`python -m funcstage timeline`: a schedule on a clock, as numbers, a picture, a trace or torch's file."""
+"""`funcstage timeline`: a schedule on a clock, as numbers, a picture, a trace or torch's file."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             "half of them."
         ),
         epilog=(
-            "For example: python -m funcstage timeline --schedule ZBVZeroBubble --ranks 8 --microbatches 16 "
+            "For example: funcstage timeline --schedule ZBVZeroBubble --ranks 8 --microbatches 16 "
             "-o timeline.png"
         ),
     )
@@ -55,7 +57,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--microbatches", type=int, default=8, metavar="N", help="microbatches a step (default: %(default)s)"
     )
     parser.add_argument(
-        "--stages-per-rank", type=int, choices=(1, 2), help="default: 2 for schedules of several, else 1"
+        "--stages-per-rank",
+        type=int,
+        choices=(1, 2),
+        help=f"default: 2 for schedules of several, else 1; '{_FOUND}' tries both",
     )
     parser.add_argument(
         "--costs",
@@ -94,9 +99,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write the files, print the numbers."""
-    for path in arguments.output:
-        if not path.parent.is_dir():
-            raise StageError(f"-o {path}: there is no folder {path.parent}.")
+    _check(arguments)
     with show.working("simulating"):
         order, costs = _order(arguments)
         timeline = simulate(order, costs, comm=arguments.comm)
@@ -112,9 +115,40 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         header, *rows = timeline.rows()
         show.table(str(timeline), header, rows)
+        for note in _notes(arguments, timeline):
+            print(f"note: {note}")
         for path in arguments.output:
             print(f"written: {path}")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for option, count in (("--ranks", arguments.ranks), ("--microbatches", arguments.microbatches)):
+        if count < 1:
+            raise StageError(f"{option} must be 1 or more, got {count}.")
+    numbers = (("--costs", arguments.costs), ("--held", arguments.held), ("--comm", (arguments.comm,)))
+    for option, values in numbers:
+        for value in values:
+            if not (math.isfinite(value) and value >= 0):
+                raise StageError(f"{option} must be finite and not negative, got {value}.")
+    for path in arguments.output:
+        if not path.parent.is_dir():
+            raise StageError(f"-o {path}: there is no folder {path.parent}.")
+
+
+def _notes(arguments: argparse.Namespace, timeline: Timeline) -> list[str]:
+    """What was left out of a search."""
+    if arguments.csv is not None or arguments.schedule != _FOUND:
+        return []
+    notes = []
+    if arguments.stages_per_rank is not None:
+        stages = "one stage" if arguments.stages_per_rank == 1 else "two stages"
+        notes.append(f"only orders with {stages} a rank were searched; leave out --stages-per-rank for all.")
+    if importlib.util.find_spec("scipy") is None:
+        notes.append(
+            "scipy is not installed, so there was no integer programming: pip install 'funcstage[schedules]'."
+        )
+    return notes
 
 
 def _order(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
@@ -126,11 +160,10 @@ def _order(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
             raise StageError(f"--csv {arguments.csv} cannot be read: {error.strerror}.") from error
         share = len(order.stages_of(0))
         return order, _costs(arguments, order.num_stages, share)
+    if arguments.schedule == _FOUND:
+        return _found(arguments)
     share = arguments.stages_per_rank or (2 if arguments.schedule in _TWO_STAGES else 1)
     costs = _costs(arguments, ranks * share, share)
-    if arguments.schedule == _FOUND:
-        limit = arguments.memory_limit
-        return find_schedule(costs, ranks, microbatches, limit, comm=arguments.comm), costs
     if arguments.memory_limit is not None:
         raise StageError(
             f"--memory-limit is for --schedule {_FOUND}; {arguments.schedule} holds what it holds."
@@ -140,9 +173,29 @@ def _order(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
     return pipeline_order(arguments.schedule, ranks * share, microbatches, num_ranks=ranks), costs
 
 
+def _found(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
+    """The fastest order of those found for one stage a rank and for two."""
+    ranks, comm = arguments.ranks, arguments.comm
+    shares = (arguments.stages_per_rank,) if arguments.stages_per_rank else (1, 2)
+    found: list[tuple[float, Order, list[Costs]]] = []
+    refusals: list[StageError] = []
+    for share in shares:
+        costs = _costs(arguments, ranks * share, share)
+        try:
+            order = find_schedule(costs, ranks, arguments.microbatches, arguments.memory_limit, comm=comm)
+        except StageError as refusal:  # no order of so many stages is within the limit
+            refusals.append(refusal)
+        else:
+            found.append((simulate(order, costs, comm=comm).makespan, order, costs))
+    if not found:
+        raise refusals[-1]
+    _, order, costs = min(found, key=lambda one: one[0])
+    return order, costs
+
+
 def _costs(arguments: argparse.Namespace, num_stages: int, share: int) -> list[Costs]:
     seconds = [cost / share for cost in arguments.costs]
-    held = [size // share for size in arguments.held]
+    held = [size / share if size % share else size // share for size in arguments.held]
     return [Costs(*seconds, *held)] * num_stages
 
 

@@ -125,7 +125,7 @@ def run(settings: Settings) -> None:
     console.print(
         f"train loss {_nats(sum(recent) / len(recent))}, validation loss {_nats(validation)}, "
         f"unigram entropy {_nats(source.unigram_entropy)}",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,  # a terminal breaks it between words
     )
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from funcstage._torch.pipelining import (
     OptimizedModule,
 )
-from funcstage.errors import LeafError, StructureError
+from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.pipelining.examples import LossFunction, requires_grad
 from funcstage.trees import describe
 from funcstage.wrappers import check_unwrapped
+
+
+def check_group(group: dist.ProcessGroup | None) -> None:
+    if group is None and not dist.is_initialized():
+        raise StageError(
+            "A pipeline stage needs a process group: call torch.distributed.init_process_group() first, in "
+            "each of the processes that torchrun starts, or pass group=. In one process without a group, "
+            "funcstage.pipelining.pipeline_value_and_grad runs all stages."
+        )
 
 
 def check_position(stage_index: int, num_stages: int) -> None:

@@ -26,7 +26,13 @@ from funcstage.pipelining.examples import LossFunction, StageFunction, any_requi
 from funcstage.pipelining.folded_loss import FoldedLoss, Pending
 from funcstage.pipelining.microbatch import Call, Forward
 from funcstage.pipelining.preparations import Preparations
-from funcstage.pipelining.refusals import check_loss, check_module, check_param_dtype, check_position
+from funcstage.pipelining.refusals import (
+    check_group,
+    check_loss,
+    check_module,
+    check_param_dtype,
+    check_position,
+)
 from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.upstream import Upstream
 from funcstage.pullback import stage_vjp
@@ -81,6 +87,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         LeafError: if `stage_index` is out of range, a tensor of the module is on another device, or
             `param_dtype` is no floating dtype.
         StructureError: if the module is wrapped, the loss has parameters, or `dw_builder` is given.
+        StageError: if there is no process group.
 
     In a process for each rank (examples/train_distributed.py is a complete script):
 
@@ -111,6 +118,7 @@ class FunctionalPipelineStage(AccumulatingStage):
     ) -> None:
         with constructors.constructing(group, stage_index, num_stages):
             device = torch.device(device)
+            check_group(group)
             check_position(stage_index, num_stages)
             check_module(submodule, device)
             check_loss(loss_fn)

@@ -24,15 +24,15 @@ class Costs(NamedTuple):
     forward: float
     input: float
     weight: float
-    held_after_forward: int = 0
-    held_after_input: int = 0
+    held_after_forward: float = 0
+    held_after_input: float = 0
 
     def of(self, action: Action) -> float:
         """Return the seconds that an action of the stage takes."""
         backward = {"I": self.input, "W": self.weight, "B": self.input + self.weight}
         return self.forward if action.kind == "F" else backward[action.kind]
 
-    def held(self, action: Action) -> int:
+    def held(self, action: Action) -> float:
         """Return by how many bytes an action changes what its rank holds once it is done."""
         if action.kind == "F":
             return self.held_after_forward

@@ -39,7 +39,7 @@ def exact(
     solution = _solved(program, makespan, seconds)
     if solution is not None:
         ranks = tuple(program.in_order(actions, solution) for actions in program.ranks)
-        yield Order("found", len(costs), microbatches, ranks)
+        yield Order("integer programming", len(costs), microbatches, ranks)
 
 
 class _Program:

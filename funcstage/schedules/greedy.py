@@ -58,7 +58,7 @@ def greedy(
             clock.run(action, now, rank)
         elif soon < float("inf"):
             heapq.heappush(clock.events, (soon, rank))
-    return Order("found", len(costs), microbatches, tuple(map(tuple, clock.done)))
+    return Order("a greedy search", len(costs), microbatches, tuple(map(tuple, clock.done)))
 
 
 class _Clock:
@@ -85,7 +85,7 @@ class _Clock:
         self._arrived: dict[Action, float] = {}
         self._pending: list[deque[Action]] = [deque() for _ in placed]
         self._next_of: dict[tuple[str, int], int] = {}
-        self._held, self._ahead = [0] * len(placed), [0] * len(placed)
+        self._held, self._ahead = [0.0] * len(placed), [0] * len(placed)
         self._most = [max(c.held_after_forward, c.held_after_input) for c in costs]
         self.done: list[list[Action]] = [[] for _ in placed]
         self.free = [0.0] * len(placed)

@@ -8,6 +8,7 @@ scipy is installed, an integer program (the paper's appendix G) improves on the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.exact import exact
@@ -63,7 +64,7 @@ def find_schedule(
     costs: Sequence[Costs],
     ranks: int,
     microbatches: int,
-    memory_limit: int | None = None,
+    memory_limit: float | None = None,
     *,
     comm: float = 0.0,
     seconds: float = 10.0,
@@ -71,8 +72,8 @@ def find_schedule(
     """Find an order of F, I and W that is fast for these costs and holds no more than a limit.
 
     Args:
-        costs: of one stage a rank, or of two, which then form a V: rank `r` has the stages `r` and
-            `2 * ranks - 1 - r`. Built-in schedules may place two stages in a loop instead.
+        costs: of one stage a rank, or of two, which are placed in a V (rank `r` has the stages `r` and
+            `2 * ranks - 1 - r`) or in a loop (`r` and `r + ranks`), whichever is faster.
         ranks: how many devices.
         microbatches: how many microbatches a step has.
         memory_limit: bytes of residuals that a rank may hold at a time; `None` is any number.
@@ -82,7 +83,7 @@ def find_schedule(
 
     Returns:
         The order with the least simulated makespan that was found, no worse than any built-in schedule
-        that keeps to the limit. `write_order` makes a file of it for torch.
+        that keeps to the limit. Its name says what it is based on; `write_order` writes it for torch.
 
     Raises:
         ScheduleError: if the numbers do not fit, or no order meets the limit: then it names the smallest
@@ -99,33 +100,48 @@ def find_schedule(
         raise ScheduleError(
             f"{ranks} ranks need the costs of {ranks} stages, or of {2 * ranks} for a V; got {len(costs)}."
         )
-    placed = [[r] if len(costs) == ranks else [r, 2 * ranks - 1 - r] for r in range(ranks)]
-    in_sequence = _in_sequence(placed, microbatches)
-    simulate(in_sequence, costs, comm=comm)  # refuses bad costs
-    least = max(peak_memory(in_sequence, costs))
+    layouts = _layouts(len(costs), ranks)
+    in_sequence = [_in_sequence(placed, microbatches) for placed in layouts]
+    for order in in_sequence:
+        simulate(order, costs, comm=comm)  # refuses bad costs
+    least = min(max(peak_memory(order, costs)) for order in in_sequence)
     if memory_limit is not None and memory_limit < least:
         raise ScheduleError(
             f"No order holds at most {memory_limit:,} bytes a rank: a single microbatch in flight holds "
             f"{least:,}. Raise memory_limit to {least:,} at least, or cut the microbatch."
         )
     limit = float("inf") if memory_limit is None else memory_limit
-    bound = _bound(placed, costs, microbatches, comm)
 
     def candidates() -> Iterator[Order]:
+        yield from in_sequence
         yield from _built_in(len(costs), ranks, microbatches)
-        for policy in POLICIES:
-            if makespan > bound:
-                yield greedy(placed, costs, microbatches, limit, comm, policy)
-        if seconds > 0 and makespan > bound:
-            yield from exact(placed, costs, microbatches, limit, comm, makespan, seconds)
+        for placed, one_at_a_time in zip(layouts, in_sequence, strict=True):
+            if max(peak_memory(one_at_a_time, costs)) > limit:
+                continue  # no order of this layout is within the limit
+            bound = _bound(placed, costs, microbatches, comm)
+            for policy in POLICIES:
+                if makespan > bound:
+                    yield greedy(placed, costs, microbatches, limit, comm, policy)
+            if seconds > 0 and makespan > bound:
+                share = seconds / len(layouts)
+                yield from exact(placed, costs, microbatches, limit, comm, makespan, share)
 
-    best, makespan = in_sequence, simulate(in_sequence, costs, comm=comm).makespan
+    best, makespan = None, float("inf")
     for order in candidates():
         if max(peak_memory(order, costs)) <= limit:
             taken = simulate(order, costs, comm=comm).makespan
             if taken < makespan:
                 best, makespan = order, taken
-    return best
+    assert best is not None  # one microbatch after the other is within the limit
+    return replace(best, schedule=f"found (based on {best.schedule})")
+
+
+def _layouts(num_stages: int, ranks: int) -> list[list[list[int]]]:
+    """The stages of each rank, in every way in which the built-in schedules place as many."""
+    if num_stages == ranks:
+        return [[[r] for r in range(ranks)]]
+    v, loop = ([[r, 2 * ranks - 1 - r] for r in range(ranks)], [[r, r + ranks] for r in range(ranks)])
+    return [v] if ranks == 1 else [v, loop]
 
 
 def _bound(placed: list[list[int]], costs: Sequence[Costs], microbatches: int, comm: float) -> float:
@@ -153,7 +169,7 @@ def _in_sequence(placed: list[list[int]], microbatches: int) -> Order:
         )
         for stages in placed
     ]
-    return Order("in sequence", sum(map(len, placed)), microbatches, tuple(ranks))
+    return Order("one microbatch at a time", sum(map(len, placed)), microbatches, tuple(ranks))
 
 
 def _built_in(num_stages: int, ranks: int, microbatches: int) -> Iterator[Order]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from funcstage.report import table
+from funcstage.report import size, table
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.orders import Action, Order, ScheduleError
 
@@ -68,14 +68,14 @@ class Timeline:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return a table of the ranks, its header first."""
-        rows: list[tuple[str, ...]] = [("rank", "stages", "busy, s", "idle", "peak, bytes")]
+        rows: list[tuple[str, ...]] = [("rank", "stages", "busy", "idle", "peak")]
         for rank, (starts, ends, peak) in enumerate(
             zip(self.starts, self.ends, self.peak_memory, strict=True)
         ):
             busy = sum(ends) - sum(starts)
             stages = ", ".join(map(str, self.order.stages_of(rank)))
             idle = 1 - busy / self.makespan if self.makespan else 0.0
-            rows.append((str(rank), stages, f"{busy:,.4g}", f"{idle:.1%}", f"{peak:,}"))
+            rows.append((str(rank), stages, f"{busy:,.4g} s", f"{idle:.1%}", size(peak)))
         return rows
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class Timeline:
             )
         return path[::-1]
 
-    def memory(self, rank: int) -> list[tuple[float, int]]:
+    def memory(self, rank: int) -> list[tuple[float, float]]:
         """Return the bytes of residuals that a rank holds over time.
 
         Args:
@@ -123,8 +123,8 @@ class Timeline:
             Pairs of seconds and the bytes held from then on. What an action adds counts from its start,
             what it frees until its end.
         """
-        held = 0
-        curve = [(0.0, 0)]
+        held: float = 0
+        curve = [(0.0, held)]
         columns = zip(self.order.ranks[rank], self.starts[rank], self.ends[rank], strict=True)
         for action, start, end in columns:
             change = self.costs[action.stage].held(action)
@@ -133,12 +133,12 @@ class Timeline:
         return curve
 
     @property
-    def peak_memory(self) -> list[int]:
+    def peak_memory(self) -> list[float]:
         """The most bytes of residuals that each rank holds at a time."""
         return peak_memory(self.order, self.costs)
 
 
-def peak_memory(order: Order, costs: Sequence[Costs]) -> list[int]:
+def peak_memory(order: Order, costs: Sequence[Costs]) -> list[float]:
     """Return the most bytes of residuals that each rank of an order holds at a time.
 
     Args:
@@ -146,7 +146,7 @@ def peak_memory(order: Order, costs: Sequence[Costs]) -> list[int]:
         costs: one for each stage.
     """
 
-    def held(actions: Sequence[Action]) -> Iterator[int]:
+    def held(actions: Sequence[Action]) -> Iterator[float]:
         return itertools.accumulate((costs[a.stage].held(a) for a in actions), initial=0)
 
     return [max(held(actions)) for actions in order.ranks]
@@ -238,6 +238,17 @@ def _needs(
 
 
 def _check(order: Order, costs: Sequence[Costs], comm: float) -> None:
+    if not isinstance(order, Order):
+        way_out = f"pipeline_order({order!r}, num_stages, num_microbatches)" if isinstance(order, str) else ""
+        raise ScheduleError(
+            f"simulate takes an Order, got {type(order).__name__}. "
+            f"Make one with {way_out or 'pipeline_order, read_order or find_schedule'}."
+        )
+    if not isinstance(costs, Sequence) or not all(isinstance(cost, Costs) for cost in costs):
+        raise ScheduleError(
+            f"costs must be a list with the Costs of each of the {order.num_stages} stages, such as "
+            f"[Costs(forward=1, input=1, weight=1)] * {order.num_stages}; got {costs!r}."
+        )
     if len(costs) != order.num_stages:
         raise ScheduleError(
             f"{order.schedule} has {order.num_stages} stages, but {len(costs)} costs are given."

@@ -384,7 +384,7 @@ def compare_trees(report: EngineReport, what: str, got: PyTree, expected: PyTree
     got_leaves, got_spec = trees.flatten(got)
     leaves, spec = trees.flatten(expected)
     if got_spec != spec:
-        report.problems.append(f"{what}: expected structure {spec}, got {got_spec}")
+        report.problems.append(f"{what}: expected the structure {trees.mismatch(spec, got_spec)}")
         return
     for name, ours, eagers in zip(trees.leaf_names(spec, what), got_leaves, leaves, strict=True):
         report.leaves.append(compare(name, ours, eagers, tolerance))
@@ -400,8 +400,8 @@ def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         inspect.signature(module.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise StructureError(
-            f"check_stage: {type(module).__name__}.forward has {error}. Pass what the module is called with "
-            "after it: check_stage(module, x, mask=mask) runs module(x, mask=mask)."
+            f"check_stage cannot call {type(module).__name__} with these arguments: {error}. Pass what the "
+            "module is called with after it: check_stage(module, x, mask=mask) runs module(x, mask=mask)."
         ) from None
     except ValueError:  # a forward that tells nothing of its arguments
         pass

@@ -15,9 +15,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 from torch import nn
 
 from funcstage import trees
@@ -37,6 +35,15 @@ from funcstage.testing.stages import (
     inner_place,
 )
 from funcstage.trees import PyTree
+
+try:
+    import hypothesis
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "funcstage.testing.strategies needs Hypothesis, not installed here: pip install 'funcstage[test]'.",
+        name="hypothesis",
+    ) from error
 
 __all__ = ["BLOCKS", "FAMILIES", "built", "devices", "dtypes", "modules", "pytrees", "schedules", "stages"]
 

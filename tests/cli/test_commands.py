@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 import funcstage as fs
 from funcstage.__main__ import main
+from funcstage.cli import show
 from funcstage.pipelining import Costs, pipeline_order, read_order, simulate
 
 
@@ -78,6 +80,18 @@ def nothing() -> int:
     return 3
 
 
+def raising() -> tuple[Any, ...]:
+    raise ValueError("there is no data\n\nand no more to say")
+
+
+def of_a_wrong_shape() -> tuple[Any, ...]:
+    return nn.Linear(3, 2), torch.ones(2, 5)
+
+
+def half_on_meta() -> tuple[Any, ...]:
+    return nn.Linear(3, 2, device="meta"), torch.ones(2, 3)
+
+
 def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     status = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
@@ -100,8 +114,8 @@ def test_the_plan_is_that_of_the_compiled_stage(factory: str, capsys: pytest.Cap
 def test_a_stage_larger_than_the_machine_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = printed(capsys, "plan", "test_commands:on_meta")
     assert status == 0
-    rows = [line.split()[:2] for line in out.splitlines()[2:5]]
-    assert rows == [[name, f"{2 * 8 * (1 << 32):,}"] for name in "FIW"]
+    rows = [line.split()[:3] for line in out.splitlines()[2:5]]
+    assert rows == [[name, "68.7", "GFLOP"] for name in "FIW"]  # 2 * 8 * 2**32
 
 
 def test_what_backward_computes_again_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +141,7 @@ def test_an_engine_that_refuses_is_named_beside_one_that_does_not(capsys: pytest
     engines = ["--engine", "aten", "--engine", "closures"]
     status, out, _ = printed(capsys, "check", "test_commands:reads_values", *engines)
     assert status == 0
-    assert "aten refuses it: ReadsValues cannot be traced" in out
+    assert "aten: ReadsValues cannot be traced" in out
     status, out, err = printed(capsys, "check", "test_commands:reads_values", "--engine", "aten")
     assert (status, out) == (1, "")
     assert err.startswith("funcstage: ReadsValues cannot be traced")
@@ -145,7 +159,8 @@ def test_a_wrong_split_is_told_by_leaf_and_exit_status(capsys: pytest.CaptureFix
     [
         ("test_commands:nothing", "returned int"),
         ("test_commands:absent", "has no function 'absent'"),
-        ("test_commands", "has no function ''"),
+        ("test_commands", "test_commands has no factory after a colon"),
+        ("test_commands:", "has no factory after a colon"),
         ("no_such_module:block", "no_such_module cannot be imported"),
         (":block", "cannot be imported"),
     ],
@@ -158,6 +173,89 @@ def test_what_is_no_factory_is_refused_with_what_one_is(
         assert (status, out) == (1, "")
         assert says in err
         assert "It must be package.module:factory" in err
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        ("raising", "raised ValueError at .*test_commands.py:[0-9]+: there is no data. --traceback"),
+        ("of_a_wrong_shape", r"called with float32\[2, 5\] on cpu raised RuntimeError: mat1 and mat2 shapes"),
+        ("half_on_meta", "Put the module and its arguments on the same device"),
+    ],
+)
+def test_an_error_of_the_stages_own_is_one_line_unless_the_traceback_is_wanted(
+    command: str, factory: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = printed(capsys, command, f"test_commands:{factory}")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert re.search(says, err)
+    with pytest.raises((ValueError, RuntimeError)):
+        main([command, f"test_commands:{factory}", "--traceback"])
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"funcstage {fs.__version__}, torch {torch.__version__}\n"
+
+
+def test_what_two_stages_of_a_rank_hold_is_halved_exactly(capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ["timeline", "--schedule", "InterleavedZeroBubble", "--held", 2, 1]
+    _, out, _ = printed(capsys, *schedule, "--json")
+    assert json.loads(out)["peak_memory"] == [8, 7.5, 7, 6.5]
+    _, out, _ = printed(capsys, *schedule)
+    assert [line.split()[-2:] for line in out.splitlines()[2:]] == [
+        [n, "B"] for n in ("8", "7.5", "7", "6.5")
+    ]
+
+
+@pytest.mark.parametrize("costs", [(1, 1, 1), (1, 1.3, 0.7), (2, 1, 3)])
+def test_no_built_in_schedule_is_faster_than_what_is_found_over_all_layouts(
+    costs: tuple[float, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--ranks", 2, "--microbatches", 6, "--comm", 0.25, "--costs", *costs]
+    _, out, _ = printed(capsys, "timeline", "--schedule", "found", *size, "--json")
+    found = json.loads(out)
+    assert found["schedule"].startswith("found (based on ")
+    for schedule in ("GPipe", "1F1B", "ZB-H1", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"):
+        status, out, _ = printed(capsys, "timeline", "--schedule", schedule, *size, "--json")
+        assert status == 0
+        assert found["seconds"] <= json.loads(out)["seconds"] + 1e-9, schedule
+
+
+def test_a_search_says_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ["timeline", "--schedule", "found", "--ranks", 2, "--microbatches", 2]
+    assert "note:" not in printed(capsys, *search)[1]
+    assert "note: only orders with one stage a rank" in printed(capsys, *search, "--stages-per-rank", 1)[1]
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "note: scipy is not installed" in printed(capsys, *search)[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "test_commands:on_meta"],
+        ["check", "test_commands:block", "--engine", "closures", "--engine", "aten"],
+        ["timeline", "--ranks", 2],
+    ],
+)
+def test_a_table_fits_into_80_columns_on_a_terminal_and_off(
+    command: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, plain, _ = printed(capsys, *command)
+    assert max(map(len, plain.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(show, "is_rich", lambda: True)
+    _, drawn, _ = printed(capsys, *command)
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert "…" not in drawn
+    figures = re.findall(r"[0-9][0-9.,]* ?(?:[kMGT]?FLOP|[KMG]?i?B|s)\b", plain)
+    assert figures
+    assert [figure for figure in figures if figure not in drawn] == []
 
 
 def test_a_timeline_says_what_the_simulation_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,8 +294,12 @@ def test_a_found_schedule_is_written_for_torch_for_perfetto_and_for_the_eye(
         (["--csv", "absent.csv"], "--csv absent.csv cannot be read: No such file"),
         (["-o", "no/such/timeline.png"], "there is no folder no/such"),
         (["-o", "timeline.nothing"], "Format 'nothing' is not supported"),
-        (["--ranks", 0], "must be a positive integer"),
-        (["--comm", "nan"], "must be finite"),
+        (["--ranks", 0], "--ranks must be 1 or more, got 0"),
+        (["--ranks", -1], "--ranks must be 1 or more, got -1"),
+        (["--microbatches", -3], "--microbatches must be 1 or more, got -3"),
+        (["--comm", "nan"], "--comm must be finite and not negative, got nan"),
+        (["--costs", 1, -1, 1], "--costs must be finite and not negative, got -1.0"),
+        (["--held", -1, 0], "--held must be finite and not negative, got -1"),
     ],
 )
 def test_bad_options_of_a_timeline_are_refused_in_one_line(

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from torch.fx import GraphModule
 
+from funcstage import report
 from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.cost import flops
 from funcstage.engines.graph.extract import Program
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.nodes import is_view
 from funcstage.engines.graph.partition import Partition
-from funcstage.report import table
 
 
 class Phase(NamedTuple):
@@ -86,37 +86,37 @@ class Plan:
         return self.input_grad.recomputed_flops + self.weight_grad.recomputed_flops
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the programs as a table, its header first."""
+        """Return the programs as a table, its header first; "again" is what an earlier program has done."""
         phases = (("F", self.forward), ("I", self.input_grad), ("W", self.weight_grad))
         rows: list[tuple[str, ...]] = [
-            ("", "FLOPs", "recomputed", "operations", "recomputed", "residuals read")
+            ("", "FLOP", "FLOP again", "operations", "operations again", "residuals read")
         ]
         for name, phase in phases:
-            again = f"{phase.recomputed_flops:,}", f"{phase.recomputed_operations:,}"
-            reads = f"{phase.reads:,} B"
-            rows.append((name, f"{phase.flops:,}", again[0], f"{phase.operations:,}", again[1], reads))
+            flops, flops_again = report.work(phase.flops), report.work(phase.recomputed_flops)
+            operations, operations_again = f"{phase.operations:,}", f"{phase.recomputed_operations:,}"
+            rows.append((name, flops, flops_again, operations, operations_again, report.size(phase.reads)))
         return rows
 
     def edges(self) -> list[tuple[str, str]]:
         """Return the residuals between the programs as a table without a header."""
         return [
-            ("F -> I", f"{self.forward_to_input:,} B"),
-            ("F -> W", f"{self.forward_to_weight:,} B"),
-            ("I -> W", f"{self.input_to_weight:,} B"),
-            ("held after F", f"{self.held_after_forward:,} B"),
-            ("held after I", f"{self.held_after_input:,} B"),
+            ("F -> I", report.size(self.forward_to_input)),
+            ("F -> W", report.size(self.forward_to_weight)),
+            ("I -> W", report.size(self.input_to_weight)),
+            ("held after F", report.size(self.held_after_forward)),
+            ("held after I", report.size(self.held_after_input)),
         ]
 
     def __str__(self) -> str:
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
-        lines += [f"{name:12} {size:>20}" for name, size in self.edges()]
+        lines += [f"{name:12} {size:>12}" for name, size in self.edges()]
         return "\n".join((self.stage, *lines))
 
     def _repr_html_(self) -> str:
         header, *rows = self.rows()
-        return table(self.stage, header, rows) + table("residuals", ("", "size"), self.edges())
+        return report.table(self.stage, header, rows) + report.table("residuals", ("", "size"), self.edges())
 
 
 def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:
