@@ -1,0 +1,216 @@
+"""Modules that change between steps, or in the midst of one: taken up as eager would, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from one_process import one_process
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.func import functional_call
+from torch.nn import functional
+
+import funcstage as fs
+from funcstage.pipelining import FunctionalPipelineStage
+
+ATEN = {"backend": "aten"}
+ENGINES = pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
+SCHEDULES = pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
+MICROBATCHES = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+class Net(nn.Module):
+    """Two layers, and a buffer that backward does not read."""
+
+    shift: Tensor
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.list = nn.ModuleList([nn.Linear(4, 4), nn.Tanh()])
+        self.register_buffer("shift", torch.ones(4))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.list:
+            x = layer(x)
+        return x + self.shift
+
+
+class Once:
+    """A loss that does something when it is first called: after the first microbatch's forward."""
+
+    def __init__(self, event: Callable[[], Any]) -> None:
+        self.event: Callable[[], Any] | None = event
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        event, self.event = self.event, None
+        if event is not None:
+            event()
+        return functional.mse_loss(output, target)
+
+
+def made(dtype: torch.dtype = torch.float64) -> tuple[Net, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Net(dtype), torch.randn(8, 4, dtype=dtype), torch.randn(8, 4, dtype=dtype)
+
+
+def plain_step(module: nn.Module, x: Tensor, target: Tensor, loss: Any = functional.mse_loss) -> Tensor:
+    outputs = []
+    for part, wanted in zip(x.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
+        outputs.append(module(part))
+        (loss(outputs[-1], wanted) / MICROBATCHES).backward()
+    return torch.cat(outputs).detach()
+
+
+def grads(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(False)
+
+
+def move(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.clone()
+
+
+def replace(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach().clone())
+
+
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "the stage was given another module": lambda stage: setattr(stage, "submod", Net()),
+    "a submodule was replaced": lambda stage: stage.submod.list.__setitem__(0, nn.Linear(4, 4).double()),
+    "parameter 'first.weight' was replaced": lambda stage: replace(stage.submod.first),
+    "parameter 'first.weight' was frozen": lambda stage: freeze(stage.submod.first.weight),
+    "parameter 'list.0.bias' was given other memory": lambda stage: move(stage.submod.list[0].bias),
+}
+
+
+@ENGINES
+@SCHEDULES
+@pytest.mark.parametrize("said", REFUSED)
+def test_another_structure_in_the_midst_of_a_step_is_refused_and_the_next_step_takes_it_up(
+    said: str, schedule: Any, compile: Any
+) -> None:
+    module, x, target = made()
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
+    run = schedule(stage, MICROBATCHES, loss_fn=Once(lambda: REFUSED[said](stage)))
+    with pytest.raises(fs.StructureError, match=f"{said} in the midst of a step, before microbatch 1"):
+        run.step(x, target=target)
+    stage.submod.zero_grad()
+    reference = copy.deepcopy(stage.submod)
+    expected = plain_step(reference, x, target)
+    torch.testing.assert_close(run.step(x, target=target), expected)
+    torch.testing.assert_close(grads(stage.submod), grads(reference))
+
+
+def write(module: Net) -> None:
+    module.shift.mul_(3)
+
+
+def assign(module: Net) -> None:
+    module.shift = torch.full_like(module.shift, 3)
+
+
+@ENGINES
+@SCHEDULES
+@pytest.mark.parametrize("change", [write, assign])
+def test_a_buffer_that_changes_in_the_midst_of_a_step_is_read_by_the_microbatches_after_it(
+    change: Callable[[Net], None], schedule: Any, compile: Any
+) -> None:
+    module, x, target = made()
+    reference = copy.deepcopy(module)
+    expected = plain_step(reference, x, target, Once(lambda: change(reference)))
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
+    run = schedule(stage, MICROBATCHES, loss_fn=Once(lambda: change(module)))
+    torch.testing.assert_close(run.step(x, target=target), expected)
+    torch.testing.assert_close(grads(module), grads(reference))
+    torch.testing.assert_close(module.shift, reference.shift)
+
+
+class InBfloat16(nn.Module):
+    """A module whose forward computes with parameters that are cast."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        cast = {name: parameter.bfloat16() for name, parameter in self.inner.named_parameters()}
+        output: Tensor = functional_call(self.inner, cast, (x,))
+        return output
+
+
+def in_two_dtypes() -> tuple[Net, Tensor, Tensor]:
+    """A module in float32 whose buffer is in the dtype that the stage computes in."""
+    module, x, target = made(torch.float32)
+    module.shift = module.shift.bfloat16()
+    return module, x.bfloat16(), target.bfloat16()
+
+
+def scale_weight(module: Net) -> None:
+    with torch.no_grad():
+        module.first.weight.mul_(1.5)
+
+
+@ENGINES
+@SCHEDULES
+def test_a_weight_written_in_the_midst_of_a_step_is_cast_again_for_the_microbatches_after_it(
+    schedule: Any, compile: Any
+) -> None:
+    module, x, target = in_two_dtypes()
+    reference = copy.deepcopy(module)
+    expected = plain_step(InBfloat16(reference), x, target, Once(lambda: scale_weight(reference)))
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile, param_dtype=torch.bfloat16)
+    run = schedule(stage, MICROBATCHES, loss_fn=Once(lambda: scale_weight(module)))
+    torch.testing.assert_close(run.step(x, target=target), expected)
+    torch.testing.assert_close(grads(module), grads(reference), rtol=1e-2, atol=1e-3)
+
+
+@ENGINES
+@pytest.mark.parametrize("change", [scale_weight, write, assign])
+def test_what_a_stage_has_cast_is_read_again_between_steps(
+    change: Callable[[Net], None], compile: Any
+) -> None:
+    module, x, target = in_two_dtypes()
+    reference = copy.deepcopy(module)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile, param_dtype=torch.bfloat16)
+    run = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss)
+    for _ in range(2):
+        module.zero_grad()
+        reference.zero_grad()
+        expected = plain_step(InBfloat16(reference), x, target)
+        torch.testing.assert_close(run.step(x, target=target), expected)
+        torch.testing.assert_close(grads(module), grads(reference), rtol=1e-2, atol=1e-3)
+        change(module)
+        change(reference)
+
+
+@ENGINES
+@pytest.mark.parametrize("scale_grads", [True, False])
+def test_gradients_of_parameters_that_were_frozen_later_become_what_torchs_stage_makes_of_them(
+    scale_grads: bool, compile: Any
+) -> None:
+    found = []
+    for kind, options in ((PipelineStage, {}), (FunctionalPipelineStage, {"compile": compile})):
+        module, x, target = made()
+        stage = kind(module, 0, 1, torch.device("cpu"), **options)
+        run = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss, scale_grads=scale_grads)
+        for step in range(3):
+            module.first.requires_grad_(step != 1)
+            run.step(x, target=target)
+        found.append(grads(module))
+    torch.testing.assert_close(*found)
