@@ -669,6 +669,53 @@ def messages_between_ranks() -> None:
     assert_same(gathered(run(2, train, case)), expected(case), rtol=1e-10, atol=1e-12)
 
 
+FROM_2_12_PREPARED = {"_stage_meta", "_inference_mode"}
+UP_TO_2_11_PREPARED = {"inputs_meta", "_outputs_meta"}
+
+
+@stands_on("_torch/schedules.py", "_torch/pipelining.py")
+def steps_that_fail_and_schedules_in_turn() -> None:
+    from funcstage._torch.pipelining import PREPARED_BY_TORCH
+    from funcstage._torch.schedules import KEPT_BY_SCHEDULES
+    from funcstage.pipelining import FunctionalPipelineStage
+
+    def failing(output: Tensor, target: Tensor) -> Tensor:
+        if failures:
+            raise failures.pop()
+        return functional.mse_loss(output, target)
+
+    kinds: dict[Any, str] = {
+        torch_schedules.Schedule1F1B: "_stage_forward_initialized",
+        torch_schedules.ScheduleInterleavedZeroBubble: "_stages_forward_initialized",
+    }
+    absent = FROM_2_12_PREPARED if is_2_11() else UP_TO_2_11_PREPARED
+    with one_process():
+        for kind, initialized in kinds.items():
+            single = issubclass(kind, torch_schedules.PipelineScheduleSingle)
+            modules = [nn.Linear(4, 4) for _ in range(1 if single else 2)]
+            whole = copy.deepcopy(nn.Sequential(*modules))
+            stages = [
+                FunctionalPipelineStage(module, i, len(modules), "cpu") for i, module in enumerate(modules)
+            ]
+            driven = [kind(stages[0] if single else stages, n, loss_fn=failing) for n in (2, 4)]
+            for schedule, rows in ((driven[0], 4), (driven[1], 12), (driven[0], 4)):
+                x = torch.randn(rows, 4)
+                failures = [KeyError("of the loss")]
+                with contextlib.suppress(KeyError):
+                    schedule.step(x, target=x)
+                for module in (*modules, whole):
+                    module.zero_grad()
+                schedule.step(x, target=x)
+                functional.mse_loss(whole(x), x).backward()
+                grads = [parameter.grad for module in modules for parameter in module.parameters()]
+                torch.testing.assert_close(grads, [parameter.grad for parameter in whole.parameters()])
+                kept = KEPT_BY_SCHEDULES[:1] if single else KEPT_BY_SCHEDULES
+                for name in (*kept, initialized):
+                    assert hasattr(schedule, name), f"a {kind.__name__} has no {name}"
+            for name in {*PREPARED_BY_TORCH} - absent:
+                assert hasattr(stages[0], name), f"a stage has no {name} after a step"
+
+
 @stands_on("pipelining/cut.py")
 def cutting() -> None:
     from funcstage.pipelining import cut
