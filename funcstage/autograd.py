@@ -26,17 +26,10 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from funcstage._torch.tape import (
-    Edge,
-    Site,
-    call_node,
-    conform,
-    during_backward,
-    output_shapes,
-    param_groups_of,
-)
+from funcstage._torch.tape import Edge, call_node, conform, during_backward, output_shapes
 from funcstage.engines.rules.group_norm import edges_to_ask_for
 from funcstage.errors import ConsumedError, LeafError, StructureError
+from funcstage.param_groups import Site, param_groups_of
 
 __all__ = ["Site", "stage_backward", "stage_backward_input", "stage_backward_weight"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from funcstage._torch import functorch as ft
+from funcstage._torch.tape import is_python
 from funcstage._torch.tensors import indices_and_values
 from funcstage.errors import StageError
 
@@ -238,8 +239,7 @@ def _saved(node: Node, writes_raise: bool = False) -> Iterator[tuple[Tensor, Any
     """Yield the tensors that a node has saved, each with its `SavedTensor`."""
     for name in _saved_names(type(node)):
         # Python nodes know their saved tensors under a name of their own.
-        is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
-        public = "saved_tensors" if is_python else f"_saved_{name}"
+        public = "saved_tensors" if is_python(node) else f"_saved_{name}"
         try:
             values, places = getattr(node, public), getattr(node, _RAW + name)
         except RuntimeError as error:  # freed by an earlier reverse pass, or written into

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from funcstage.registration import holds_tensor
+from funcstage.state.cells import held_by
 from funcstage.state.kept import INERT, differs, holders, refill, replace_in
 
 
@@ -155,7 +156,7 @@ class _Walk:
 
         `loose_changed` says that it did not, and that only what is loose has changed.
         """
-        if any(map(_has_tensors, (*self._passing_views, map(_in_cell, self._cells)))):
+        if any(map(_has_tensors, (*self._passing_views, map(held_by, self._cells)))):
             return False
         if loose_changed:
             return True
@@ -170,7 +171,7 @@ class _Walk:
 
     def loose(self) -> Iterator[Any]:
         """The contents of loose containers, and of cells."""
-        return chain(chain.from_iterable(self._loose_views), map(_in_cell, self._cells))
+        return chain(chain.from_iterable(self._loose_views), map(held_by, self._cells))
 
     def is_current(self) -> bool:
         """Tell whether a walk would find the same now."""
@@ -204,13 +205,6 @@ def _values(container: Any) -> Any:
 
 def _has_tensors(values: Iterable[Any]) -> bool:
     return any(issubclass(kind, Tensor) for kind in {*map(type, values)})
-
-
-def _in_cell(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return cell
 
 
 _FREE = INERT | {Tensor, nn.Parameter}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import TraceError
+from funcstage.state.cells import closed_over
 from funcstage.state.content import MARK
 from funcstage.state.module import locked
 
@@ -135,7 +136,7 @@ def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
         elif isinstance(found, (tuple, frozenset)):
             push(found)
         elif isinstance(found, types.FunctionType):
-            push(cell.cell_contents for cell in found.__closure__ or () if _is_filled(cell))
+            push(closed_over(found))
         elif isinstance(found, types.MethodType):
             push((found.__self__, found.__func__))
         elif isinstance(found, functools.partial):
@@ -148,14 +149,6 @@ def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
 
 def _is_of_torch(value: Any) -> bool:
     return type(value).__module__.startswith("torch.")
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))

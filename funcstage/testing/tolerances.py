@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from funcstage._torch.operators import TorchDispatchMode, returns_of
 from funcstage._torch.pytree import tree_map
 from funcstage._torch.tape import dtypes_into
+from funcstage.residuals import nodes_behind
 from funcstage.trees import describe, is_differentiable
 
 TOLERANCES: dict[torch.dtype, float] = {
@@ -131,14 +132,7 @@ def dtypes_on_tape(outputs: Sequence[Tensor]) -> set[torch.dtype]:
 
 def nodes_on_tape(outputs: Iterable[Tensor]) -> set[Node]:
     """Collect the nodes of an eager tape."""
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        for parent, _ in stack.pop().next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return seen
+    return set(nodes_behind(get_gradient_edge(output) for output in outputs if output.grad_fn is not None))
 
 
 class Rounding(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from funcstage.engines.graph.code import is_library, loads_of
-from funcstage.engines.graph.reads import in_cell
+from funcstage.state.cells import closed_over
 from funcstage.state.content import parts_of
 
 
@@ -28,7 +28,7 @@ def modules_behind(apply: Any) -> list[nn.Module]:
         elif isinstance(value, FunctionType):
             pending += vars(value).values()
             if not is_library(value.__globals__.get("__name__")):
-                pending += [in_cell(value, i) for i in range(len(value.__closure__ or ()))]
+                pending += closed_over(value)
                 loaded = loads_of(value.__code__).globals
                 pending += [value.__globals__[name] for name in loaded & value.__globals__.keys()]
         elif isinstance(value, (partial, MethodType, list, tuple, dict)):

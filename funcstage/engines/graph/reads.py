@@ -48,7 +48,7 @@ class Place(NamedTuple):
         if isinstance(owner, FunctionType):
             if isinstance(self.name, str):
                 return getattr(owner, self.name)
-            return in_cell(owner, self.name)
+            return _in_cell(owner, self.name)
         return owner if isinstance(owner, Tensor) else ABSENT
 
 
@@ -193,7 +193,7 @@ ABSENT = _Absent()
 """Stands for the value of a name that is not there."""
 
 
-def in_cell(function: FunctionType, i: int) -> Any:
+def _in_cell(function: FunctionType, i: int) -> Any:
     cells = function.__closure__ or ()
     try:
         return cells[i].cell_contents

@@ -25,9 +25,10 @@ from funcstage._torch.tensors import is_functionalized
 from funcstage.engines.graph.code import is_library, loads_of, nested_codes
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
-from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, in_cell, said_by
+from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
+from funcstage.state.cells import closed_over
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
 
 
@@ -202,9 +203,9 @@ class Recorder(TorchFunctionMode):
         for name in loads_of(function.__code__).globals & function.__globals__.keys():
             if isinstance(function.__globals__[name], FunctionType):
                 self._read(function.__globals__[name])
-        for i in range(len(function.__closure__ or ())):
-            if isinstance(in_cell(function, i), FunctionType):
-                self._read(in_cell(function, i))
+        for value in closed_over(function):
+            if isinstance(value, FunctionType):
+                self._read(value)
 
     def _run(self, function: FunctionType) -> None:
         """Note the cells and defaults of a function that runs."""
@@ -309,8 +310,7 @@ class Recorder(TorchFunctionMode):
                 if value.__code__ in self._codes:
                     self._run(value)
                 if not is_library(value.__globals__.get("__name__")):
-                    cells = range(len(value.__closure__ or ()))
-                    pending += [(in_cell(value, i), f"a cell of {label}") for i in cells]
+                    pending += [(inside, f"a cell of {label}") for inside in closed_over(value)]
             else:
                 self._reach_class(type(value))
             pending += [(part, f"{label}.{name}") for name, part in parts_of(value)]

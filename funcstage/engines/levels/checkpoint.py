@@ -34,6 +34,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.operators import OpOverload, TorchDispatchMode, writes
 from funcstage.errors import StageError
 from funcstage.state.ambient import AmbientState, RandomState, of_torch
+from funcstage.state.cells import closed_over
 from funcstage.state.kept import undone
 from funcstage.state.module import locked, put_back, state_of, swapped
 
@@ -344,18 +345,10 @@ def modules_in(objects: Iterable[Any]) -> Iterator[nn.Module]:
         elif isinstance(found, types.MethodType):
             stack += [found.__self__, found.__func__]
         elif isinstance(found, types.FunctionType):
-            stack += [cell.cell_contents for cell in found.__closure__ or () if _is_filled(cell)]
+            stack += closed_over(found)
             stack += found.__defaults__ or ()
             stack += (found.__kwdefaults__ or {}).values()
         elif isinstance(found, dict):
             stack += found.values()
         elif isinstance(found, (list, tuple)):
             stack += found
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

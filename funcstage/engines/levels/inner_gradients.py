@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage._torch.operators import make_dual
 from funcstage.errors import StageError
+from funcstage.state.cells import closed_over
 
 
 class TakesGradients(BaseException):
@@ -104,7 +105,7 @@ def codes(function: Any) -> Iterator[types.CodeType]:
             stack.append(found.__code__)
             stack += [found.__globals__.get(name) for name in found.__code__.co_names]
         if isinstance(found, types.FunctionType):
-            stack += [cell.cell_contents for cell in found.__closure__ or () if _is_filled(cell)]
+            stack += closed_over(found)
 
 
 def _grad_mode_of_decorators() -> None:
@@ -113,13 +114,6 @@ def _grad_mode_of_decorators() -> None:
 
 def _is_torchs(function: types.FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] == "torch"
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 BACKWARD_CALLED = (

@@ -408,7 +408,10 @@ def test_a_stage_written_around_another_sees_the_changes_of_its_module() -> None
         output, buffers = inner(params, buffers, x)
         return output * scale[0], buffers
 
-    stage, x = (apply, fs.compile(apply, backend="aten"), params, buffers), torch.randn(2, 4)
+    stage, x = (
+        (apply, fs.compile(apply, backend="aten"), params, buffers),
+        3 * torch.randn(16, 4),
+    )  # some of it negative
     check_change(stage, lambda: setattr(module[1], "negative_slope", 0.1), x)
     scale[0] = 3.0
     check(stage, x)
