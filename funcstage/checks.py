@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage.dtensors import mesh_of
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
 from funcstage.registration import WAY_OUT, holds_tensor
@@ -29,15 +30,27 @@ class Meta(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     layout: torch.layout
+    mesh: Any = None
+    """That of a DTensor."""
 
     @classmethod
     def of(cls, leaf: object) -> Meta | None:
         if not isinstance(leaf, Tensor) or not trees.is_differentiable(leaf):
             return None
-        return cls(leaf.shape, leaf.dtype, leaf.device, leaf.layout)
+        return cls(leaf.shape, leaf.dtype, leaf.device, leaf.layout, mesh_of(leaf))
 
     def __str__(self) -> str:
-        return f"{trees.look(self)} on {self.device}"
+        what = f"{trees.look(self)} on {self.device}"
+        return what if self.mesh is None else f"a DTensor, {what} over {self.mesh}"
+
+
+def ones_like(meta: Meta) -> Tensor:
+    """The cotangent of an output that is a single number."""
+    if meta.mesh is not None:
+        from funcstage._torch.dtensor import one
+
+        return one(meta.shape, meta.dtype, meta.device, meta.mesh)
+    return torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
 
 
 UNKNOWN = "It may be in `accumulate` in part: start again from zeros."
@@ -79,6 +92,7 @@ def checked_accumulators(pullback: WeightPullback, accumulate: Any) -> list[Tens
             not trees.is_gradient(leaf)
             or leaf.shape != meta.shape
             or leaf.device != meta.device
+            or mesh_of(leaf) != meta.mesh
             or not torch.can_cast(meta.dtype, leaf.dtype)
             or (leaf.dtype.itemsize == 1 and leaf.dtype != meta.dtype)
         ):

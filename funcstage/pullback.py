@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import optree
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -22,6 +21,7 @@ from funcstage.checks import (
     check_callable,
     chosen,
     every_differentiable,
+    ones_like,
 )
 from funcstage.engines.base import InputTape, StageCall, is_differentiated
 from funcstage.engines.choose import choose
@@ -172,7 +172,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
                 f"output_grads of {self.stage} may be left out only where the output is one real scalar; "
                 f"the output is {outputs}. Pass cotangents with the structure of the output."
             )
-        return torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+        return ones_like(meta)
 
     def _signature(self) -> str:
         return f"output_grads -> ({self._args_spec.num_children} input gradients, weight pullback)"

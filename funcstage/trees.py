@@ -110,5 +110,9 @@ def describe(leaf: object) -> str:
         if is_lazy(leaf) or leaf.is_nested:  # which have no shape
             return f"a {'lazy' if is_lazy(leaf) else 'nested'} {type(leaf).__name__}"
         layout = "" if leaf.layout is torch.strided else f", {str(leaf.layout).removeprefix('torch.')}"
-        return f"{look(leaf)} on {leaf.device}{layout}"
+        placed = getattr(leaf, "placements", None)  # of a DTensor
+        kind = (
+            "" if placed is None else f", a DTensor placed {placed} over {getattr(leaf, 'device_mesh', '')}"
+        )
+        return f"{look(leaf)} on {leaf.device}{layout}{kind}"
     return "None" if leaf is None else type(leaf).__name__

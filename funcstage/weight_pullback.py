@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage.checks import UNKNOWN, Meta, checked_accumulators, checked_parts, what_was_added
+from funcstage.dtensors import unwrapped
 from funcstage.engines.base import Place, WeightTape
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.linear import Linear, register
@@ -238,14 +239,15 @@ def stage_backward_weight(
     _check_pending(pending)
     first = pending[0]
     total = given = checked_accumulators(first, accumulate)
-    start = versions(given)
+    counted = [*given, *unwrapped(given)[0]]  # writes go through a DTensor, or into what this rank has
+    start = versions(counted)
     for i, weight_pullback in enumerate(pending):
-        before = versions(given)
+        before = versions(counted)
         try:
             total = weight_pullback._add_into(total)
         except BaseException as error:
             uncounted = any(leaf is not None and leaf.is_inference() for leaf in given)
-            added = UNKNOWN if uncounted else what_was_added(i, start, before, versions(given))
+            added = UNKNOWN if uncounted else what_was_added(i, start, before, versions(counted))
             error.add_note(f"This was W of {first.stage}, weight pullback {i} of {len(pending)}. {added}")
             raise
     return trees.unflatten(first._params_spec, total)

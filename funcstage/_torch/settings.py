@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable
 from functools import partial
 from operator import call
@@ -37,8 +38,18 @@ def global_flags() -> tuple[Hashable, ...]:
 
 
 _EINSUM: Any = torch.backends.opt_einsum
+
+
+def _loss_is_parallel() -> bool:
+    """Whether a `loss_parallel()` is open, by which DTensors compute cross entropies otherwise."""
+    module = sys.modules.get("torch.distributed.tensor.parallel.loss")
+    return module is not None and _LOG_SOFTMAX in module.DTensor._op_dispatcher._custom_op_handlers
+
+
+_LOG_SOFTMAX = torch.ops.aten._log_softmax.default
 _FLAGS: tuple[Callable[[], Hashable], ...] = (
     torch.get_default_dtype,
+    _loss_is_parallel,
     torch.is_inference_mode_enabled,
     *[
         partial(torch._C._get_fp32_precision_getter, of, part)

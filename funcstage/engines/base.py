@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage.dtensors import Specs, unwrapped
 from funcstage.functional import check_leaves
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
@@ -104,6 +105,11 @@ class StageCall:
     def whole(self) -> tuple[list[Any], optree.PyTreeSpec]:
         """Leaves of (params, buffers, args, kwargs), and their structure."""
         return trees.flatten((self.params, self.buffers, self.args, self.kwargs))
+
+    @cached_property
+    def local(self) -> tuple[list[Any], Specs]:
+        """All leaves with what this rank has of DTensors in their places, and how these are sharded."""
+        return unwrapped(self.whole[0])
 
     @property
     def leaves(self) -> list[Any]:

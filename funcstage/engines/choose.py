@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
@@ -30,7 +29,7 @@ def choose(call: StageCall) -> Engine:
     own: Engine | None = getattr(call.apply, "linearize", None)
     if own is not None:
         return own
-    if first_dtensor(chain(call.of_params[0], call.arg_leaves)) is not None:
+    if first_dtensor(call.leaves) is not None:
         return tape.linearize
     return uncompiled
 

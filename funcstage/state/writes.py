@@ -67,7 +67,7 @@ class Watch:
         names: tells their names in that order, when asked.
     """
 
-    __slots__ = ("_counters", "_held", "_names", "_others", "_versions")
+    __slots__ = ("_counters", "_held", "_inner", "_names", "_others", "_versions")
 
     def __init__(
         self, held: Sequence[Tensor], others: Iterable[Tensor], names: Callable[[], Sequence[str]]
@@ -79,6 +79,9 @@ class Watch:
         for tensor in others:
             self._counters.append(_stand_in(tensor))
             self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
+        # What a DTensor has on this rank counts its own writes.
+        self._inner = [i for i, tensor in enumerate(self._counters) if type(tensor) not in _PLAIN]
+        self._counters += [_stand_in(_local(self._counters[i])) for i in self._inner]
         self._versions = versions(self._counters)
 
     @classmethod
@@ -108,7 +111,9 @@ class Watch:
         now = versions(self._counters)
         if now == self._versions:
             return None
-        changed = [i for i, before in enumerate(self._versions) if now[i] != before]
+        n = len(now) - len(self._inner)
+        found = [i for i, before in enumerate(self._versions) if now[i] != before]
+        changed = [i if i < n else self._inner[i - n] for i in found]
         try:
             keys = {_memory_key(tensor) for tensor in reads()}
         except SavedAndWritten:  # by autograd, which does not say of what

@@ -15,11 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from funcstage import trees
 from funcstage._torch import tracing as tt
 from funcstage._torch.functorch import current_level
 from funcstage.checks import differentiated_leaves
-from funcstage.dtensors import first_dtensor
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
@@ -34,6 +32,7 @@ from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
+from funcstage.engines.graph.sharded import sharded
 from funcstage.engines.graph.tapes import linearize
 from funcstage.engines.graph.trace import trace
 from funcstage.errors import StructureError, TraceError
@@ -160,28 +159,31 @@ class CompiledStage:
 
     def _found(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
         """The programs for a call and its tensors; `None` where the original function must run."""
-        leaves, structure = call.whole
         if current_level():
             return None  # a transform around the stage
+        (leaves, specs), structure = call.local, call.whole[1]
+        if specs and torch.is_grad_enabled() and any(map(_is_differentiated, call.whole[0])):
+            return None  # what this rank has of them does not tell
         if self._recent is not None:  # computing a signature takes as long as launching F
             recent, programs = self._recent
-            tensors = recent.match(leaves, structure, call.diff, self._fingerprint)
+            tensors = recent.match(leaves, structure, call.diff, self._fingerprint, specs)
             if tensors is not None:
                 return programs, tensors
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(map(_is_differentiated, tensors)):
             return None
         programs, signature, reads = self._looked_up(call)
         now = self._signature(call)
         if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
-            self._recent = Recent(leaves, structure, call.diff, self._fingerprint, reads), programs
+            self._recent = Recent(leaves, structure, call.diff, self._fingerprint, specs, reads), programs
         return programs, tensors
 
     def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
         """Run F; where it fails, raise what the stage itself raises."""
         programs, tensors = found
         try:
-            return linearize(programs, tensors)
+            linearized, joint = linearize(programs, tensors), programs.joint
+            return linearized if joint.sharding is None else sharded(linearized, joint, call.whole[0])
         except Exception as caught:
             error = caught
         raise failed(error, call.to(self.apply))
@@ -199,7 +201,8 @@ class CompiledStage:
         return self._looked_up(StageCall.of(self.apply, params, buffers, args, kwargs, diff))[0]
 
     def _signature(self, call: StageCall) -> Signature:
-        return signature_of(*call.whole, call.diff, self._fingerprint)
+        leaves, specs = call.local
+        return signature_of(leaves, call.whole[1], call.diff, self._fingerprint, specs)
 
     def _looked_up(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
         """The programs for a call, the signature that they were traced for, and what that trace read."""
@@ -214,7 +217,6 @@ class CompiledStage:
             return self._trace(call.to(self.apply))
 
     def _trace(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
-        _refuse_dtensors(call)
         decompositions, lower = _backend(self.backend)
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
@@ -319,21 +321,13 @@ def compile(
     return CompiledStage(apply, backend, remat, cuda_graphs)
 
 
+def _is_differentiated(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
 def _backend(name: str) -> tuple[Any, Lower]:
     if name == "aten":
         return {}, run_as_python
     from funcstage.engines.graph import inductor  # here, as importing Inductor takes seconds
 
     return inductor.decompositions(), inductor.lower
-
-
-def _refuse_dtensors(call: StageCall) -> None:
-    for root, (leaves, spec) in (("params", call.of_params), ("args", (call.arg_leaves, call.args_spec))):
-        place = first_dtensor(leaves)
-        if place is not None:
-            raise TraceError(
-                f"{trees.leaf_names(spec, root)[place]} ({trees.describe(leaves[place])}) is a DTensor, "
-                "which is not compiled. Write the stage's communication as functional collectives "
-                "(torch.distributed._functional_collectives) on plain shards, or use the uncompiled "
-                "`apply`."
-            )

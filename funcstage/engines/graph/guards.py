@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import trees
 from funcstage._torch import tracing as tt
+from funcstage.dtensors import Specs
 from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
@@ -28,19 +29,25 @@ class Signature(NamedTuple):
     argnums: tuple[int, ...] | None
     module: tuple[Hashable, ...]
     ambient: AmbientState
+    sharding: tuple[Hashable, ...] = ()
     outside: Said = ()
 
 
 def signature_of(
-    leaves: Sequence[Any], structure: optree.PyTreeSpec, diff: Sequence[int] | None, module: Fingerprint
+    leaves: Sequence[Any],
+    structure: optree.PyTreeSpec,
+    diff: Sequence[int] | None,
+    module: Fingerprint,
+    specs: Specs,
 ) -> Signature:
     """Compute the signature of a call.
 
     Args:
-        leaves: all leaves of (params, buffers, args, kwargs).
+        leaves: all leaves of (params, buffers, args, kwargs), of DTensors what this rank has.
         structure: of the same.
         diff: indices of the differentiated leaves of args; `None` for the forward alone.
         module: of the modules behind the stage function.
+        specs: how DTensors among the leaves are sharded.
 
     Raises:
         TraceError: if a leaf can be no part of a signature.
@@ -53,7 +60,16 @@ def signature_of(
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
     ambient = AmbientState.now(differentiated=diff is not None)
-    return Signature(structure, tuple(found), argnums, module.read(), ambient)
+    return Signature(structure, tuple(found), argnums, module.read(), ambient, sharding_of(specs))
+
+
+def sharding_of(specs: Specs) -> tuple[Hashable, ...]:
+    """What a graph knows of DTensors: also the groups of their meshes, which it calls by name."""
+    if not specs:
+        return ()
+    from funcstage._torch.dtensor import groups_of
+
+    return tuple((i, spec, groups_of(spec)) for i, spec in specs.items())
 
 
 def others_among(leaves: Sequence[Any], structure: optree.PyTreeSpec) -> list[tuple[str, Any]]:
@@ -68,7 +84,7 @@ class Recent:
     call whose programs are known. Whatever is not recognised may have that signature nevertheless.
 
     Args:
-        leaves, structure, diff, module: the call, as for `signature_of`.
+        leaves, structure, diff, module, specs: the call, as for `signature_of`.
         reads: what the trace has read elsewhere.
     """
 
@@ -78,9 +94,11 @@ class Recent:
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
         module: Fingerprint,
+        specs: Specs,
         reads: Reads,
     ) -> None:
         self._structure = structure
+        self._specs = specs
         self._diff = diff
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._kinds = [type(leaves[i]) for i in self._tensors]
@@ -96,9 +114,10 @@ class Recent:
         structure: optree.PyTreeSpec,
         diff: Sequence[int] | None,
         module: Fingerprint,
+        specs: Specs,
     ) -> list[Tensor] | None:
         """Return the call's tensors if it has the signature, else `None`."""
-        if diff != self._diff or structure != self._structure:
+        if diff != self._diff or structure != self._structure or not self._alike(specs):
             return None
         tensors = [leaves[i] for i in self._tensors]
         if [*map(type, tensors)] != self._kinds:
@@ -113,6 +132,13 @@ class Recent:
             module.glance()
         )
         return tensors if unchanged and self._watch.unchanged() else None
+
+    def _alike(self, specs: Specs) -> bool:
+        known = self._specs
+        # Meshes that are equal may have other groups.
+        return specs.keys() == known.keys() and all(
+            spec is known[i] or (spec.mesh is known[i].mesh and spec == known[i]) for i, spec in specs.items()
+        )
 
 
 def reasons(old: Signature, new: Signature) -> Iterator[str]:
@@ -133,6 +159,8 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
             if a != b:
                 yield f"{name}: {a} -> {b}"
                 break
+    if old.structure == new.structure and old.sharding != new.sharding:
+        yield f"placements or meshes of DTensors {old.sharding} -> {new.sharding}"
     was, now = dict(old.outside), dict(new.outside)
     for label in was.keys() & now.keys():
         if was[label] != now[label]:

@@ -13,7 +13,25 @@ from torch.fx import GraphModule, Node
 
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import OpOverload, arguments_of
+from funcstage.dtensors import Specs
 from funcstage.state.kept import Changes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sharding:
+    """How those of a stage's results are sharded that are DTensors, of which the graph has this rank's part.
+
+    Attributes:
+        results: leaves of output and new buffers.
+        cotangents: what I expects, by output leaf.
+        input_grads: leaves of the input gradients.
+        param_grads: leaves of the parameter gradients.
+    """
+
+    results: Specs
+    cotangents: Specs
+    input_grads: Specs
+    param_grads: Specs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +54,7 @@ class Joint:
             part is the tensors that stay on the module.
         given: what the placeholders of state and arguments are called by those who gave them.
         captured: tensors that the graph reads and are no placeholders, with their names.
+        sharding: of DTensors; None where there are none.
     """
 
     module: GraphModule
@@ -48,6 +67,7 @@ class Joint:
     given: tuple[str, ...]
     changes: Changes | None = None
     captured: dict[Tensor, str] = field(default_factory=dict)
+    sharding: Sharding | None = None
 
     @property
     def placeholders(self) -> list[Node]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.refusals import TRACED, captured
@@ -39,7 +40,8 @@ class Separable(OneTape):
             self._mark(*args, **kwargs)
         operation = known(func)
         for target in operation.written.among(args, kwargs):
-            if not isinstance(ft.innermost(target), TRACED):
+            (local,), _ = unwrapped([target])
+            if not isinstance(ft.innermost(local), TRACED):
                 raise captured(self.owner, trees.describe(target))  # which is real, and would be written
             refuse_complex(getattr(func, "__name__", ""), target, *args, *kwargs.values())
         generators.check_kept(args, kwargs)

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx import Graph, GraphModule, Node
 
-from funcstage import trees
+from funcstage import dtensors, trees
 from funcstage._torch import tracing as tt
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unpatch
 from funcstage._torch.interception import intercepting
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
-from funcstage.engines.graph.joint import CHECKPOINTED, Joint
+from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
 from funcstage.engines.graph.refusals import (
     LEAF_WRITTEN,
     check_recorded,
@@ -128,6 +128,7 @@ class _Run:
         state: what the stage's module holds.
         regions: checkpointed regions.
         captured: tensors that were read and not given.
+        sharding: of the results that are DTensors.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class _Run:
         self._call, self._recorder, self._overwritten = call, recorder, overwritten
         state_leaves, self._state_spec = trees.flatten((call.params, call.buffers))
         arg_leaves, self._args_spec = trees.flatten((call.args, call.kwargs))
-        self._leaves = [*state_leaves, *arg_leaves]
+        self._leaves, self._specs = call.local
         self._n_leaves = len(state_leaves)
         self._n_params = len(call.of_params[0])
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
@@ -147,6 +148,7 @@ class _Run:
         self.regions = _Regions()
         self._found: _Found | None = None
         self.captured: list[Tensor] = []
+        self.sharding: Sharding | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         """Run the stage and its backward."""
@@ -157,6 +159,7 @@ class _Run:
             values = list(self._leaves)
             for i, tensor in zip(self._places, given, strict=True):
                 values[i] = tensor
+            values = dtensors.wrapped(values, self._specs)
             wanted = self._wanted()
             marked = {i: values[i].requires_grad_() for i in wanted}
             for i in wanted:
@@ -183,7 +186,7 @@ class _Run:
             roots = [] if call.diff is None else roots
             constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
-            cotangents = [torch.empty_like(outputs[i].detach()) for i in roots]
+            cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]
             as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
             grads: list[Tensor | None] = [None] * len(values)
             if roots and wanted:
@@ -198,7 +201,9 @@ class _Run:
             if any(map(tt.was_written, given[: self.n_state])):
                 raise impure(call.apply)
             of_args = grads[self._n_leaves : self._n_leaves + len(call.arg_leaves)]
-            parts = outputs, fresh, of_args, grads[: self._n_params]
+            of_params = dtensors.placed_alike(grads[: self._n_params], self._specs)
+            parts = outputs, fresh, of_args, of_params
+            self.sharding = _sharding_of([*outputs, *fresh], roots, cotangents, of_args, of_params)
             return *([_unwrapped(leaf) for leaf in part] for part in parts), as_they_come
 
     def joint(self, module: GraphModule) -> Joint:
@@ -216,6 +221,7 @@ class _Run:
             self._names(),
             found.changes,
             {tensor: captured.name_of(tensor, self._call.apply) for tensor in self.captured},
+            self.sharding,
         )
 
     def _names(self) -> tuple[str, ...]:
@@ -275,7 +281,26 @@ def _names_of(state: optree.PyTreeSpec, args: optree.PyTreeSpec, places: Sequenc
 
 
 def _unwrapped(leaf: object) -> Tensor | None:
+    (leaf,), _ = dtensors.unwrapped([leaf])
     return tt.from_functional(leaf) if isinstance(leaf, Tensor) else None
+
+
+def _cotangent_of(output: Tensor) -> Tensor:
+    """A stand-in for what I is given; of what is summed over ranks each has the whole gradient."""
+    (local,), specs = dtensors.unwrapped([output])
+    (cotangent,) = dtensors.wrapped([torch.empty_like(local)], dtensors.of_cotangents(specs))
+    return cotangent
+
+
+def _sharding_of(
+    results: list[Any], roots: list[int], cotangents: list[Any], of_args: list[Any], of_params: list[Any]
+) -> Sharding | None:
+    """How DTensors among what a run has returned are sharded."""
+    of_cotangents = {roots[i]: spec for i, spec in dtensors.unwrapped(cotangents)[1].items()}
+    of_rest = [dtensors.unwrapped(leaves)[1] for leaves in (results, of_args, of_params)]
+    if not (of_cotangents or any(of_rest)):
+        return None
+    return Sharding(of_rest[0], of_cotangents, *of_rest[1:])
 
 
 def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> set[Node]:

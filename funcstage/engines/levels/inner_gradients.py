@@ -43,6 +43,14 @@ def refused(what: str) -> StageError:
     )
 
 
+def makes_dtensors(function: str) -> StageError:
+    """The refusal where a plain tape will not do for DTensors either."""
+    return StageError(
+        f"The stage makes DTensors inside itself ({function}), and is differentiated in turn: by torch.func, "
+        "or because parameters or arguments require grad. Pass detached parameters and arguments."
+    )
+
+
 def differentiates(function: Any) -> bool:
     """Tell whether a hook, or the backward of a custom function, takes gradients itself.
 

@@ -155,6 +155,10 @@ class Split(Levels, TorchFunctionMode):
             return  # those transforms do
         raise inner_gradients.TakesGradients if self.alone else inner_gradients.refused(how)
 
+    def make_dtensor(self, function: str) -> None:
+        """The stage makes DTensors, whose class the levels hide; a plain tape takes them as they are."""
+        raise inner_gradients.TakesGradients if self.alone else inner_gradients.makes_dtensors(function)
+
     def hook(self, hook: Any) -> None:
         """The stage puts a hook on a tensor."""
         self.hooked = self.calls_back = True
@@ -277,6 +281,8 @@ class Split(Levels, TorchFunctionMode):
         self.calls_back = True
         if custom_functions.is_formula(function):
             raise custom_functions.Formula(function)
+        if function.__module__.startswith("torch.distributed.tensor."):
+            self.make_dtensor(function.__name__)
         if inner_gradients.backward_differentiates(function):
             self.take_gradients(f"the backward of {function.__name__}")
         if custom_functions.wants_context(function):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from funcstage import autograd, trees
+from funcstage import autograd, dtensors, trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import intercepting
 from funcstage.engines import on_nodes
@@ -114,7 +114,8 @@ class WeightTape(WeightsOnNodes):
         finally:
             for weight in weights:
                 weight.grad = None
-        return grads, replace(self, shared=True) if retain else None
+        like = dtensors.unwrapped([origin.params.get(i) for i in range(origin.n_params)])[1]
+        return dtensors.placed_alike(grads, like), replace(self, shared=True) if retain else None
 
     @property
     def intact(self) -> bool:
