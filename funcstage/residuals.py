@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from funcstage._torch import functorch as ft
+from funcstage._torch.messages import SAVED_WRITTEN, says
 from funcstage._torch.tape import is_python
 from funcstage._torch.tensors import indices_and_values
 from funcstage.errors import StageError
@@ -243,7 +244,7 @@ def _saved(node: Node, writes_raise: bool = False) -> Iterator[tuple[Tensor, Any
         try:
             values, places = getattr(node, public), getattr(node, _RAW + name)
         except RuntimeError as error:  # freed by an earlier reverse pass, or written into
-            if writes_raise and "modified by an inplace operation" in str(error):
+            if writes_raise and says(error, SAVED_WRITTEN):
                 raise SavedAndWritten from error
             continue
         if not isinstance(values, tuple):

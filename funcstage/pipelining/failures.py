@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from funcstage._torch.distributed import default_store
+from funcstage._torch.messages import RANK_LOST, says
 from funcstage.errors import Failure, StageError, StructureError
 
 
@@ -91,10 +92,7 @@ _NEVER_SENT = 0x7FFF_0001
 
 def lost(error: BaseException) -> bool:
     """Whether an error says no more than that another rank does not answer."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
-
-
-_SIGNS_OF_LOSS = ("gloo", "Connection closed", "Timed out", "pair closure", "reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and says(error, RANK_LOST)
 
 
 def share(stage: Any, groups: Iterable[dist.ProcessGroup | None], error: BaseException) -> None:

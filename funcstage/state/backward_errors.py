@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from funcstage._torch.messages import CHECKPOINT_UNLIKE, SAVED_WRITTEN, says
 from funcstage.errors import StageError
 from funcstage.state.writes import written_error
 
@@ -20,13 +21,12 @@ def explain(error: BaseException, stage: str, phase: str) -> None:
     """
     if not isinstance(error, RuntimeError):
         return
-    message = str(error)
-    if "modified by an inplace operation" in message:
+    if says(error, SAVED_WRITTEN):
         raise written_error("A tensor that was captured", stage, phase) from error
-    if "during selective activation checkpoint" in message or "not found in storage" in message:
+    if says(error, CHECKPOINT_UNLIKE):
         raise StageError(
             f"{phase} of {stage} cannot run a selective checkpoint again: its policy saves what an operation "
             "makes and another one then writes into, as dropout does on the CPU, or decides otherwise than "
-            f"in the first run ({message.partition(chr(10))[0]}). Save matrix products alone and let the "
+            f"in the first run ({str(error).partition(chr(10))[0]}). Save matrix products alone and let the "
             "rest be recomputed, or compile the stage by funcstage.compile."
         ) from error

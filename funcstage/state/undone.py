@@ -17,11 +17,9 @@ from funcstage._torch import dynamo as _dynamo
 from funcstage._torch import functorch as ft
 from funcstage._torch import interception as _interception
 from funcstage._torch import modes
+from funcstage._torch.messages import NOT_ENTERED, says
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-_COULD_NOT_LEAVE = ("trying to pop from empty mode stack", "dynamicLayerStack", "dynamic_layer.layerId()")
-"""What torch says of modes and levels that were broken off while they were entered."""
 
 
 def undone_if_interrupted(function: Function) -> Function:
@@ -46,7 +44,7 @@ def undone_if_interrupted(function: Function) -> Function:
             _interception.restore(asked)
             modes.set_grad_enabled(grad)
             interrupt = error.__context__
-            left = isinstance(error, RuntimeError) and any(said in str(error) for said in _COULD_NOT_LEAVE)
+            left = isinstance(error, RuntimeError) and says(error, NOT_ENTERED)
             if left and interrupt is not None:
                 raise interrupt from None
             raise

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from funcstage._torch import tracing as tt
+from funcstage._torch.messages import FUNCTIONAL_WRITES_REAL, LEAF_WRITTEN, NESTED_IN_TRACE, says
 from funcstage._torch.operators import OpOverload, writes
 from funcstage._torch.pytree import tree_leaves
 from funcstage.engines.graph.blame import is_raised_by_stage, line_of
@@ -79,13 +80,13 @@ def captured(owner: str, which: str) -> PurityError:
 
 def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     """Say where the trace stopped; errors that the stage itself raises are passed on."""
-    if isinstance(error, RuntimeError) and LEAF_WRITTEN in str(error):
+    if isinstance(error, RuntimeError) and says(error, LEAF_WRITTEN):
         # What is given are views of leaves; a leaf is one that the stage has made itself.
         return error if str(error).startswith("a leaf") else impure(apply)
     name = control_flow.operator_behind(error)
     if name is not None:
         return TraceError(control_flow.refusal(name_of(apply), name))
-    if "mutating a non-functional tensor" in str(error):
+    if says(error, FUNCTIONAL_WRITES_REAL):
         return captured(name_of(apply), f"at {line_of(error)}")
     if is_raised_by_stage(error):
         return error
@@ -98,7 +99,7 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
         holder = frame.f_locals.get("self")
         owner = names.get(holder, owner) if _is_module(holder) else owner
     reason = str(error).partition("\n")[0] or type(error).__name__
-    if any(sign in reason for sign in ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")):
+    if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     if isinstance(error, tt.UNTRACEABLE):
         reason = f"it reads the value of a tensor ({reason})"
@@ -113,6 +114,3 @@ def _is_module(value: object) -> bool:
 
 
 TRACED = (tt.FunctionalTensor, tt.FakeTensor)
-
-
-LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message

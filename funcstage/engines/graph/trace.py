@@ -25,11 +25,11 @@ from funcstage._torch import tracing as tt
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unpatch
 from funcstage._torch.interception import intercepting
+from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
 from funcstage.engines.graph.refusals import (
-    LEAF_WRITTEN,
     check_recorded,
     impure,
     name_of,
@@ -89,7 +89,7 @@ def trace(
         except StageError:
             raise
         except Exception as error:
-            if overwritten or LEAF_WRITTEN not in str(error):
+            if overwritten or not says(error, LEAF_WRITTEN):
                 refusal = refusal_of(call.apply, error)
                 if refusal is error:
                     run.state.restore(tensors_only=True)  # as eager, which has run up to here

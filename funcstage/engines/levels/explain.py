@@ -11,6 +11,8 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage._torch import messages as torchs
+from funcstage._torch.messages import says
 from funcstage.engines.levels import inner_gradients
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.trees import PyTree
@@ -52,7 +54,7 @@ def explaining(given: dict[str, PyTree], higher: bool) -> Iterator[None]:
     except StageError:
         raise
     except (AttributeError, RuntimeError) as error:
-        if not higher and "backward() called inside a functorch transform" in str(error):
+        if not higher and says(error, torchs.BACKWARD_IN_TRANSFORM):
             raise inner_gradients.TakesGradients from None
         refusal = _refusal(error) or _sparse(error, given) or _compressed(error)
         if refusal is None:
@@ -75,7 +77,7 @@ def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:
 
 
 def _compressed(error: Exception) -> StageError | None:
-    layout, found, _ = str(error).partition(" tensors do not have strides")
+    layout, found, _ = str(error).partition(torchs.NO_STRIDES)
     if not found:
         return None
     return StageError(
@@ -86,34 +88,33 @@ def _compressed(error: Exception) -> StageError | None:
 
 def _refusal(error: Exception) -> StageError | None:
     """Translate what torch says about functions that cannot be transformed; None for users' errors."""
-    message = str(error)
-    if _HOOKS_REFUSED in message:
+    if _HOOKS_REFUSED in str(error):
         return StageError(_HOOKS_REFUSED)
-    if "don't yet support saved tensor hooks" in message:  # those of `saving_outside`
+    if says(error, torchs.HOOKS_IN_TRANSFORM):  # those of `saving_outside`
         return inner_gradients.refused("torch.func")
-    if CAPTURED in message:
+    if says(error, torchs.CAPTURED_WRITTEN):
         return PurityError(
             "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
             "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
             "update a clone of it."
         )
-    if "NestedInt" in message or "NestedTensorImpl" in message:
+    if says(error, torchs.NESTED):
         return StageError(
             "The stage makes a nested tensor, which the levels of torch.func cannot look into. Compute on "
             "padded tensors with a mask, or on the packed values with their offsets."
         )
-    if "Cannot access data pointer" in message:
+    if says(error, torchs.NO_MEMORY):
         return StageError(
             "The stage reads the memory of a tensor that is differentiated (by NumPy, for one), which the "
             "levels of torch.func cannot look into. Make what reads it a torch.library.custom_op."
         )
-    if "C++ torch::autograd::Function" in message:
+    if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(
             "The stage uses an operator whose gradient is a C++ torch::autograd::Function (torch 2.11's "
             "differentiable collectives, for one), which torch.func cannot transform. Compile the stage by "
             "funcstage.compile, or put a torch.autograd.Function around the operator without its gradient."
         )
-    if "autograd.Function" in message and "setup_context" in message:
+    if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(
             "The stage applies a torch.autograd.Function whose forward takes `ctx`, by an `apply` that was "
             "bound before the stage ran. From torch 2.14 on it cannot be found so: write "
@@ -123,7 +124,6 @@ def _refusal(error: Exception) -> StageError | None:
     return None
 
 
-CAPTURED = "mutate a captured Tensor"  # in functorch's message
 _LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation."
 _HOOKS_REFUSED = (
     "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "

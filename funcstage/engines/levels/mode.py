@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage._torch.messages import CAPTURED_WRITTEN, says
 from funcstage._torch.operators import Written, without_torch_function
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
-from funcstage.engines.levels.explain import CAPTURED, impure, written_into_own
+from funcstage.engines.levels.explain import impure, written_into_own
 from funcstage.engines.levels.moves import Levels
 from funcstage.engines.levels.regions import Rerunnable, checkpointed
 from funcstage.engines.levels.tape import Exit
@@ -216,7 +217,7 @@ class Split(Levels, TorchFunctionMode):
             try:
                 return func(*args, **kwargs)
             except RuntimeError as error:
-                if CAPTURED not in str(error) or any(ft.level_of(tensor) < 0 for tensor in written):
+                if not says(error, CAPTURED_WRITTEN) or any(ft.level_of(tensor) < 0 for tensor in written):
                     raise
             return self.into_own(func, args, kwargs, kwargs.get("out", written[0]))
         if self.reads_weights(args, kwargs):

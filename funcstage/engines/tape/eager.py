@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from funcstage import autograd, dtensors, trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import intercepting
+from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage.engines import on_nodes
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
@@ -240,7 +241,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
-        if _LEAF_WRITTEN in str(error):
+        if says(error, LEAF_WRITTEN):
             raise PurityError(
                 "The stage writes in place into a parameter or argument, or a view of one: work on a clone."
             ) from error
@@ -285,6 +286,3 @@ class _AsTheyCome:
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)
-
-
-_LEAF_WRITTEN = "leaf Variable that requires grad"  # in autograd's message

@@ -1,0 +1,67 @@
+"""What torch says where it raises an error without a class of its own: the one way to tell such errors apart.
+
+To Python each is a `RuntimeError` (or an `AttributeError`) like any other, and what it is about cannot be
+asked beforehand: autograd and the levels of `torch.func` look at state that has no name in Python. All the
+versions in `versions.py` say the same: `tests/_torch/test_messages.py` makes torch say it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Signs: TypeAlias = tuple[str, ...]
+"""Parts of messages, one of which is in the error's."""
+
+LEAF_WRITTEN: Signs = ("leaf Variable that requires grad",)
+"""Autograd: a leaf, or a view of one, is written in place."""
+
+SAVED_WRITTEN: Signs = ("modified by an inplace operation",)
+"""Autograd: what a node has saved was written in place."""
+
+CAPTURED_WRITTEN: Signs = ("mutate a captured Tensor",)
+"""torch.func: a tensor from outside of a transform is written in place."""
+
+FUNCTIONAL_WRITES_REAL: Signs = ("mutating a non-functional tensor",)
+"""Functionalization: a tensor of a trace is written into one from outside."""
+
+BACKWARD_IN_TRANSFORM: Signs = ("backward() called inside a functorch transform",)
+"""torch.func: `backward()` is called."""
+
+HOOKS_IN_TRANSFORM: Signs = ("don't yet support saved tensor hooks",)
+"""torch.func: a transform is opened, or hooks of saved tensors entered, one within the other."""
+
+FUNCTION_IN_CPP: Signs = ("C++ torch::autograd::Function",)
+"""torch.func: a custom function in C++ is applied."""
+
+FUNCTION_TAKES_CTX: Signs = ("override the setup_context staticmethod",)
+"""torch.func: a custom function in Python whose forward takes `ctx` is applied."""
+
+NO_STRIDES = " tensors do not have strides"
+"""A wrapper of torch.func is put around a compressed sparse tensor; the layout comes first."""
+
+NESTED: Signs = ("NestedInt", "NestedTensorImpl")
+"""A wrapper of torch.func is put around a nested tensor."""
+
+NESTED_IN_TRACE: Signs = ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")
+"""A nested tensor is made of fake ones."""
+
+NO_MEMORY: Signs = ("Cannot access data pointer",)
+"""The memory of a wrapper of torch.func is asked for, which has none."""
+
+CHECKPOINT_UNLIKE: Signs = ("during selective activation checkpoint", "not found in storage")
+"""Selective checkpoints: the second run does other things than the first."""
+
+NOT_ENTERED: Signs = (
+    "trying to pop from empty mode stack",
+    *("dynamicLayerStack", "dynamic_layer.layerId()"),
+)
+"""A mode or level is left that was broken off while it was entered."""
+
+RANK_LOST: Signs = ("gloo", "Connection closed", "Timed out", "pair closure", "reset by peer", "Broken pipe")
+"""Gloo, and the store: another rank does not answer. What NCCL raises has a class, gloo's has none."""
+
+
+def says(error: BaseException | str, signs: Signs) -> bool:
+    """Tell whether an error, or a part of its message, is one of these."""
+    message = str(error)
+    return any(sign in message for sign in signs)
