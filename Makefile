@@ -1,6 +1,6 @@
 # The few commands. Each says itself what it does; `make` lists them.
 
-.PHONY: help install fast test check guide torches coverage mutation
+.PHONY: help install fast test check guide torches package coverage mutation
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,10 @@ guide:    ## the guide and the reference, into site/
 
 torches:  ## what stands on private torch, on every torch that is supported
 	python .ci/torches.py
+
+package:  ## sdist and wheel as an index would get them, built and used
+	pip install -q build twine
+	python .ci/package.py
 
 coverage: ## which lines the fast tests run
 	coverage run -m pytest -m "not slow" -n 0 -q
