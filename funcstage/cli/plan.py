@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from contextlib import suppress
+from typing import Any
 
 from funcstage.cli import show, target
 from funcstage.engines.graph.compile import compile
@@ -25,12 +27,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--remat",
         default="min_cut",
-        choices=("none", "min_cut", "full"),
-        help="what backward recomputes (default: %(default)s)",
+        type=_remat,
+        metavar="{none,min_cut,full,0.0 to 1.0}",
+        help="what backward recomputes, or a budget of bytes that F hands on (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     target.add_traceback(parser)
     parser.set_defaults(command=run)
+
+
+def _remat(given: str) -> Any:
+    """What `--remat` says: a name, or a budget."""
+    if given in ("none", "min_cut", "full"):
+        return given
+    with suppress(ValueError):
+        if 0 <= float(given) <= 1:
+            return float(given)
+    raise argparse.ArgumentTypeError(f"{given!r} is neither none, min_cut, full nor a number from 0 to 1")
 
 
 def run(arguments: argparse.Namespace) -> int:

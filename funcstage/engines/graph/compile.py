@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -137,7 +138,8 @@ class CompiledStage:
         return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs)
 
     def __repr__(self) -> str:
-        remat = self.remat if isinstance(self.remat, str) else getattr(self.remat, "__name__", "policy")
+        named = isinstance(self.remat, str | float)
+        remat = self.remat if named else getattr(self.remat, "__name__", "policy")
         return (
             f"<CompiledStage of {self.__qualname__}, backend={self.backend!r}, remat={remat!r}, "
             f"{len(self._traced)} signature(s)>"
@@ -289,8 +291,9 @@ def compile(
         backend: "inductor" lowers the programs with TorchInductor; "aten" runs them operation by
             operation, bitwise as eager does.
         remat: what backward recomputes instead of holding it: "none", "min_cut" (cheap operations, so that
-            the fewest bytes are held), "full" (everything, from the stage's inputs), or a policy that says of
-            a graph node whether to save its value.
+            the fewest bytes are held), "full" (everything, from the stage's inputs), a policy that says of a
+            graph node whether to save its value, or a budget from 0.0 to 1.0: the share of the bytes between
+            what "full" and "none" hold after F. What costs most to recompute for each byte is held first.
         cuda_graphs: replay the programs as CUDA graphs. Every microbatch between F and W takes a slot
             of device memory, at most 16 for each signature; further ones run without graphs.
 
@@ -316,9 +319,20 @@ def compile(
         )
     if backend not in ("inductor", "aten"):
         raise StructureError(f"backend must be 'inductor' or 'aten', got {backend!r}.")
-    if remat not in ("none", "min_cut", "full") and not callable(remat):
-        raise StructureError(f"remat must be 'none', 'min_cut', 'full' or a policy of nodes, got {remat!r}.")
-    return CompiledStage(apply, backend, remat, cuda_graphs)
+    return CompiledStage(apply, backend, _checked(remat), cuda_graphs)
+
+
+def _checked(remat: object) -> Remat:
+    if isinstance(remat, str) and remat in ("none", "min_cut", "full"):
+        return remat  # type: ignore[return-value]  # one of the literals
+    if isinstance(remat, Real) and not isinstance(remat, bool) and 0 <= float(remat) <= 1:
+        return float(remat)
+    if callable(remat) and not isinstance(remat, type):
+        return remat
+    raise StructureError(
+        "remat must be 'none', 'min_cut', 'full', a budget between 0 (holds what 'full' does) and 1 (at most "
+        f"what 'none' does), or a policy of nodes; got {remat!r}."
+    )
 
 
 def _is_differentiated(leaf: object) -> bool:

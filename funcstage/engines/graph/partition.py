@@ -1,35 +1,21 @@
-"""Pass 3, partition: the joint graph -> three graphs F, I, W and the residuals between them.
-
-What does not depend on a cotangent may run in F; I is what the input gradients need of the rest, W what
-the parameter gradients need beyond that. Free to choose is which values cross the two boundaries,
-F | I, W and F, I | W, and which are computed again on the far side. That is a minimum cut over bytes, as
-in torch's own two-way partitioner: a value may be computed again if its operation is cheap and all that
-it reads can be had.
-
-The boundary before W is cut first, over the nodes of F and I together, and those that sum up for W what
-I has at hand (a norm's weight gradient): where the sum costs fewer bytes to hold, I computes it. What the
-first cut takes from F joins the demand of the boundary before I: a residual of W may be one of I's as well,
-or made from one by I.
-"""
+"""Pass 3, partition: the joint graph -> three graphs F, I, W and the residuals between them."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from funcstage.engines.graph.decompose import ancestors
+from funcstage.engines.graph.budget import within
+from funcstage.engines.graph.crossing import Division, crossing
 from funcstage.engines.graph.extract import Program, extract
-from funcstage.engines.graph.joint import CHECKPOINTED, Joint, is_random
-from funcstage.engines.graph.mincut import min_cut, nbytes
-from funcstage.engines.graph.nodes import aten, behind, dependents, is_cheap, is_view
+from funcstage.engines.graph.joint import Joint, is_random
+from funcstage.engines.graph.mincut import nbytes
+from funcstage.engines.graph.nodes import is_view
 
-Remat: TypeAlias = Literal["none", "min_cut", "full"] | Callable[[Node], bool]
+Remat: TypeAlias = Literal["none", "min_cut", "full"] | float | Callable[[Node], bool]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +33,7 @@ class Partition:
         linear: the residuals and inputs of the backward that it is linear in: cotangents and what I
             made of them.
         recomputed: what is computed in more than one program.
+        budget: how many bytes F may hand on, where that was asked for.
     """
 
     forward: Program
@@ -58,6 +45,7 @@ class Partition:
     nbytes: dict[str, int]
     linear: frozenset[str]
     recomputed: tuple[str, ...]
+    budget: int | None = None
 
 
 def partition(joint: Joint, remat: Remat) -> Partition:
@@ -66,60 +54,26 @@ def partition(joint: Joint, remat: Remat) -> Partition:
     Args:
         joint: a separated joint graph; left as it is.
         remat: what may be computed again: "none" (views only), "min_cut" (what is cheap), "full"
-            (everything, from the stage's inputs; W still gets matrix products from I) or a policy that
-            tells of a node whether its value is to be saved. Random operations never run twice.
+            (everything, from the stage's inputs; W still gets matrix products from I), a policy that
+            tells of a node whether its value is to be saved, or a budget: the share of the bytes between
+            what "full" and "none" hold after F. Random operations never run twice.
 
     Returns:
         The partition. Under "none" and "min_cut" no matrix product, attention, convolution or reduction
         is in two programs.
     """
+    division = Division.of(joint)
+    budget = None
+    if isinstance(remat, float):
+        budget, remat = within(division, remat)
+    after_forward, from_input, for_weight = crossing(division, remat)
     outputs, new_buffers, input_grads, param_grads = joint.results
     placeholders = joint.placeholders
-    state = set(placeholders[: joint.n_state])
-    state.update(joint.module.graph.find_nodes(op="get_attr"))
-    cotangents = placeholders[joint.n_state + joint.n_args :]
-    late = dependents(joint.module.graph, cotangents)
-    needed = ancestors((*outputs, *new_buffers))
-    for_inputs = ancestors(input_grads)
-    urgent = late & for_inputs
-    for node in joint.module.graph.nodes:
-        if node.target is operator.getitem and node.args[0] in urgent:
-            urgent.add(node)  # an entry of a result is at hand where the result is, which cannot be saved
-    deferred = (late & ancestors(param_grads)) - urgent - set(cotangents)
-    early = [node for node in joint.module.graph.nodes if node not in deferred and node.op != "output"]
-    movable = _movable(joint.module.graph, deferred) if urgent else set()
-    cheap = {node for node in early if is_cheap(node)}
-
-    again_in_weight, again_in_input = cheap, cheap
-    unsaved = {node for node in early if node.meta.get(CHECKPOINTED) and not is_random(node)}
-    if remat == "none":
-        views = {node for node in cheap if is_view(node)}
-        again_in_input = views | (cheap - needed)
-        again_in_weight = views | (cheap - needed - for_inputs)
-        cheap = views
-    elif remat != "min_cut":
-        save = remat if callable(remat) else lambda node: False
-        unsaved |= {
-            node for node in early if node.op == "call_function" and not is_random(node) and not save(node)
-        }
-        again_in_input = set()
-        again_in_weight = cheap & unsaved
-    free = _free(early, state, cheap)
-    held = {node for node in early if node.meta.get(CHECKPOINTED) is False}
-    again_in_input = (again_in_input | unsaved) - held
-    # What I has to compute again is at hand for W; the rest is computed again in W alone.
-    for_weight_alone = unsaved - late - behind(_reads(urgent, input_grads), again_in_input)
-    again_in_weight = (again_in_weight | movable | for_weight_alone) - held
-
-    for_weight = _cut(_reads(deferred - movable, param_grads), again_in_weight, free, for_weight_alone)
-    moved = movable & ancestors(for_weight)
-    demand = [*_reads(urgent | moved, input_grads), *for_weight]
-    after_forward = _cut([node for node in demand if node not in late], again_in_input, free, unsaved)
-    from_input = [node for node in for_weight if node not in set(after_forward)]
-
+    state, late, early, deferred = division.state, division.late, division.early, division.deferred
     constants = [node for node in state if node.op == "get_attr"]
     given = placeholders[: joint.n_state]
-    args = placeholders[joint.n_state : joint.n_state + joint.n_args]
+    end = joint.n_state + joint.n_args
+    args, cotangents = placeholders[joint.n_state : end], placeholders[end:]
     anywhere = set(early) | deferred
     draws = [node for node in joint.module.graph.nodes if is_random(node) and node not in late]
     forward = extract(
@@ -144,84 +98,5 @@ def partition(joint: Joint, remat: Remat) -> Partition:
         {node.name: nbytes(node) for node in (*after_forward, *from_input)},
         frozenset(node.name for node in (*cotangents, *from_input) if node in late),
         tuple(name for name, n in counts.items() if n > 1),
+        budget,
     )
-
-
-def _free(nodes: Iterable[Node], state: set[Node], cheap: set[Node]) -> set[Node]:
-    """What can be had anywhere without holding anything: state, and cheap functions of state."""
-    free = set(state)
-    for node in nodes:
-        if node in cheap and all(source in free for source in node.all_input_nodes):
-            free.add(node)
-    return free
-
-
-def _movable(graph: Graph, deferred: set[Node]) -> set[Node]:
-    """What W computes from its residuals by mapping and summing alone.
-
-    The sums of a norm's weight gradient are far smaller than what they sum, which I has at hand.
-    """
-    movable: set[Node] = set()
-    for node in graph.nodes:
-        sums = getattr(node.target, "overloadpacket", None) in (aten.sum, aten.mean)
-        maps_or_sums = node in deferred and (sums or is_cheap(node))
-        if maps_or_sums and all(read in movable for read in node.all_input_nodes if read in deferred):
-            movable.add(node)
-    return movable
-
-
-def _reads(nodes: set[Node], results: Iterable[Node | None]) -> dict[Node, None]:
-    """What a set of nodes reads from outside it, and results that lie outside it."""
-    found = dict.fromkeys(node for node in results if isinstance(node, Node) and node not in nodes)
-    for node in nodes:
-        found.update(dict.fromkeys(source for source in node.all_input_nodes if source not in nodes))
-    return found
-
-
-def _cut(
-    demand: Iterable[Node], again: set[Node], free: set[Node], unsaved: Collection[Node] = ()
-) -> list[Node]:
-    """Choose what to save: the values of fewest bytes from which all of `demand` can be computed.
-
-    Args:
-        demand: nodes that the far side reads.
-        again: nodes that the far side may compute.
-        free: nodes that it has anyway.
-        unsaved: nodes that must be computed again, whatever they cost to save.
-
-    Returns:
-        The nodes to save, in graph order.
-    """
-    roots: dict[Node, Node] = {}
-
-    def computable(node: Node) -> bool:
-        return node in again and (node.target is not operator.getitem or node.args[0] in again)
-
-    def price(node: Node) -> float:
-        saveable = isinstance(node.meta["val"], Tensor) and not (node in unsaved and computable(node))
-        return nbytes(node) if saveable else math.inf
-
-    def root(node: Node) -> Node:
-        """Follow functions of one value up to where that is cheapest to save, which no cut can better."""
-        chain = []
-        while node not in roots:
-            chain.append(node)
-            reads = [read for read in node.all_input_nodes if read not in free] if computable(node) else []
-            # On equal terms a later value is better, as it need not be computed again, unless it is a view.
-            if len(reads) != 1 or (price(node), is_view(node)) <= (price(reads[0]), False):
-                break
-            node = reads[0]
-        found = roots.get(node, node)
-        roots.update(dict.fromkeys(chain, found))
-        return found
-
-    demanded = {root(node) for node in demand if node not in free}
-    reads: dict[Node, set[Node | None]] = {}
-    stack = list(demanded)
-    while stack:
-        node = stack.pop()
-        if node not in reads:
-            found = [root(read) for read in node.all_input_nodes if read not in free]
-            reads[node] = set(found) if computable(node) else {None}
-            stack.extend(found if computable(node) else ())
-    return min_cut(reads, demanded, price)

@@ -63,6 +63,7 @@ class Plan:
         input_to_weight: bytes of those that I hands to W.
         held_after_forward: bytes held between F and I, memory that serves both counted once.
         held_after_input: bytes held between I and W.
+        budget: bytes that may be held between F and I, where `remat` is a budget.
     """
 
     stage: str
@@ -74,6 +75,7 @@ class Plan:
     input_to_weight: int
     held_after_forward: int
     held_after_input: int
+    budget: int | None = None
 
     @property
     def flops(self) -> int:
@@ -99,11 +101,13 @@ class Plan:
 
     def edges(self) -> list[tuple[str, str]]:
         """Return the residuals between the programs as a table without a header."""
+        budget = [] if self.budget is None else [("budget after F", report.size(self.budget))]
         return [
             ("F -> I", report.size(self.forward_to_input)),
             ("F -> W", report.size(self.forward_to_weight)),
             ("I -> W", report.size(self.input_to_weight)),
             ("held after F", report.size(self.held_after_forward)),
+            *budget,
             ("held after I", report.size(self.held_after_input)),
         ]
 
@@ -111,7 +115,7 @@ class Plan:
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
-        lines += [f"{name:12} {size:>12}" for name, size in self.edges()]
+        lines += [f"{name:14} {size:>10}" for name, size in self.edges()]
         return "\n".join((self.stage, *lines))
 
     def _repr_html_(self) -> str:
@@ -152,6 +156,7 @@ def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:
         input_to_weight=size(partition.from_input),
         held_after_forward=size(partition.after_forward),
         held_after_input=size(partition.for_weight),
+        budget=partition.budget,
     )
 
 

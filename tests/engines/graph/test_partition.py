@@ -14,9 +14,10 @@ from torch.fx import Graph, Node
 import funcstage as fs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import compile
+from funcstage.engines.graph.crossing import _cut
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.mincut import nbytes
-from funcstage.engines.graph.partition import _cut, partition
+from funcstage.engines.graph.partition import partition
 from funcstage.engines.graph.trace import trace
 
 SERVES_INPUTS_ALONE = {

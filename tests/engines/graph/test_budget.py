@@ -1,0 +1,147 @@
+"""`remat` as a budget of bytes: what is held, what is computed again, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcstage as fs
+from funcstage.report import size
+
+Case = tuple[Any, Any, Any, Tensor]
+
+
+def narrow_and_wide() -> Case:
+    """Products of very different cost for each byte of their results."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((8, 512, 4, 64, 16, 8)):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    apply, params, buffers = fs.functionalize(nn.Sequential(*layers))
+    return apply, params, buffers, torch.randn(32, 8)
+
+
+def planned(case: Case, remat: Any) -> Any:
+    apply, params, buffers, x = case
+    return fs.compile(apply, backend="aten", remat=remat).plan(params, buffers, x)
+
+
+BUDGETS = [i / 20 for i in range(21)]
+
+
+def test_budgets_lie_between_full_and_none_and_are_kept() -> None:
+    case = narrow_and_wide()
+    full, none = planned(case, "full"), planned(case, "none")
+    plans = [planned(case, budget) for budget in BUDGETS]
+    for budget, plan in zip(BUDGETS, plans, strict=True):
+        allowed = full.held_after_forward + budget * (none.held_after_forward - full.held_after_forward)
+        assert plan.held_after_forward <= plan.budget == int(allowed)
+    assert plans[0].held_after_forward == full.held_after_forward
+    assert plans[0].recomputed_flops == full.recomputed_flops > 0
+    assert plans[-1].held_after_forward <= none.held_after_forward
+    assert plans[-1].recomputed_flops == 0
+    for smaller, larger in itertools.pairwise(plans):
+        assert smaller.held_after_forward <= larger.held_after_forward
+        assert smaller.recomputed_flops >= larger.recomputed_flops
+    assert len({plan.held_after_forward for plan in plans}) > 4
+
+
+def test_no_choice_that_leaves_room_for_one_more_value_recomputes_less() -> None:
+    case = narrow_and_wide()
+    apply, params, buffers, x = case
+    graph = fs.compile(apply, backend="aten").programs(params, buffers, x).forward.graph
+    names = [node.name for node in graph.nodes if node.target is torch.ops.aten.tanh.default]
+    choices = []
+    for n in range(len(names) + 1):
+        for saved in itertools.combinations(names, n):
+            plan = planned(case, lambda node, saved=saved: node.name in saved)
+            choices.append((plan.held_after_forward, plan.recomputed_flops))
+    largest = 32 * 512 * 4
+    assert len(choices) == 32
+    for budget in BUDGETS:
+        plan = planned(case, budget)
+        best = min((flops for held, flops in choices if held <= plan.budget - largest), default=None)
+        assert best is None or plan.recomputed_flops <= best
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.3, 0.7, 1.0, 0, 1, np.float32(0.5), Fraction(1, 3)])
+def test_results_are_eagers_within_any_budget(budget: Any) -> None:
+    apply, params, buffers, x = narrow_and_wide()
+    fast = fs.compile(apply, backend="aten", remat=budget)
+    output, _, pullback = fs.stage_vjp(fast, params, buffers, x)
+    (dx,), weight_pullback = pullback(torch.ones_like(output))
+    x = x.clone().requires_grad_()
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    expected, _ = apply(leaves, buffers, x)
+    expected.sum().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(dx, x.grad)
+    assert pullback.consumed
+    for name, grad in weight_pullback().items():
+        assert torch.equal(grad, leaves[name].grad)
+
+
+def test_what_is_held_is_what_the_plan_says() -> None:
+    apply, params, buffers, x = narrow_and_wide()
+    for budget in BUDGETS[::4]:
+        fast = fs.compile(apply, backend="aten", remat=budget)
+        _, _, pullback = fs.stage_vjp(fast, params, buffers, x)
+        assert pullback.nbytes == fast.plan(params, buffers, x).held_after_forward
+
+
+def test_random_numbers_are_drawn_once_within_any_budget() -> None:
+    apply, params, buffers = fs.functionalize(
+        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5))
+    )
+    x = torch.randn(4, 8)
+    outcomes = []
+    runs: list[Callable[..., Any]] = [apply]
+    runs += [fs.compile(apply, backend="aten", remat=budget) for budget in (0.0, 0.5, 1.0)]
+    for run in runs:
+        torch.manual_seed(3)
+        output, _, pullback = fs.stage_vjp(run, params, buffers, x)
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        outcomes.append((output, dx, weight_pullback()["0.weight"], torch.rand(())))
+    for found in outcomes[1:]:
+        for ours, expected in zip(found, outcomes[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [
+        -0.1,
+        1.1,
+        float("nan"),
+        float("inf"),
+        True,
+        False,
+        -1,
+        2,
+        None,
+        [0.5],
+        torch.tensor(0.5),
+        0.5j,
+        "0.5",
+        float,
+    ],
+)
+def test_what_is_no_budget_is_refused(remat: Any) -> None:
+    apply, *_ = narrow_and_wide()
+    with pytest.raises(fs.StructureError, match=r"remat must be .* a budget between 0 .* and 1"):
+        fs.compile(apply, backend="aten", remat=remat)
+
+
+def test_plans_and_stages_say_their_budget() -> None:
+    apply, params, buffers, x = narrow_and_wide()
+    fast = fs.compile(apply, backend="aten", remat=0.5)
+    plan = fast.plan(params, buffers, x)
+    assert f"budget after F {size(plan.budget)}" in " ".join(str(plan).split())
+    assert "remat=0.5" in repr(fast)
+    assert "budget" not in str(planned((apply, params, buffers, x), "min_cut"))
