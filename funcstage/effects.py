@@ -22,12 +22,12 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     tensor = trees.describe(args[0] if args else next(iter(kwargs.values()), None))
     if func == _ASSIGN_DATA:
         raise PurityError(
-            f"The stage assigns to the `.data` of a tensor ({tensor}), which no gradient would know of. "
-            "Compute a new tensor; what is to last from call to call is a buffer."
+            f"The stage assigns to the `.data` of a tensor ({tensor}), which autograd does not see. "
+            "Compute a new tensor; make state that lasts across calls a buffer."
         )
     raise StageError(
         f"The stage calls retain_grad() on a tensor ({tensor}), whose `.grad` a split backward does not "
-        "fill. Return the tensor as an output, or put a hook on it by register_hook."
+        "fill. Return the tensor as an output, or hook it with register_hook."
     )
 
 
@@ -35,13 +35,13 @@ def refused_mark(owner: str, requires_grad: bool) -> PurityError:
     """The refusal of a stage that freezes, or thaws, what it was given."""
     if requires_grad:
         return PurityError(
-            f"The stage marks {owner} by requires_grad_() in its forward, which would get no gradient. Let "
-            "the parameter require grad before functionalize, or mark tensor.detach() if the stage takes "
-            "gradients itself."
+            f"The stage calls requires_grad_() on {owner} in its forward, which would get no gradient. Let "
+            "the parameter require grad before functionalize; if the stage takes gradients itself, call "
+            "requires_grad_() on tensor.detach()."
         )
     return PurityError(
-        f"The stage freezes {owner} by requires_grad_(False) in its forward, whose gradient would be "
-        "computed nevertheless. Freeze it before functionalize, or read tensor.detach()."
+        f"The stage freezes {owner} with requires_grad_(False) in its forward, but its gradient would be "
+        "computed all the same. Freeze it before functionalize, or read tensor.detach()."
     )
 
 

@@ -137,8 +137,8 @@ def _check_kept(generator: torch.Generator, call: tuple[Any, ...] | dict[str, An
         )
     if all(holder is call or _are_operands(holder, call) for holder in gc.get_referrers(generator)):
         raise TraceError(
-            "The stage makes a random generator in its forward, which a graph would go on drawing from. Keep "
-            "the generator on the module or pass it as an argument, or use the uncompiled `apply`."
+            "The stage makes a random generator in its forward, which a compiled stage would make only once. "
+            "Keep the generator on the module or pass it as an argument, or use the uncompiled `apply`."
         )
 
 

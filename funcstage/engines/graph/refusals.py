@@ -30,7 +30,10 @@ def refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
     node = first
     while node.op != "output":
         if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
-            raise TraceError(f"{name_of(apply)} draws random numbers in its backward ({node.target}).")
+            raise TraceError(
+                f"{name_of(apply)} draws random numbers in its backward ({node.target}), which a compiled "
+                "stage would draw at another time than eager. Draw them in the forward."
+            )
         node = node.next
 
 
@@ -39,17 +42,20 @@ def check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
             raise TraceError(
-                f"{name_of(apply)} keeps a tensor of an earlier call and reads it in this one, which a pure "
-                f"function cannot do. Return the value as a buffer."
+                f"{name_of(apply)} reads a tensor that it kept in an earlier call, which a pure function "
+                "cannot do. Return the value as a buffer."
             )
         if isinstance(node.target, OpOverload) and writes(node.target):
-            raise TraceError(f"{name_of(apply)} calls {node.target}, which writes in place.")
+            raise TraceError(
+                f"{name_of(apply)} calls {node.target}, which writes in place and cannot be traced. Use an "
+                "operator that returns its result."
+            )
         for value in tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 layout = str(value.layout).removeprefix("torch.")
                 raise TraceError(
                     f"{name_of(apply)} makes a tensor of {layout} layout ({node.target}), whose gradients a "
-                    f"trace loses."
+                    "trace loses. Keep it dense."
                 )
         if node.target is torch.ops.aten._efficientzerotensor.default:
             node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
@@ -73,8 +79,8 @@ def impure(apply: Callable[..., Any]) -> PurityError:
 
 def captured(owner: str, which: str) -> PurityError:
     return PurityError(
-        f"{owner} writes in place into a tensor that it has captured from outside ({which}), which a program "
-        "would not do again. Register the tensor as a buffer, or update a clone of it."
+        f"{owner} writes in place into a tensor that it captured from outside ({which}), which a compiled "
+        "stage would not do again. Register the tensor as a buffer, or update a clone of it."
     )
 
 

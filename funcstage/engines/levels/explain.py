@@ -30,9 +30,8 @@ def written_into_own(func: Any, target: Any) -> Exception:
     if isinstance(target, Tensor) and target.requires_grad and target.is_leaf:
         return RuntimeError(_LEAF_WRITTEN)  # as torch says
     return PurityError(
-        f"The stage writes what is differentiated, by {getattr(func, '__name__', func)}, into a parameter "
-        f"that it has made itself ({trees.describe(target)}). Compute the values first, and use them as they "
-        "are."
+        f"The stage writes a value that needs a gradient, with {getattr(func, '__name__', func)}, into a "
+        f"parameter that it made itself ({trees.describe(target)}). Use the value as it is instead."
     )
 
 
@@ -71,7 +70,7 @@ def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:
                 reason = str(error).partition("\n")[0]
                 return LeafError(
                     f"The stage fails on {kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaf)}): "
-                    f"{reason} Pass it dense, by tensor.to_dense(), or run funcstage.autograd eagerly."
+                    f"{reason} Pass it as tensor.to_dense(), or run funcstage.autograd eagerly."
                 )
     return None
 
@@ -81,8 +80,8 @@ def _compressed(error: Exception) -> StageError | None:
     if not found:
         return None
     return StageError(
-        f"The stage reads a tensor of a compressed sparse layout ({layout}), which the levels of torch.func "
-        "cannot look into. Keep it as tensor.to_sparse_coo(), or dense."
+        f"The stage reads a tensor in a compressed sparse layout ({layout}), which torch.func cannot "
+        "transform. Convert it with tensor.to_sparse_coo(), or make it dense."
     )
 
 
@@ -94,30 +93,30 @@ def _refusal(error: Exception) -> StageError | None:
         return inner_gradients.refused("torch.func")
     if says(error, torchs.CAPTURED_WRITTEN):
         return PurityError(
-            "The stage mutates in place a tensor that it has captured from outside (not an argument, a "
+            "The stage writes in place into a tensor that it captured from outside (not an argument, a "
             "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
             "update a clone of it."
         )
     if says(error, torchs.NESTED):
         return StageError(
-            "The stage makes a nested tensor, which the levels of torch.func cannot look into. Compute on "
-            "padded tensors with a mask, or on the packed values with their offsets."
+            "The stage makes a nested tensor, which torch.func cannot transform. Compute on padded tensors "
+            "with a mask, or on the packed values with their offsets."
         )
     if says(error, torchs.NO_MEMORY):
         return StageError(
-            "The stage reads the memory of a tensor that is differentiated (by NumPy, for one), which the "
-            "levels of torch.func cannot look into. Make what reads it a torch.library.custom_op."
+            "The stage reads the memory of a tensor that is differentiated (through NumPy, for example), "
+            "which torch.func does not allow. Wrap the code that reads it in a torch.library.custom_op."
         )
     if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(
-            "The stage uses an operator whose gradient is a C++ torch::autograd::Function (torch 2.11's "
-            "differentiable collectives, for one), which torch.func cannot transform. Compile the stage by "
-            "funcstage.compile, or put a torch.autograd.Function around the operator without its gradient."
+            "The stage uses an operator whose gradient is a C++ torch::autograd::Function (such as torch "
+            "2.11's differentiable collectives), which torch.func cannot transform. Compile the stage with "
+            "funcstage.compile, or wrap the operator, without its gradient, in a torch.autograd.Function."
         )
     if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(
-            "The stage applies a torch.autograd.Function whose forward takes `ctx`, by an `apply` that was "
-            "bound before the stage ran. From torch 2.14 on it cannot be found so: write "
+            "The stage applies a torch.autograd.Function whose forward takes `ctx` through an `apply` that "
+            "was bound before the stage ran, which torch 2.14 and later hide from funcstage. Write "
             "`MyFunction.apply(...)` in the stage, or give the function a separate setup_context "
             "staticmethod."
         )
@@ -126,6 +125,6 @@ def _refusal(error: Exception) -> StageError | None:
 
 _LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation."
 _HOOKS_REFUSED = (
-    "The closures engine cannot differentiate under saved-tensor hooks (save_on_cpu, for one). Take them out "
-    "of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
+    "The uncompiled engine cannot differentiate under saved-tensor hooks (such as save_on_cpu). Take them "
+    "out of the stage, or use funcstage.autograd on an eager tape; torch.utils.checkpoint works."
 )

@@ -82,7 +82,7 @@ class Refusing(TorchFunctionMode):
             raise StageError(
                 f"The backward of {self._function} takes gradients itself, somewhere behind what it calls, "
                 "where F could not see it. Say `with torch.enable_grad():` in the code of that backward, or "
-                "compile the stage by funcstage.compile."
+                "compile the stage with funcstage.compile."
             )
         return func(*args, **(kwargs or {}))
 

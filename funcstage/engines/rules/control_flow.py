@@ -33,4 +33,4 @@ def refusal(owner: str, name: str, otherwise: str = "") -> str:
     )
 
 
-COMPILED = ", or compile the stage, which takes cond, map and scan from torch 2.14 on"
+COMPILED = ", or compile the stage, which handles cond, map and scan from torch 2.14 on"
