@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from funcstage.errors import TraceError
-from funcstage.state.ambient import Generator, RandomState
+from funcstage.state.ambient import Generator, RandomState, of_torch
 
 _UNRECORDED = {
     *("get_state", "set_state", "graphsafe_get_state", "graphsafe_set_state", "clone_state"),
@@ -67,18 +67,55 @@ _RANDOM = ("torch.random", "torch.cuda", "torch.cuda.random")
 class Asked:
     """What a stage does to generators by their own methods while it is traced.
 
-    Torch's generator of the CPU, where functions of `torch.random` look it up, is looked after elsewhere.
+    Calls that Python makes of these methods are seen; those in C (of a `partial`, in `map`) are told by what
+    has become of generators within the stage's reach. Those of the CPU are seeded with a number of our own
+    meanwhile, so that the seed that one has is not set again unnoticed; torch's own, from which other threads
+    draw, is not. Where functions of `torch.random` look that one up, it is looked after elsewhere.
     """
 
     def __init__(self) -> None:
         self._before = RandomState(())
         self._first: str | None = None
+        self._within_reach: dict[int, torch.Generator] = {}
+        self._left: list[tuple[torch.Generator, torch.Tensor]] | None = None
+        self._torchs = RandomState(of_torch())
+        self._seed = torch.default_generator.initial_seed()
+
+    def reach(self, generator: torch.Generator) -> None:
+        """Take note of a generator that the stage can get at."""
+        if generator is torch.default_generator or id(generator) in self._within_reach:
+            return
+        self._within_reach[id(generator)] = generator
+        if self._left is not None:
+            self._watch(generator, self._left)
+
+    def begin(self) -> None:
+        """Watch what was found, and from now on what is."""
+        if self._left is None:
+            self._left = []
+            for generator in self._within_reach.values():
+                self._watch(generator, self._left)
+
+    def _watch(self, generator: torch.Generator, left: list[tuple[torch.Generator, torch.Tensor]]) -> None:
+        self._before.note(Generator("of the stage", generator.get_state, generator.set_state))
+        if generator.device.type == "cpu":
+            generator.seed()
+        left.append((generator, generator.get_state()))
+
+    def _moved(self) -> bool:
+        moved = any(not torch.equal(g.get_state(), state) for g, state in self._left or ())
+        return moved or self._torchs_is_seeded()
+
+    def _torchs_is_seeded(self) -> bool:
+        return torch.default_generator.initial_seed() != self._seed
 
     def note(self, function: Any, frame: FrameType) -> None:
         """Look at a function in C that is about to be called."""
         generator, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if type(generator) is not torch.Generator or name not in _UNRECORDED:
             return
+        if frame.f_globals.get("__name__") in (__name__, RandomState.__module__):
+            return  # our own
         caller: FrameType | None = frame
         while caller is not None and caller.f_globals.get("__name__") in _RANDOM:
             caller = caller.f_back
@@ -90,6 +127,8 @@ class Asked:
     def undo(self) -> None:
         """Put the generators back."""
         self._before.restore()
+        if self._torchs_is_seeded():
+            self._torchs.restore()
 
     def refuse(self) -> None:
         """Refuse a stage that has done something to generators.
@@ -97,6 +136,8 @@ class Asked:
         Raises:
             TraceError: names the first thing that it has done.
         """
+        if self._first is None and self._moved():
+            self._first = "a method of a generator that is called by functools.partial, map or the like"
         if self._first is not None:
             raise TraceError(
                 f"The stage seeds a random generator, or reads or sets its state ({self._first}), {_WAYS_OUT}"

@@ -86,6 +86,7 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         super().__enter__()
         self._random = RandomState(of_process())
+        self.generators.begin()
         self._others |= _run_by_the_interpreter()
         gc.callbacks.append(self._collect)
         self._before = sys.getprofile()
@@ -305,6 +306,8 @@ class Recorder(TorchFunctionMode):
                 self._reach_class(value)
                 continue
             self._explored[id(value)] = value
+            if type(value) is torch.Generator:
+                self.generators.reach(value)
             if isinstance(value, FunctionType):
                 self._functions.setdefault(value.__code__, []).append(value)
                 if value.__code__ in self._codes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ class Drawing(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(16))
         self.generator = torch.Generator()
+        self.generator_seed = self.generator.initial_seed()
+        self.seed = functools.partial(self.generator.manual_seed, 3)
         self._forward = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,10 +208,48 @@ def reads_the_seed(m: Drawing, x: Tensor) -> Tensor:
     return x * (m.generator.initial_seed() + torch.initial_seed() + 2)
 
 
+def seeds_by_partial(m: Drawing, x: Tensor) -> Tensor:
+    functools.partial(torch.manual_seed, 3)()
+    return x * torch.rand(16)
+
+
+def seeds_its_own_by_partial(m: Drawing, x: Tensor) -> Tensor:
+    m.seed()
+    return x * torch.rand(16, generator=m.generator)
+
+
+def seeds_its_own_anew_by_partial(m: Drawing, x: Tensor) -> Tensor:
+    functools.partial(m.generator.manual_seed, m.generator_seed)()
+    return x * torch.rand(16, generator=m.generator)
+
+
+def seeds_the_default_by_partial(m: Drawing, x: Tensor) -> Tensor:
+    functools.partial(torch.default_generator.manual_seed, 3)()
+    return x * torch.rand(16)
+
+
+def seeds_a_global_by_map(m: Drawing, x: Tensor) -> Tensor:
+    list(map(GENERATOR.manual_seed, [3]))
+    return x * torch.rand(16, generator=GENERATOR)
+
+
+def puts_a_global_back_by_name(m: Drawing, x: Tensor) -> Tensor:
+    operator.methodcaller("set_state", STATE)(GENERATOR)
+    return x * torch.rand(16, generator=GENERATOR)
+
+
 GENERATOR = torch.Generator()
+STATE = torch.Generator().manual_seed(4).get_state()
 UNRECORDED = [
     *(seeds, puts_back, forks, makes_a_generator, seeds_its_own, seeds_without_drawing, puts_its_own_back),
     *(seeds_a_global, seeds_the_default_itself, reads_the_seed),
+    *(
+        seeds_by_partial,
+        seeds_its_own_by_partial,
+        seeds_its_own_anew_by_partial,
+        seeds_the_default_by_partial,
+    ),
+    *(seeds_a_global_by_map, puts_a_global_back_by_name),
 ]
 
 
@@ -263,3 +306,16 @@ def test_cuda_generators_end_where_eagers_do(backend: Any, options: Any) -> None
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(torch.rand(2, device="cuda"), after, rtol=0, atol=0)
         pullback(torch.ones_like(output))[1]()
+
+
+def test_numpys_generator_seeded_by_partial_is_refused() -> None:
+    seed = functools.partial(np.random.seed, 3)
+
+    def forward(m: Drawing, x: Tensor) -> Tensor:
+        seed()
+        return x * torch.rand(16)
+
+    apply, params, buffers = fs.functionalize(Drawing(forward))
+    np.random.seed(5)
+    with pytest.raises(fs.TraceError, match=r"draws a random number \(numpy"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(16))
