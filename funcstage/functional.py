@@ -262,7 +262,7 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
     """Map every further name of a parameter or buffer to the first one."""
     first: dict[Tensor, str] = {}
     aliases: dict[str, str] = {}
-    # A module that is reached twice is listed once: lent a place twice, it would keep what it was lent.
+    # A module that is reached twice is listed once: swapped in twice, a tensor would stay there.
     for prefix, part in module.named_modules():
         for named in (part.named_parameters, part.named_buffers):
             for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
@@ -273,9 +273,9 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) -> Iterator[None]:
-    """Lend recurrent modules the list of weights that they cache beside their parameters.
+    """Swap the list of weights that recurrent modules cache beside their parameters.
 
-    Left alone they would build it from the lent parameters, flatten those in place for cuDNN, and keep
+    Left alone they would build it from the swapped parameters, flatten those in place for cuDNN, and keep
     them after the call.
     """
     kept = [(rnn, rnn._flat_weights, rnn._flat_weight_refs) for rnn in recurrent.values()]

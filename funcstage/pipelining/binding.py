@@ -6,8 +6,7 @@ cast, buffers grown. Tensors are read in every step. All else is read anew when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from funcstage import trees
 from funcstage._torch.operators import copy_into_all
 from funcstage.functional import function_of
-from funcstage.state.kept import undone
 from funcstage.trees import Buffers, PyTree
 
 
@@ -166,30 +164,3 @@ def update(places: Places, before: Buffers, after: Buffers) -> bool:
 
 def _fits(buffer: Tensor, value: Any) -> bool:
     return isinstance(value, Tensor) and buffer.shape == value.shape and buffer.dtype == value.dtype
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward leaves behind in a module (caches, counters, buffers), which here would be fake."""
-    kept = [
-        (part, dict(vars(part)), [(own, dict(own)) for own in vars(part).values() if isinstance(own, dict)])
-        for part in module.modules()
-    ]
-    try:
-        with undone([module]):  # what lists and objects on the way hold
-            yield
-    finally:
-        try:
-            _put_back(kept)
-        except BaseException:
-            _put_back(kept)  # an interrupt may come in the midst of it
-            raise
-
-
-def _put_back(kept: list[Any]) -> None:
-    for part, attributes, dicts in kept:
-        vars(part).clear()
-        vars(part).update(attributes)
-        for own, values in dicts:
-            own.clear()
-            own.update(values)

@@ -20,7 +20,7 @@ from funcstage.dtensors import first_dtensor
 from funcstage.engines.graph import compile as compile_stage
 from funcstage.engines.graph.blame import is_raised_by_stage
 from funcstage.errors import LeafError, StructureError
-from funcstage.pipelining.binding import Binding, Structure, read, untouched, update
+from funcstage.pipelining.binding import Binding, Structure, read, update
 from funcstage.pipelining.examples import (
     StageFunction,
     alike,
@@ -38,6 +38,7 @@ from funcstage.pipelining.refusals import check_module
 from funcstage.pipelining.same_dtypes import SameDtypes
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.state.ambient import own_autocast_cache
+from funcstage.state.kept import untouched
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import Buffers, Params, PyTree, describe
 

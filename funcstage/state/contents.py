@@ -34,7 +34,7 @@ class Contents:
         self._in_vain = 0
 
     def now(self) -> Held:
-        """Note what it holds now; to be called, as what is returned, while the module is lent."""
+        """Note what it holds now; to be called, as what is returned, while the module is locked."""
         walk, self._walk = self._walk, None
         if walk is not None:
             if walk.is_current():

@@ -42,6 +42,32 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Undo all that a forward leaves behind in a module (it would be fake), submodules and hooks among it."""
+    before = State(module)
+    own = [
+        (space, dict(space))
+        for part in module.modules()
+        for space in vars(part).values()
+        if isinstance(space, dict)
+    ]
+
+    def put_back() -> None:
+        before.restore()
+        for space, values in own:
+            refill(space, values)
+
+    try:
+        yield
+    finally:
+        try:
+            put_back()
+        except BaseException:
+            put_back()  # an interrupt may come in the midst of it
+            raise
+
+
+@contextmanager
 def taken_out(
     module: nn.Module | None, handed: Sequence[Any] = (), held: Held | None = None
 ) -> Iterator[None]:
@@ -50,7 +76,7 @@ def taken_out(
     Args:
         module: on which it may keep something.
         handed: objects among its arguments, such as caches, in which it may keep something too.
-        held: what the module, which is lent already, holds now; where that is known.
+        held: what the module, which is locked already, holds now; where that is known.
     """
     if module is None and not handed:
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.state.kept import holders
+from funcstage.state.kept import holders, untouched
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
 
@@ -318,3 +318,23 @@ def test_stage_functions_are_copied(how: str, engine: Any) -> None:
     assert copied.module.training
     torch.testing.assert_close((output, fresh), (expected, theirs))
     torch.testing.assert_close(pullback(torch.ones(3, 4))[1](), own(torch.ones(3, 4))[1]())
+
+
+def test_nothing_is_left_of_a_run_that_leaves_a_module_untouched() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module.log, module.notes = [1], {"n": 0}
+    before = {name: (value, copy.copy(value)) for name, value in vars(module).items()}
+    running = module[1].running_mean
+    with untouched(module):
+        module.log.append(2)
+        module.notes["n"] = 1
+        module.notes = {}
+        module.later = nn.Linear(2, 2)
+        module.count = 3
+        module[1].running_mean = torch.ones(2)
+        module.register_forward_hook(lambda *_: None)
+        module.register_parameter("scale", nn.Parameter(torch.ones(2)))
+        module.register_buffer("mask", torch.ones(2))
+    assert {name: (value, value) for name, value in vars(module).items()} == before
+    assert all(vars(module)[name] is value for name, (value, _) in before.items())
+    assert module[1].running_mean is running
