@@ -2,7 +2,7 @@
 
 Seeding a generator, reading its state or putting one back happen in Python, once, while the stage is traced;
 and so does making one. The programs of such a stage would draw other numbers than eager: it is refused.
-Private: functions of `torch.random` look their generator up in that module. Tried with torch 2.11 to 2.14.
+Private: functions of `torch.random` look their generator up in that module.
 """
 
 from __future__ import annotations

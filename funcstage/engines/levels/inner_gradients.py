@@ -3,9 +3,7 @@
 A force is the gradient of an energy, a penalty is made of gradients, an implicit layer takes them in its
 backward. What differentiates inside of a stage reads tapes of its own, across both of the levels that the
 stage is split by, and the sites between them. Such a stage is therefore split on a plain autograd tape
-instead (`funcstage.engines.uncompiled`), where a gradient is an operation as any other.
-
-Tried with torch 2.11.0, 2.13.0 and 2.14.1; private: `_VF._make_dual`.
+instead (`funcstage.engines.choose`), where a gradient is an operation as any other.
 """
 
 from __future__ import annotations
