@@ -7,10 +7,9 @@ nothing it is given; what a module would update in place comes back as a value.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain, repeat
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import optree
@@ -25,7 +24,8 @@ from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.report import table
 from funcstage.state.contents import Contents
 from funcstage.state.module import locked, look_over
-from funcstage.state.parameter_hooks import any_hooked, check_no_hooks, held_in
+from funcstage.state.parameter_hooks import check_no_hooks
+from funcstage.state.parts import Parts
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
 
@@ -137,19 +137,12 @@ class ModuleFunction:
     def _look_at_parts(self) -> None:
         """Read what the module is made of."""
         self._aliases = _tied_names(self.module)
-        named = dict(self.module.named_modules())
-        self._recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
-        self._parts = [*named.values()]
-        self._made_of = _made_of(self._parts)
-        self._spaces = [part._parameters for part in self._parts]
-        held = [own for part in named.values() for own in (part._parameters, part._buffers)]
-        self._places = [(own, name) for own in held for name in own]
-        self._owners, self._names = [own for own, _ in self._places], [name for _, name in self._places]
+        self._parts = Parts(self.module)
         look_over(self.module)
 
     def _check_parts(self) -> None:
         """Refuse a module that has other parameters than it had, which would get no gradients."""
-        if _made_of(self._parts) == self._made_of:
+        if self._parts.unchanged():
             return
         check_unwrapped(self.module)
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
@@ -167,7 +160,7 @@ class ModuleFunction:
         module = self.module
         self._check_parts()
         with without_torch_function():
-            if self.refuses_hooks and any_hooked(held_in(self._spaces)):
+            if self.refuses_hooks and self._parts.any_hooked():
                 trained = {n: p for n, p in module.named_parameters() if n in self._param_shapes}
                 check_no_hooks(self.__qualname__, trained)
             _check(module, "params", params, self._param_shapes)
@@ -177,38 +170,18 @@ class ModuleFunction:
         state.update(params)
         for alias, name in self._aliases.items():
             state[alias] = state[name]
-        with locked(module), _flat_weights(self._recurrent, state):
-            before = [*map(dict.get, self._owners, self._names)]
-            try:
-                # The ties are resolved above, once, rather than in every call.
-                output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
-            except BaseException:  # an interrupt may come while the tensors are exchanged
-                for (held, name), tensor in zip(self._places, before, strict=True):
-                    if name in held:
-                        held[name] = tensor
-                raise
-        # functional_call writes buffers that the module re-assigned back into `state`.
+        recurrent = self._parts.recurrent
+        with locked(module), _flat_weights(recurrent, state) if recurrent else _NOTHING:
+            # The ties are resolved above, once, rather than in every call.
+            output = self._parts.call_with(state, args, kwargs)
+        # Buffers that the module has assigned anew are in `state` now.
         return output, {name: state[name] for name in buffers}
 
     def __repr__(self) -> str:
         return f"<stage function of {self.__qualname__}>"
 
 
-def _made_of(parts: Sequence[nn.Module]) -> tuple[list[Any], ...]:
-    """What modules are and have: their classes, the names of their parameters, and their submodules."""
-    parameters, submodules = [*map(_PARAMETERS, parts)], [*map(_SUBMODULES, parts)]
-    return (
-        [*map(type, parts)],
-        [*map(len, parameters)],
-        [*chain.from_iterable(parameters)],
-        [*map(is_, chain.from_iterable(map(dict.values, parameters)), repeat(None))],
-        [*map(len, submodules)],
-        [*chain.from_iterable(map(dict.values, submodules))],
-    )
-
-
-_PARAMETERS = attrgetter("_parameters")
-_SUBMODULES = attrgetter("_modules")
+_NOTHING = nullcontext()
 
 
 def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:
@@ -239,9 +212,16 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
     return result
 
 
-def check_leaves(root: str, tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Return the leaves and the structure of a tree; refuse tensors that no engine looks into."""
-    leaves, spec = flatten(tree)
+def check_leaves(
+    root: str, tree: PyTree, flat: tuple[list[Any], optree.PyTreeSpec] | None = None
+) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves and the structure of a tree; refuse tensors that no engine looks into.
+
+    `flat` is what is returned, where that is known.
+    """
+    leaves, spec = flat or flatten(tree)
+    if PLAIN_TENSORS.issuperset(map(type, leaves)) and not any(map(_IS_NESTED, leaves)):
+        return leaves, spec
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             if is_lazy(leaf):
@@ -293,6 +273,13 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
 
 def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:
     """Refuse state whose names or shapes are not the module's (missing names would silently be its own)."""
+    if (
+        type(given) is dict
+        and [*given] == [*shapes]
+        and PLAIN_TENSORS.issuperset(map(type, given.values()))
+        and [*map(_SHAPE, given.values())] == [*shapes.values()]
+    ):
+        return
     owner = type(module).__name__
     if not isinstance(given, Mapping):
         raise StructureError(
@@ -315,3 +302,8 @@ def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Siz
                 f"{owner}: {what}[{name!r}] must have shape {list(shape)}, got {describe(tensor)}. "
                 "If the module was changed after functionalize, call functionalize again."
             )
+
+
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+_SHAPE = attrgetter("shape")
+_IS_NESTED = attrgetter("is_nested")

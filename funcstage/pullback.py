@@ -31,7 +31,7 @@ from funcstage.linear import Linear, register
 from funcstage.state.anomaly import refuse_unchecked
 from funcstage.state.backward_errors import explain
 from funcstage.state.captured import Captured
-from funcstage.state.grad_mode import outside_inference_mode, with_gradients_on
+from funcstage.state.grad_mode import in_ordinary_mode, outside_inference_mode
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.state.writes import Part, Watch, refuse_written
 from funcstage.trees import AnyBuffers, AnyParams, Output, PyTree, describe
@@ -191,9 +191,8 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         )
 
 
-@outside_inference_mode
 @undone_if_interrupted
-@with_gradients_on
+@in_ordinary_mode
 def stage_vjp(
     apply: Callable[..., tuple[Output, AnyBuffers]],
     params: AnyParams,
@@ -243,14 +242,14 @@ def stage_vjp(
     call = StageCall(apply, params, buffers, args, kwargs, diff, arg_leaves, args_spec)
     output, new_buffers, tape = choose(call)(call)
     output_leaves, output_spec = check_leaves("output", output)
-    param_leaves, params_spec = call.of_params
+    param_leaves, params_spec = call.flat[0]
     watch = tape.watch
     if watch is None:
         watch = Watch.over(
-            [Part("params", param_leaves, params_spec), Part("buffers", *call.of_buffers)],
+            [Part("params", param_leaves, params_spec), Part("buffers", *call.flat[1])],
             [
                 Part("args", arg_leaves, args_spec),
-                Part.of("kwargs", kwargs),
+                Part("kwargs", *call.flat[3]),
                 Part("output", output_leaves, output_spec),
                 Part.of("new_buffers", new_buffers),
             ],

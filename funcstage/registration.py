@@ -25,8 +25,12 @@ from funcstage._torch.pytree import SUPPORTED_NODES
 
 NAMESPACE = "funcstage"
 
-LEAVES: set[type] = {Tensor, nn.Parameter, type(None), bool, int, float, complex, str, bytes}
-"""Types that are known to be leaves."""
+ALWAYS_LEAVES: frozenset[type] = frozenset(
+    (Tensor, nn.Parameter, type(None), bool, int, float, complex, str, bytes)
+)
+
+LEAVES: set[type] = {*ALWAYS_LEAVES}
+"""Types that are known to be leaves; what was added may come to be registered."""
 
 _registered: set[type] = set()
 _lock = threading.Lock()
@@ -204,7 +208,7 @@ def _unflatten_torch(node: Any, context: _Context, children: Iterable[Any]) -> A
 
 def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True, depth: int = 3) -> bool:
     """Tell whether an object has tensors among its attributes, in lists and dicts of it or objects there."""
-    if type(leaf) in _PLAIN or isinstance(leaf, (*_NEVER, types.FunctionType)):
+    if type(leaf) in ALWAYS_LEAVES or isinstance(leaf, (*_NEVER, types.FunctionType)):
         return False
     slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
     values: Sequence[Any] = [
@@ -219,8 +223,6 @@ def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True
         for value in inside
     )
 
-
-_PLAIN = frozenset(LEAVES)
 
 WAY_OUT = (
     "Register the type, by torch.utils._pytree.register_pytree_node or optree.register_pytree_node "

@@ -8,14 +8,14 @@ not know are registered there when `flatten` first meets them (`registration`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
 from torch.nn.parameter import is_lazy
 from typing_extensions import TypeVar
 
-from funcstage.registration import LEAVES, NAMESPACE, has_new
+from funcstage.registration import ALWAYS_LEAVES, LEAVES, NAMESPACE, has_new
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
@@ -30,10 +30,37 @@ Output = TypeVar("Output", default=Any)
 
 def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves of `tree` and its structure, `None` counting as a leaf."""
+    known = _FLAT.get(tuple(tree)) if type(tree) is dict else None
+    if known is not None:  # optree takes several times as long, as it sorts the keys
+        leaves = [*map(tree.__getitem__, known.keys)]
+        if ALWAYS_LEAVES.issuperset(map(type, leaves)) and _NAMES.issuperset(map(type, tree)):
+            return leaves, known.spec
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     if not LEAVES.issuperset(map(type, leaves)) and has_new(leaves):
         return flatten(tree)
+    is_new = known is None and type(tree) is dict and spec.num_nodes == len(tree) + 1
+    if is_new and _NAMES.issuperset(map(type, tree)):
+        if len(_FLAT) >= _MANY:
+            _FLAT.clear()
+        _FLAT[tuple(tree)] = _Flat(spec.entries(), spec)
     return leaves, spec
+
+
+class _Flat(NamedTuple):
+    """What dicts of these keys, in their order, and of nothing but leaves are: parameters, as a rule.
+
+    Attributes:
+        keys: in the order of the leaves.
+        spec: the structure.
+    """
+
+    keys: list[Any]
+    spec: optree.PyTreeSpec
+
+
+_FLAT: dict[tuple[Any, ...], _Flat] = {}
+_MANY = 256
+_NAMES = frozenset((str,))
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> PyTree:

@@ -8,7 +8,8 @@ sends every operation through the ones that it concerns, which takes these funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ __all__ = [
     "without_dead_wrappers",
     "wrap",
     "wrap_leaf",
+    "wrap_leaves",
 ]
 
 
@@ -94,6 +96,19 @@ def make_leaf(tensor: Tensor) -> Tensor:
 def wrap_leaf(tensor: Tensor, level: int) -> Tensor:
     """Wrap a tensor at `level` (the current one) as a leaf that requires grad there."""
     return make_leaf(_wrap_for_grad(tensor, level))
+
+
+def wrap_leaves(leaves: list[Any], wanted: Iterable[int], level: int) -> list[tuple[int, Tensor]]:
+    """Wrap those that are wanted in place, likewise; return them with their numbers."""
+    wrapped = []
+    set_inplace_requires_grad_allowed(True)
+    try:
+        for i in wanted:
+            leaves[i] = _wrap_for_grad(leaves[i], level).requires_grad_()
+            wrapped.append((i, leaves[i]))
+    finally:
+        set_inplace_requires_grad_allowed(False)
+    return wrapped
 
 
 def wrap(tensor: Tensor, level: int) -> Tensor:
@@ -155,10 +170,8 @@ def close_to(level: int) -> None:
         _grad_decrement_nesting()
 
 
-def saving_refused() -> str | None:
-    """What is said to those who ask for saved-tensor hooks, where they are refused."""
-    message: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-    return message
+saving_refused: Callable[[], str | None] = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+"""What is said to those who ask for saved-tensor hooks, where they are refused."""
 
 
 def refuse_saving(message: str | None) -> None:
@@ -227,9 +240,8 @@ class saving_through:
             refuse_saving(self._before)
 
 
-def saving_hooks() -> Any:
-    """The innermost hooks of saved tensors."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+saving_hooks: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
+"""The innermost hooks of saved tensors."""
 
 
 def drop_saving_hooks(down_to: Any) -> None:

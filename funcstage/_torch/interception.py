@@ -56,7 +56,7 @@ class Current(NamedTuple):
 
 def current() -> Current:
     """What holds in this thread."""
-    return Current(current_interceptor(), _patches.depth())
+    return Current(_current.interceptor, _patches.depth())
 
 
 def restore(before: Current) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "indices_and_values",
     "is_functionalized",
     "is_symbolic_zero",
+    "memory_key_of",
     "memory_of",
     "users_of",
     "version_of",
@@ -26,6 +27,11 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 def memory_of(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     return tensor.untyped_storage()._cdata
+
+
+def memory_key_of(storage: torch.UntypedStorage) -> int:
+    """The same, of a storage."""
+    return storage._cdata
 
 
 def users_of(memory: int) -> int:

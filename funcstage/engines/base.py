@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 from weakref import ref
 
@@ -20,9 +22,12 @@ from torch.autograd.graph import Node
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage.dtensors import Specs, unwrapped
-from funcstage.functional import check_leaves
+from funcstage.functional import PLAIN_TENSORS, check_leaves
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
+
+Flat: TypeAlias = tuple[list[Any], optree.PyTreeSpec]
+"""Leaves of a tree, and its structure."""
 
 
 @dataclass(eq=False)
@@ -76,7 +81,7 @@ class StageCall:
         """What to call the stage."""
         return getattr(self.apply, "__qualname__", type(self.apply).__name__)
 
-    @property
+    @cached_property
     def given(self) -> dict[str, PyTree]:
         """What the caller owns, by kind."""
         return {
@@ -87,29 +92,39 @@ class StageCall:
         }
 
     @cached_property
-    def of_params(self) -> tuple[list[Any], optree.PyTreeSpec]:
+    def flat(self) -> tuple[Flat, Flat, Flat, Flat]:
+        """Params, buffers, positional and keyword arguments, in leaves that nobody has looked at yet."""
+        return (
+            trees.flatten(self.params),
+            trees.flatten(self.buffers),
+            (self.arg_leaves, self.args_spec),
+            trees.flatten(self.kwargs),
+        )
+
+    @cached_property
+    def of_params(self) -> Flat:
         """Leaves of the parameters, and their structure."""
-        return check_leaves("params", self.params)
+        return check_leaves("params", self.params, self.flat[0])
 
     @cached_property
-    def of_buffers(self) -> tuple[list[Any], optree.PyTreeSpec]:
+    def of_buffers(self) -> Flat:
         """Leaves of the buffers, and their structure."""
-        return check_leaves("buffers", self.buffers)
+        return check_leaves("buffers", self.buffers, self.flat[1])
 
-    @cached_property
-    def of_kwargs(self) -> tuple[list[Any], optree.PyTreeSpec]:
+    @property
+    def of_kwargs(self) -> Flat:
         """Leaves of the keyword arguments, and their structure."""
-        return trees.flatten(self.kwargs)
+        return self.flat[3]
 
-    @cached_property
-    def whole(self) -> tuple[list[Any], optree.PyTreeSpec]:
+    @property
+    def whole(self) -> Flat:
         """Leaves of (params, buffers, args, kwargs), and their structure."""
         return trees.flatten((self.params, self.buffers, self.args, self.kwargs))
 
     @cached_property
     def local(self) -> tuple[list[Any], Specs]:
         """All leaves with what this rank has of DTensors in their places, and how these are sharded."""
-        return unwrapped(self.whole[0])
+        return unwrapped([*chain.from_iterable(leaves for leaves, _ in self.flat)])
 
     @property
     def leaves(self) -> list[Any]:
@@ -219,10 +234,15 @@ Engine: TypeAlias = Callable[[StageCall], Linearized[Any]]
 """Runs a stage once and retains what its two reverse passes need."""
 
 
-def is_differentiated(leaves: Iterable[Any]) -> bool:
+def is_differentiated(leaves: Sequence[Any]) -> bool:
     """Tell whether somebody outside differentiates what is computed from these leaves."""
     if not torch.is_grad_enabled():
         return False
     if ft.current_level() > 0:
         return True
+    if PLAIN_TENSORS.issuperset(map(type, leaves)):
+        return any(map(_REQUIRES_GRAD, leaves))
     return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")

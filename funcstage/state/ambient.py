@@ -94,9 +94,12 @@ class Generator(NamedTuple):
     set_state: Callable[[Any], object]
 
 
+_CPU = Generator("torch", torch.default_generator.get_state, torch.default_generator.set_state)
+
+
 def of_torch(devices: Iterable[torch.device] = ()) -> Iterator[Generator]:
     """Torch's own generators: the CPU's, and those of some devices."""
-    yield Generator("torch", torch.default_generator.get_state, torch.default_generator.set_state)
+    yield _CPU
     for device in {*devices}:
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device)

@@ -13,7 +13,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, compress, islice
-from operator import attrgetter, is_, not_
+from operator import attrgetter, call, is_, itemgetter, not_
 from types import CellType, FunctionType
 from typing import Any
 
@@ -37,13 +37,14 @@ class Contents:
         """Note what it holds now; to be called, as what is returned, while the module is locked."""
         walk, self._walk = self._walk, None
         if walk is not None:
-            if walk.is_current():
-                return Held(self, walk, seen=True)
+            loose = walk.loose()
+            if walk.is_current(loose):
+                return Held(self, walk, loose, seen=True)
             self._changing |= walk.changed()
         walk = _Walk(self.module)
         if self._in_vain < _TRIES:
             walk.note(self._changing)
-        return Held(self, walk, seen=False)
+        return Held(self, walk, walk.loose(), seen=False)
 
     def replace_changed(self, of: Callable[[Any], Any], held: Held) -> None:
         """Replace tensors, and tuples of them, in what has changed since; to be called once."""
@@ -52,11 +53,12 @@ class Contents:
             for holder in holders(self.module):
                 replace_in(holder, of)
             return
-        if not walk.is_current():
+        loose = walk.loose()
+        if not walk.is_same_for_holders(loose):
             self._changing |= walk.changed()
             walk, seen = _Walk(self.module), False
             walk.note(self._changing)
-        if not seen or not all(map(is_, walk.loose(), held.loose)):
+        if not seen or not all(map(is_, loose, held.loose)):
             for holder in walk.loose_holders if seen else walk.holders:
                 replace_in(holder, of)
             if not walk.may_be_kept(loose_changed=seen):
@@ -77,11 +79,11 @@ class Held:
         loose: what was in loose containers.
     """
 
-    def __init__(self, contents: Contents, walk: _Walk, seen: bool) -> None:
+    def __init__(self, contents: Contents, walk: _Walk, loose: list[Any], seen: bool) -> None:
         self._contents = contents
         self.walk = walk
         self.seen = seen
-        self.loose = [*walk.loose()]
+        self.loose = loose
         self._copies = walk.copies()
 
     def replace_changed(self, of: Callable[[Any], Any]) -> None:
@@ -142,10 +144,12 @@ class _Walk:
         self.loose_holders = [each for each in self.holders if id(each) in loose]
         self._loose_views = [*compress(self._views, self._is_loose)]
         self._firm_views = [*compress(self._views, map(not_, self._is_loose))]
-        self._firm = [*self._now_firm()]
-        now = [*self.loose()]
+        self._namespaces = [*map(_NAMESPACE, self._owners)]
+        self._firm = [*chain.from_iterable(self._firm_views)]
+        now = self.loose()
         self._is_bound = [type(value) not in _FREE for value in now]
         self._bound = [*compress(now, self._is_bound)]
+        self._note_for_holders()
 
         lasting = {id(own) for part in self._parts for own in (vars(part), part._parameters, part._buffers)}
         passing = [each for each in compress(self.filled, self._is_loose) if id(each) not in lasting]
@@ -169,19 +173,58 @@ class _Walk:
         dicts, others = self.filled[: self._n_dicts], self.filled[self._n_dicts :]
         return [*map(dict.copy, dicts), *map(copy.copy, others)]
 
-    def loose(self) -> Iterator[Any]:
-        """The contents of loose containers, and of cells."""
-        return chain(chain.from_iterable(self._loose_views), map(held_by, self._cells))
+    def _note_for_holders(self) -> None:
+        """Note the same without what torch keeps in every module and a walk does not go on from."""
+        spaces = {*map(id, map(vars, self._parts))}
+        off = {id(x) for part in self._parts for name, x in vars(part).items() if name in _OFF_THE_WAY}
+        off -= {*map(id, self.holders)}
+        pairs = zip(self.filled, self._views, self._is_loose, strict=True)
+        firm = [(each, view) for each, view, loose in pairs if not loose and id(each) not in off]
+        self._plain_views = [view for each, view in firm if id(each) not in spaces]
+        self._own = [each for each, _ in firm if id(each) in spaces]
+        names = [[name for name in each if name not in _OFF_THE_WAY] for each in self._own]
+        self._readers = [itemgetter(*some) for some in names]  # several: submodules for one
+        self._empty_on_the_way = [each for each in self.empty if id(each) not in off]
+        self._of_holders = [*self._now_of_holders()]
 
-    def is_current(self) -> bool:
-        """Tell whether a walk would find the same now."""
-        if any(self.empty) or [*map(len, self._views)] != self._sizes:
+    def _now_of_holders(self) -> Iterator[Any]:
+        return chain(
+            chain.from_iterable(self._plain_views),
+            chain.from_iterable(map(call, self._readers, self._own)),
+        )
+
+    def loose(self) -> list[Any]:
+        """The contents of loose containers, and of cells."""
+        return [*chain.from_iterable(self._loose_views), *map(held_by, self._cells)]
+
+    def is_current(self, loose: list[Any]) -> bool:
+        """Tell whether a walk would find the same now; `loose` is what is in loose containers."""
+        return (
+            not any(self.empty)
+            and [*map(len, self._views)] == self._sizes
+            and all(map(is_, chain.from_iterable(self._firm_views), self._firm))
+            and all(map(is_, map(_NAMESPACE, self._owners), self._namespaces))
+            and self._is_same_loose(loose)
+        )
+
+    def is_same_for_holders(self, loose: list[Any]) -> bool:
+        """Tell the same after a forward, of what it may have left tensors in."""
+        try:
+            return (
+                not any(self._empty_on_the_way)
+                and [*map(len, self._views)] == self._sizes
+                and all(map(is_, self._now_of_holders(), self._of_holders))
+                and all(map(is_, map(_NAMESPACE, self._owners), self._namespaces))
+                and self._is_same_loose(loose)
+            )
+        except KeyError:  # one attribute in place of another
             return False
-        if not all(map(is_, self._now_firm(), self._firm)):
-            return False
-        now = [*self.loose()]
-        return [type(value) not in _FREE for value in now] == self._is_bound and all(
-            map(is_, compress(now, self._is_bound), self._bound)
+
+    def _is_same_loose(self, loose: list[Any]) -> bool:
+        if not self._bound and len(loose) == len(self._is_bound):
+            return _FREE.issuperset(map(type, loose))
+        return [type(value) not in _FREE for value in loose] == self._is_bound and all(
+            map(is_, compress(loose, self._is_bound), self._bound)
         )
 
     def changed(self) -> set[int]:
@@ -193,10 +236,6 @@ class _Walk:
             for each, size in zip(firm, compress(self._sizes, map(not_, self._is_loose)), strict=True)
             if [*map(id, islice(before, size))] != [*map(id, _values(each))]
         }
-
-    def _now_firm(self) -> Iterator[Any]:
-        """The contents of all other containers, and the namespaces that attributes are in."""
-        return chain(chain.from_iterable(self._firm_views), map(_NAMESPACE, self._owners))
 
 
 def _values(container: Any) -> Any:
@@ -215,3 +254,7 @@ _TRIES = 3
 
 _NAMESPACE = attrgetter("__dict__")
 _CONTAINERS = (dict, list, set, deque)
+_OFF_THE_WAY = frozenset(vars(nn.Module())) - {
+    *("training", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+}
+"""Attributes of every module that a walk does not go on from."""

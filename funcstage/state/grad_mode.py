@@ -52,5 +52,18 @@ def with_gradients_on(stage_vjp: Function) -> Function:
     return run  # type: ignore[return-value]  # with the same parameters
 
 
+def in_ordinary_mode(stage_vjp: Function) -> Function:
+    """Both of these, in one step where there is nothing to do."""
+    otherwise = outside_inference_mode(with_gradients_on(stage_vjp))
+
+    @wraps(stage_vjp)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return stage_vjp(*args, **kwargs)
+        return otherwise(*args, **kwargs)
+
+    return run  # type: ignore[return-value]  # with the same parameters
+
+
 def _unrecorded(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf

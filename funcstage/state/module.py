@@ -15,8 +15,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from operator import call, itemgetter
 from typing import Any, NamedTuple
@@ -63,21 +62,23 @@ def _has_state(part: nn.Module) -> bool:
     return not of_torch or bool(part._parameters or part._buffers or part._modules)
 
 
-@contextmanager
-def locked(module: nn.Module | None) -> Iterator[None]:
+def locked(module: nn.Module | None) -> AbstractContextManager[object]:
     """Let one thread at a time put tensors into a stage's module: the others would compute with them."""
     if module is None:
-        yield
-        return
+        return _NOTHING
     locks = _OF_STAGE.get(module) or look_over(module)
-    if len(locks) == 1:
-        with locks[0]:
-            yield
-        return
+    return locks[0] if len(locks) == 1 else _all_of(locks)
+
+
+@contextmanager
+def _all_of(locks: tuple[Any, ...]) -> Iterator[None]:
     with ExitStack() as stack:
         for lock in locks:
             stack.enter_context(lock)
         yield
+
+
+_NOTHING = nullcontext()
 
 
 class ModuleState(NamedTuple):
@@ -189,10 +190,12 @@ class Fingerprint:
         sizes = [*map(len, self._namespaces)]
         if sizes != self._sizes:
             self._collect()
-        seen = set(self._ids)
-        others = [content(namespace.get(name), seen) for namespace, name in self._others]
+        others: list[Hashable] = []
+        if self._others:
+            seen = set(self._ids)
+            others = [content(namespace.get(name), seen) for namespace, name in self._others]
         try:
-            plain = [*chain.from_iterable(map(call, self._readers))]
+            plain = [*chain.from_iterable(map(call, self._readers, self._read_from))]
         except KeyError:  # one attribute in place of another
             self._collect()
             return self.glance()
@@ -209,7 +212,8 @@ class Fingerprint:
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
         self._sizes = [*map(len, self._namespaces)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
-        self._readers: list[Callable[[], Any]] = []
+        self._readers: list[Callable[[Any], Any]] = []
+        self._read_from: list[dict[str, Any]] = []
         self._others: list[tuple[dict[str, Any], str]] = []
         for part in parts:
             attributes = vars(part)
@@ -219,7 +223,8 @@ class Fingerprint:
                 plain.insert(0, "training")
             for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
                 if names:  # the first one twice, as a getter of one item returns no tuple
-                    self._readers.append(partial(itemgetter(names[0], *names), namespace))
+                    self._readers.append(itemgetter(names[0], *names))
+                    self._read_from.append(namespace)
             self._others += [(attributes, name) for name in own if name not in plain]
 
 

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 import optree
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage._torch.tensors import is_functionalized, version_of
+from funcstage._torch.tensors import is_functionalized, memory_key_of, version_of
 from funcstage.errors import WrittenError
 from funcstage.residuals import SavedAndWritten
 from funcstage.trees import PyTree
@@ -35,7 +35,7 @@ _version = attrgetter("_version")
 class _Other(NamedTuple):
     """What is remembered of a tensor that is not kept alive."""
 
-    memory: Any
+    memory: ref[torch.UntypedStorage] | None
     dtype: torch.dtype
     shape: torch.Size
 
@@ -76,35 +76,30 @@ class Watch:
         self._counters = list(held)
         self._names = names
         self._others: list[_Other] = []
+        transformed = ft.current_level() > 0
         for tensor in others:
-            self._counters.append(_stand_in(tensor))
+            self._counters.append(_stand_in(tensor, transformed))
             self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
         # What a DTensor has on this rank counts its own writes.
         self._inner = [i for i, tensor in enumerate(self._counters) if type(tensor) not in _PLAIN]
-        self._counters += [_stand_in(_local(self._counters[i])) for i in self._inner]
+        self._counters += [_stand_in(_local(self._counters[i]), transformed) for i in self._inner]
         self._versions = versions(self._counters)
 
     @classmethod
     def over(cls, held: Sequence[Part], others: Sequence[Part], only: Sequence[int] | None = None) -> Watch:
         """A watch over the tensors of some trees, or over only some of those that are not held, by number."""
-        kept = [leaf for part in held for leaf in part.leaves if isinstance(leaf, Tensor)]
+        given = [leaf for part in held for leaf in part.leaves]
+        kept = [i for i, leaf in enumerate(given) if isinstance(leaf, Tensor)]
         rest = [leaf for part in others for leaf in part.leaves]
         if only is None:
             only = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor)]
-        parts = [(part.root, part.spec, [*map(type, part.leaves)]) for part in held]
-        roots = [(part.root, part.spec) for part in others]
+        roots, n_given = [(part.root, part.spec) for part in (*held, *others)], len(given)
 
         def names() -> list[str]:
-            of_kept = [
-                name
-                for root, spec, kinds in parts
-                for name, kind in zip(trees.leaf_names(spec, root), kinds, strict=True)
-                if issubclass(kind, Tensor)
-            ]
-            of_rest = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
-            return [*of_kept, *(of_rest[i] for i in only)]
+            found = [name for root, spec in roots for name in trees.leaf_names(spec, root)]
+            return [*(found[i] for i in kept), *(found[n_given + i] for i in only)]
 
-        return cls(kept, [rest[i] for i in only], names)
+        return cls([given[i] for i in kept], [rest[i] for i in only], names)
 
     def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
         """Name a tensor that was written into and is among what `reads` lists; None as a rule."""
@@ -120,9 +115,12 @@ class Watch:
             return " or ".join(map(self._described, changed))
         return next((self._described(i) for i in changed if self._key(i) in keys), None)
 
-    def _key(self, i: int) -> int:
+    def _key(self, i: int) -> int | None:
         memory = None if i < self._held else self._others[i - self._held].memory
-        return _memory_key(self._counters[i]) if memory is None else memory.cdata
+        if memory is None:
+            return _memory_key(self._counters[i])
+        storage = memory()
+        return None if storage is None else memory_key_of(storage)  # None where it is free by now
 
     def _described(self, i: int) -> str:
         like: Any = self._counters[i] if i < self._held else self._others[i - self._held]
@@ -187,24 +185,25 @@ def _local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "elem", tensor) if type(tensor) not in _PLAIN else tensor
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
+def _stand_in(tensor: Tensor, transformed: bool) -> Tensor:
     """A tensor with the version counter of another, and none of its memory where that can be."""
-    if type(tensor) not in _PLAIN or ft.current_level() or is_functionalized(tensor):
+    if transformed or type(tensor) not in _PLAIN or is_functionalized(tensor):
         with torch.no_grad():
             return tensor.detach()
     alias = tensor.detach()
-    with suppress(RuntimeError):  # sparse tensors and some others have to be kept
+    with _UNLESS_REFUSED:  # sparse tensors and some others have to be kept
         alias.data = _NOTHING
     return alias
 
 
-def _memory_of(tensor: Tensor) -> Any:
+def _memory_of(tensor: Tensor) -> ref[torch.UntypedStorage] | None:
     """What tells a tensor's memory from all other, without keeping its contents."""
-    inner = ft.innermost(_local(tensor))
+    inner = ft.innermost(tensor if type(tensor) in _PLAIN else _local(tensor))
     if inner.layout is not torch.strided:
         return None
-    return StorageWeakRef(inner.untyped_storage())
+    return ref(inner.untyped_storage())
 
 
 _NOTHING = torch.empty(0)
+_UNLESS_REFUSED = suppress(RuntimeError)
 _PLAIN = (Tensor, torch.nn.Parameter)

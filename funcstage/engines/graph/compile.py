@@ -163,12 +163,12 @@ class CompiledStage:
         """The programs for a call and its tensors; `None` where the original function must run."""
         if current_level():
             return None  # a transform around the stage
-        (leaves, specs), structure = call.local, call.whole[1]
+        leaves, specs = call.local
         if specs and torch.is_grad_enabled() and any(map(_is_differentiated, call.whole[0])):
             return None  # what this rank has of them does not tell
         if self._recent is not None:  # computing a signature takes as long as launching F
             recent, programs = self._recent
-            tensors = recent.match(leaves, structure, call.diff, self._fingerprint, specs)
+            tensors = recent.match(call, self._fingerprint)
             if tensors is not None:
                 return programs, tensors
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -177,7 +177,7 @@ class CompiledStage:
         programs, signature, reads = self._looked_up(call)
         now = self._signature(call)
         if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
-            self._recent = Recent(leaves, structure, call.diff, self._fingerprint, specs, reads), programs
+            self._recent = Recent(call, self._fingerprint, reads), programs
         return programs, tensors
 
     def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:

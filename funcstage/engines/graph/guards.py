@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from funcstage import trees
 from funcstage._torch import tracing as tt
 from funcstage.dtensors import Specs
+from funcstage.engines.base import StageCall
 from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
@@ -84,21 +85,14 @@ class Recent:
     call whose programs are known. Whatever is not recognised may have that signature nevertheless.
 
     Args:
-        leaves, structure, diff, module, specs: the call, as for `signature_of`.
+        call: that.
+        module: the fingerprint of the module behind the stage function.
         reads: what the trace has read elsewhere.
     """
 
-    def __init__(
-        self,
-        leaves: Sequence[Any],
-        structure: optree.PyTreeSpec,
-        diff: Sequence[int] | None,
-        module: Fingerprint,
-        specs: Specs,
-        reads: Reads,
-    ) -> None:
-        self._structure = structure
-        self._specs = specs
+    def __init__(self, call: StageCall, module: Fingerprint, reads: Reads) -> None:
+        (leaves, self._specs), diff = call.local, call.diff
+        self._structures = [structure for _, structure in call.flat]
         self._diff = diff
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._kinds = [type(leaves[i]) for i in self._tensors]
@@ -108,18 +102,13 @@ class Recent:
         self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
 
-    def match(
-        self,
-        leaves: Sequence[Any],
-        structure: optree.PyTreeSpec,
-        diff: Sequence[int] | None,
-        module: Fingerprint,
-        specs: Specs,
-    ) -> list[Tensor] | None:
+    def match(self, call: StageCall, module: Fingerprint) -> list[Tensor] | None:
         """Return the call's tensors if it has the signature, else `None`."""
-        if diff != self._diff or structure != self._structure or not self._alike(specs):
+        leaves, specs = call.local
+        structures = [structure for _, structure in call.flat]
+        if call.diff != self._diff or structures != self._structures or not self._alike(specs):
             return None
-        tensors = [leaves[i] for i in self._tensors]
+        tensors = [leaves[i] for i in self._tensors] if self._others else leaves
         if [*map(type, tensors)] != self._kinds:
             return None
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
@@ -128,7 +117,7 @@ class Recent:
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others
         ):
             return None
-        unchanged = self._ambient == AmbientState.now(diff is not None) and self._glance.agrees(
+        unchanged = self._ambient == AmbientState.now(call.diff is not None) and self._glance.agrees(
             module.glance()
         )
         return tensors if unchanged and self._watch.unchanged() else None

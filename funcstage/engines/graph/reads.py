@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
-from operator import attrgetter, is_, itemgetter
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -143,7 +144,8 @@ class Watch:
                 named.setdefault(id(owner), (owner, []))[1].append(place.name)
             else:
                 sized[id(owner)] = owner
-        self._readers = [(owner, itemgetter(names[0], *names)) for owner, names in named.values()]
+        self._owners = [owner for owner, _ in named.values()]
+        self._readers = [itemgetter(names[0], *names) for _, names in named.values()]  # a tuple of one, too
         self._functions = [*functions.values()]
         self._sized = [*sized.values()]
         self._values = self._read()
@@ -168,20 +170,18 @@ class Watch:
         return alike and self._say(values) == self._said
 
     def _read(self) -> list[Any]:
-        values = [value for owner, reader in self._readers for value in reader(owner)]
-        values += [cell.cell_contents for cell in self._cells]
-        for function in self._functions:
-            values += _OF_FUNCTIONS(function)
-        return values
+        return [
+            *chain.from_iterable(map(call, self._readers, self._owners)),
+            *map(_IN_CELL, self._cells),
+            *chain.from_iterable(map(_OF_FUNCTIONS, self._functions)),
+        ]
 
     def _say(self, values: list[Any]) -> list[Hashable]:
-        seen = set(self._known)
-        return [
-            *map(len, self._sized),
-            any(map(_NAMESPACE, self._bare)),
-            *[content(values[i], seen) for i in self._deep],
-            *map(_version, self._tensors),
-        ]
+        said = [*map(len, self._sized), any(map(_NAMESPACE, self._bare)), *map(_version, self._tensors)]
+        if self._deep:
+            seen = set(self._known)
+            said += [content(values[i], seen) for i in self._deep]
+        return said
 
 
 class _Absent:
@@ -223,6 +223,9 @@ VALUES = ""
 
 
 _FEW = 4096
+
+
+_IN_CELL = attrgetter("cell_contents")
 
 
 _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from funcstage._torch import tracing as tt
+from funcstage._torch.modes import gradients
 from funcstage._torch.settings import is_any_autocast_enabled
 from funcstage.engines.rules.flex import is_flex_attention_backward, run_dense_backward
 from funcstage.state.ambient import autocast_off
@@ -31,8 +32,7 @@ def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
         if is_flex_attention_backward(node.target):
             node.args = (node.target, *node.args)
             node.target = run_dense_backward
-    tt.LazyGraphModule.force_recompile(module)
-    return module.forward
+    return tt.direct(module)
 
 
 def plain_run(run: Runner, inputs: list[Any]) -> Sequence[Tensor | None]:
@@ -40,5 +40,5 @@ def plain_run(run: Runner, inputs: list[Any]) -> Sequence[Tensor | None]:
     if is_any_autocast_enabled():
         with torch.no_grad(), autocast_off():
             return run(inputs)
-    with torch.no_grad():
+    with gradients(on=False):
         return run(inputs)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -42,23 +41,27 @@ def impure(owner: str, func: Any) -> PurityError:
     )
 
 
-@contextmanager
-def explaining(given: dict[str, PyTree], higher: bool) -> Iterator[None]:
+class explaining:  # no generator: see `funcstage.state.undone`
     """Raise a refusal in place of what torch says about functions that cannot be transformed.
 
     `higher` tells whether gradients are to be differentiated in turn.
     """
-    try:
-        yield
-    except StageError:
-        raise
-    except (AttributeError, RuntimeError) as error:
-        if not higher and says(error, torchs.BACKWARD_IN_TRANSFORM):
+
+    def __init__(self, given: dict[str, PyTree], higher: bool) -> None:
+        self._given = given
+        self._higher = higher
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        if isinstance(error, StageError) or not isinstance(error, (AttributeError, RuntimeError)):
+            return
+        if not self._higher and says(error, torchs.BACKWARD_IN_TRANSFORM):
             raise inner_gradients.TakesGradients from None
-        refusal = _refusal(error) or _sparse(error, given) or _compressed(error)
-        if refusal is None:
-            raise
-        raise refusal from error
+        refusal = _refusal(error) or _sparse(error, self._given) or _compressed(error)
+        if refusal is not None:
+            raise refusal from error
 
 
 def _sparse(error: Exception, given: dict[str, PyTree]) -> StageError | None:

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import torch
-
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.interception import intercepting
+from funcstage._torch.modes import gradients
 from funcstage.engines.base import Linearized, StageCall, is_differentiated
 from funcstage.engines.levels.explain import explaining, refuse_saved_tensor_hooks
 from funcstage.engines.levels.mode import Split
@@ -67,7 +66,6 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
     state = call.state
     higher = is_differentiated(param_leaves) or is_differentiated(arg_leaves)
     inputs: Entries = []
-    weights: Entries = []
     switchboard = Switchboard()
     with ExitStack() as stack:
         handed = kept.objects_among((*arg_leaves, *kwarg_leaves))
@@ -79,22 +77,18 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         else:
             refuse_saved_tensor_hooks(stack)
             if not higher:  # kernels look at the mode under all levels, the fused LSTM's for one
-                stack.enter_context(torch.enable_grad())
+                stack.enter_context(gradients(on=True))
         outer = None
         if call.diff:
             outer = stack.enter_context(ft.grad_level())
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(gradients(on=True))
             arg_leaves = list(arg_leaves)
-            for i in call.diff:
-                arg_leaves[i] = ft.wrap_leaf(arg_leaves[i], outer)
-                inputs.append((i, arg_leaves[i]))
+            inputs = ft.wrap_leaves(arg_leaves, call.diff, outer)
         inner = stack.enter_context(ft.grad_level())
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(gradients(on=True))
         param_leaves = list(param_leaves)
-        for i, leaf in enumerate(param_leaves):
-            if trees.is_differentiable(leaf):
-                param_leaves[i] = ft.wrap_leaf(leaf, inner)
-                weights.append((i, param_leaves[i]))
+        wanted = [i for i, leaf in enumerate(param_leaves) if trees.is_differentiable(leaf)]
+        weights = ft.wrap_leaves(param_leaves, wanted, inner)
         mode = Split(outer, inner, call.given, [*arg_leaves, *kwarg_leaves])
         mode.alone = not (transformed or higher or rerun)
         if mode.alone:
@@ -111,7 +105,8 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         output, new_buffers = checked_result(apply, result)
         output_leaves, output_spec = trees.flatten(output)
         exits = [mode.leave(leaf) for leaf in output_leaves]
-        new_buffers = trees.map_leaves(lambda leaf: mode.leave(leaf).value, new_buffers)
+        buffer_leaves, buffers_spec = trees.flatten(new_buffers)
+        new_buffers = trees.unflatten(buffers_spec, [mode.leave(leaf).value for leaf in buffer_leaves])
     output = trees.unflatten(output_spec, (exit.value for exit in exits))
     if containers is not None:
         containers.give_back(call.name)

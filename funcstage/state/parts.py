@@ -1,0 +1,128 @@
+"""What a module is made of, and the places in which it holds tensors: a stage lends it others for a call."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import chain
+from operator import getitem, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcstage.state.parameter_hooks import any_hooked
+
+
+class Parts:
+    """The submodules of a module, looked at in every call, and their places for tensors.
+
+    Attributes:
+        module: the whole.
+        names: of the places, as in a state dict.
+        recurrent: those submodules that are recurrent layers, by their names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        named = dict(module.named_modules())
+        self._parts = [*named.values()]
+        self._namespaces = [*map(vars, self._parts)]
+        self._kinds = [*map(type, self._parts)]
+        self._spaces = [*chain.from_iterable(map(_SPACES, self._namespaces))]
+        parameters, submodules = self._spaces[::3], self._spaces[2::3]
+        self._parameters = [space for space in parameters if space]
+        self._submodules = [space for space in submodules if space]
+        self._empty = [space for space in (*parameters, *submodules) if not space]
+        self._is = self._now()
+        self._children = self._now_children()
+
+        places = [
+            (part, space, key, f"{prefix}.{key}" if prefix else key)
+            for prefix, part in named.items()
+            for space in (part._parameters, part._buffers)
+            for key in space
+        ]
+        self.names = [name for *_, name in places]
+        self._names = frozenset(self.names)
+        self._owners = [part for part, *_ in places]
+        self._holders, self._keys = [space for _, space, *_ in places], [key for *_, key, _ in places]
+        self._holding = [*{id(part): vars(part) for part in self._owners}.values()]
+        self._held_by = [*chain.from_iterable(map(_TENSORS, self._holding))]
+        self.recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
+
+    def unchanged(self) -> bool:
+        """Tell whether classes, submodules and the names of parameters are what they were."""
+        return (
+            all(map(is_, chain.from_iterable(map(_SPACES, self._namespaces)), self._spaces))
+            and not any(self._empty)
+            and self._now() == self._is
+            and all(map(is_, self._now_children(), self._children))
+            and [*map(type, self._parts)] == self._kinds
+        )
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return (
+            [*map(len, self._parameters)],
+            [*map(len, self._submodules)],
+            [*chain.from_iterable(self._parameters)],
+            [parameter is None for space in self._parameters for parameter in space.values()],
+        )
+
+    def _now_children(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._submodules))]
+
+    def any_hooked(self) -> bool:
+        """Tell whether a parameter has hooks that a backward by autograd would run."""
+        return any_hooked([*chain.from_iterable(map(dict.values, self._parameters))])
+
+    def call_with(self, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module while it holds these tensors, as `torch.func.functional_call` does.
+
+        `state` is by the names of the places; afterwards it has what the module has left there.
+        """
+        holders, keys = self._holders, self._keys
+        try:
+            before = [*map(getitem, holders, keys)]
+        except KeyError:  # a buffer was taken away since, which its forward will miss
+            before = []
+        if not (before and self._names.issuperset(state)):
+            return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
+        try:
+            for holder, key, tensor in zip(holders, keys, map(state.get, self.names, before), strict=True):
+                holder[key] = tensor
+            output = self.module(*args, **kwargs)
+            left = self._take_back(before)
+        except BaseException:  # an interrupt may come while the tensors are exchanged
+            self._take_back(before)
+            raise
+        lent = zip(self.names, left, strict=True)
+        state.update((name, now) for name, now in lent if name in state and now is not _GONE)
+        return output
+
+    def _take_back(self, before: list[Any]) -> list[Any]:
+        """Let all places hold what they held before; return what they have held by now."""
+        holders, keys = self._holders, self._keys
+        if all(map(is_, chain.from_iterable(map(_TENSORS, self._holding)), self._held_by)):
+            with suppress(KeyError):  # the forward has moved a tensor
+                left = [*map(getitem, holders, keys)]
+                for holder, key, tensor in zip(holders, keys, before, strict=True):
+                    holder[key] = tensor
+                return left
+        return [*map(_exchanged, self._owners, keys, before)]
+
+
+def _exchanged(owner: nn.Module, key: str, tensor: Any) -> Any:
+    """Let a module hold a tensor wherever it has one of this name by now; return that."""
+    for holder in (owner._parameters, owner._buffers):
+        if key in holder:
+            now = holder[key]
+            holder[key] = tensor
+            return now
+    now = getattr(owner, key, _GONE)
+    setattr(owner, key, tensor)
+    return now
+
+
+_GONE: Any = object()
+_SPACES = itemgetter("_parameters", "_buffers", "_modules")
+_TENSORS = itemgetter("_parameters", "_buffers")
