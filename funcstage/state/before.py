@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from funcstage._torch import functorch as ft
 from funcstage.state.ambient import RandomState, of_torch
 from funcstage.state.contents import Contents, Held
-from funcstage.state.kept import holders, objects_among, refill
+from funcstage.state.kept import State, objects_among
 
 
 class Before(NamedTuple):
@@ -21,12 +20,12 @@ class Before(NamedTuple):
     Attributes:
         generators: torch's random generators.
         held: what the module held, if there is one.
-        handed: containers among the arguments, with what they held.
+        handed: what objects among the arguments held.
     """
 
     generators: RandomState
     held: Held | None
-    handed: list[tuple[Any, Any]]
+    handed: State
 
     @classmethod
     def of(cls, module: Any, leaves: Sequence[Any], contents: Any = None) -> Before:
@@ -44,7 +43,7 @@ class Before(NamedTuple):
         return cls(
             RandomState(of_torch(devices)),
             held,
-            [(each, copy.copy(each)) for root in objects_among(leaves) for each in holders(root)],
+            State(None, objects_among(leaves)),
         )
 
     def restore(self) -> None:
@@ -52,5 +51,4 @@ class Before(NamedTuple):
         self.generators.restore()
         if self.held is not None:
             self.held.restore()
-        for container, contents in self.handed:
-            refill(container, contents)
+        self.handed.restore()

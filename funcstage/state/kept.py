@@ -249,7 +249,7 @@ def refill(holder: Any, contents: Any) -> None:
 
 
 class State:
-    """What a module holds before it is traced."""
+    """What a module, and objects among the arguments, hold before a run that may be undone."""
 
     def __init__(self, module: nn.Module | None, handed: Sequence[Any] = ()) -> None:
         self._holders = [] if module is None else [*holders(module)]
