@@ -89,6 +89,12 @@ class Prices(TorchFunctionMode):
                 self.found.append(Price(name, why, _BACKWARD * flops))
             elif function in _ATTENTION:
                 self.found.append(Price(name, "attention to what is made of parameters", _BACKWARD * flops))
+        if function in _UNCOUNTED:
+            sides = max((side for t in operands for side in t.shape[-2:]), default=1)
+            hidden = 2 * 2 * sides * max(t.numel() for t in operands)
+            self.found.append(
+                Price(name, "products inside of eager's kernel are counted in a trace alone", hidden)
+            )
         if by_params and writes and id(operands[0]) not in map(id, by_params):
             self.found.append(Price(name, "parameters written in place into an activation", None))
         return result
@@ -119,5 +125,7 @@ class Prices(TorchFunctionMode):
 
 
 _CHAINS = (torch.einsum, torch.linalg.multi_dot, torch.chain_matmul)
+_UNCOUNTED = (torch.linalg.pinv, torch.pinverse, torch.linalg.lu_solve)
+"""Of which a trace has the two products that eager's kernels make."""
 _OF_ONE_FORMULA = {"EuclideanDist", "LinalgHouseholderProduct", "Ormqr"}
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)

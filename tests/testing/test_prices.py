@@ -124,3 +124,35 @@ def test_uncompiled_the_price_is_really_paid() -> None:
     (found,) = report.engines.values()
     assert found.flops is not None
     assert any(found.flops.problems())
+
+
+SQUARE = ((3, 3),)
+EYE = 4 * torch.eye(3, dtype=torch.float64)
+UNCOUNTED: dict[str, tuple[Product, tuple[int, ...], tuple[tuple[int, ...], ...]]] = {
+    "pinv": (lambda x, w: x @ torch.linalg.pinv(w), (5, 3), SQUARE),
+    "pinv of what is singular": (lambda x, w: x @ torch.linalg.pinv(w[:, :1] @ w[:1]), (5, 3), SQUARE),
+    "pinv of a batch": (lambda x, w: torch.linalg.pinv(x @ w), (2, 6, 4), ((4, 3),)),
+    "pinv, hermitian": (lambda x, w: x @ torch.linalg.pinv(w + w.mT, hermitian=True), (5, 3), SQUARE),
+    "pinverse": (lambda x, w: x @ torch.pinverse(w), (5, 3), SQUARE),
+    "lu_solve, adjoint": (
+        lambda x, w: torch.linalg.lu_solve(*torch.linalg.lu_factor(w + EYE), x, adjoint=True),
+        (3, 7),
+        SQUARE,
+    ),
+    "lu_solve from the right": (
+        lambda x, w: torch.linalg.lu_solve(*torch.linalg.lu_factor(w + EYE), x, left=False),
+        (7, 3),
+        SQUARE,
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_products_that_eagers_kernels_make_uncounted_are_no_mismatch(name: str, engine: str) -> None:
+    product, shape, weights = UNCOUNTED[name]
+    torch.manual_seed(0)
+    report = check_stage(Stage(product, *weights).double(), torch.randn(shape).double(), engines=engine)
+    (found,) = report.engines.values()
+    assert found.flops is not None
+    assert any(found.flops.problems()) == any("counted in a trace alone" in note for note in found.notes)
