@@ -23,7 +23,10 @@ from funcstage.state.kept import holders, replace_in
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
 
-WAY_OUT = "Return what is new instead, or make a copy of the container first and write into that."
+WAY_OUT = (
+    "Return what is new instead, or make a copy of the container first (copy.copy) and write into that, or "
+    "take from it."
+)
 
 
 def are_among(spec: optree.PyTreeSpec) -> bool:

@@ -260,6 +260,26 @@ def test_compiled_a_container_that_is_written_into_is_refused_by_name_and_left_a
     assert_alike((args, kwargs), (make(), case[2]))
 
 
+def pops_from_a_copy(proj: Any, batch: dict[str, Any]) -> Tensor:
+    return pops(proj, copy.copy(batch))
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_forward_may_write_into_a_copy_of_a_container(engine: str) -> None:
+    module = Writes(pops_from_a_copy)
+    apply, params, buffers = fs.functionalize(module)
+    apply = fs.compile(apply, backend="aten") if engine == "aten" else apply
+    for scale in (2, 2, 3):
+        batch = {"x": X, "scale": scale}
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, batch)
+        (grads,), _ = pullback(torch.ones_like(output))
+        leaf = X.clone().requires_grad_()
+        expected = module({"x": leaf, "scale": scale})
+        torch.testing.assert_close(output, expected.detach())
+        torch.testing.assert_close(grads["x"], torch.autograd.grad(expected.sum(), leaf)[0])
+        assert [*batch] == ["x", "scale"]
+
+
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_containers_that_are_only_read_stay_as_they_are(engine: str) -> None:
     module = Writes(reads)
