@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from funcstage.errors import StageError
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _DECIMAL = ("", "k", "M", "G", "T", "P")
@@ -48,3 +51,16 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
         value, step = value / base, step + 1
     digits = f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
     return f"{digits} {units[step]}".rstrip()
+
+
+def frame(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    """Lay out rows as a `pandas.DataFrame`.
+
+    Raises:
+        StageError: if pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as missing:
+        raise StageError("to_pandas() needs pandas, which is not installed: pip install pandas.") from missing
+    return pandas.DataFrame(rows, columns=list(header))

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from funcstage.cli import show
+from funcstage.cli import files, measured, show
 from funcstage.errors import StageError
 from funcstage.pipelining import (
     SCHEDULES,
@@ -18,11 +18,8 @@ from funcstage.pipelining import (
     Timeline,
     find_schedule,
     pipeline_order,
-    plot_timeline,
     read_order,
     simulate,
-    write_chrome_trace,
-    write_order,
     zero_bubble_h1,
 )
 
@@ -50,6 +47,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default="ZBVZeroBubble",
         choices=(*SCHEDULES, _ZB_H1, _FOUND),
         help=f"'{_FOUND}' is what find_schedule finds for the costs (default: %(default)s)",
+    )
+    which.add_argument(
+        "--trace",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="a measured step: a trace of torch.profiler for each rank, laid over the simulated step",
     )
     which.add_argument("--csv", type=Path, metavar="FILE", help="a schedule's file, as torch writes them")
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="devices (default: %(default)s)")
@@ -91,7 +95,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help=".png, .svg or .pdf: a picture; .json: a trace for Perfetto; .csv: for torch; may be repeated",
+        help=".png, .svg or .pdf: a picture; .html: one to zoom into; .json: a trace for Perfetto; .csv: for "
+        "torch; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=run)
@@ -100,16 +105,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, write the files, print the numbers."""
     _check(arguments)
+    if arguments.trace is not None:
+        return measured.run(arguments)
     with show.working("simulating"):
         order, costs = _order(arguments)
         timeline = simulate(order, costs, comm=arguments.comm)
-    for path in show.progress(arguments.output, "writing"):
-        if path.suffix == ".json":
-            write_chrome_trace(timeline, path)
-        elif path.suffix == ".csv":
-            write_order(order, path)
-        else:
-            _draw(timeline, path)
+    files.write([timeline], arguments.output)
     if arguments.json:
         print(json.dumps(_as_json(timeline), indent=1))
     else:
@@ -197,13 +198,6 @@ def _costs(arguments: argparse.Namespace, num_stages: int, share: int) -> list[C
     seconds = [cost / share for cost in arguments.costs]
     held = [size / share if size % share else size // share for size in arguments.held]
     return [Costs(*seconds, *held)] * num_stages
-
-
-def _draw(timeline: Timeline, path: Path) -> None:
-    try:
-        plot_timeline(timeline, path)
-    except ValueError as error:  # of matplotlib, to which the ending says nothing
-        raise StageError(f"-o {path}: {error}.") from error
 
 
 def _as_json(timeline: Timeline) -> dict[str, Any]:

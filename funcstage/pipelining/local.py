@@ -16,6 +16,7 @@ from funcstage import trees
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
+from funcstage.pipelining.ranges import range_of
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.orders import Action, pipeline_order
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -143,12 +144,13 @@ class Step:
 
     def run(self, action: Action) -> None:
         """Run an action whose needs are done."""
-        if action.kind == "F":
-            self.forward(action.stage, action.microbatch)
-        if action.kind in "IB":
-            self.backward_input(action.stage, action.microbatch)
-        if action.kind in "WB":
-            self.backward_weight(action.stage, action.microbatch)
+        with range_of(action.stage, action.kind, action.microbatch):
+            if action.kind == "F":
+                self.forward(action.stage, action.microbatch)
+            if action.kind in "IB":
+                self.backward_input(action.stage, action.microbatch)
+            if action.kind in "WB":
+                self.backward_weight(action.stage, action.microbatch)
 
     def forward(self, stage: int, microbatch: int) -> None:
         given = self.activations.pop((stage, microbatch))

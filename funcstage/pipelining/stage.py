@@ -26,6 +26,7 @@ from funcstage.pipelining.examples import LossFunction, StageFunction, any_requi
 from funcstage.pipelining.folded_loss import FoldedLoss, Pending
 from funcstage.pipelining.microbatch import Call, Forward
 from funcstage.pipelining.preparations import Preparations
+from funcstage.pipelining.ranges import in_range, range_of
 from funcstage.pipelining.refusals import (
     check_group,
     check_loss,
@@ -36,6 +37,7 @@ from funcstage.pipelining.refusals import (
 from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.upstream import Upstream
 from funcstage.pullback import stage_vjp
+from funcstage.report import size, table
 from funcstage.state.parameter_hooks import with_hooks_on_accumulators
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import PyTree, describe
@@ -116,6 +118,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         data_parallel: dist.ProcessGroup | DeviceMesh | None = None,
         param_dtype: torch.dtype | None = None,
     ) -> None:
+        """Construct the stage; the docstring of the class describes the arguments."""
         with constructors.constructing(group, stage_index, num_stages):
             device = torch.device(device)
             check_group(group)
@@ -153,6 +156,26 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._bind()
             if self._replicas is not None:
                 self._replicas.replicate([*submodule.parameters(), *submodule.buffers()])
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}: {value}" for name, value in self._facts()[1:])
+        return f"<FunctionalPipelineStage {self._facts()[0][1]}, {told}>"
+
+    def _repr_html_(self) -> str:
+        return table("FunctionalPipelineStage", ("", ""), self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        parameters = [p for p in self.submod.parameters() if p.requires_grad]
+        held = sum(p.numel() * p.element_size() for p in parameters)
+        options = self._compile_options
+        how = "uncompiled" if options is None else f"compiled by {options.get('backend', 'inductor')}"
+        return [
+            ("stage", f"{self.stage_index} of {self.num_stages}"),
+            ("module", type(self.submod).__name__),
+            ("parameters", f"{len(parameters)} ({size(held)})"),
+            ("device", str(self.device)),
+            ("engine", how),
+        ]
 
     @property
     def loss_fn(self) -> FoldedLoss | None:
@@ -259,6 +282,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
+    @in_range("B")
     def backward_one_chunk(
         self,
         bwd_chunk_id: int,
@@ -293,6 +317,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         else:
             self._weight_pullbacks[bwd_chunk_id] = weight_pullback
 
+    @in_range("W")
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run W for a microbatch: add its weight gradients into `.grad`.
 
@@ -316,7 +341,8 @@ class FunctionalPipelineStage(AccumulatingStage):
 
     def _forward(self, apply: StageFunction, call: Call) -> PyTree:
         """Run F: return the output, keep the pullback and update the module's buffers."""
-        return self.in_forward_context(call.chunk, self._run_forward, apply, call)
+        with range_of(self.stage_index, "F", call.chunk):
+            return self.in_forward_context(call.chunk, self._run_forward, apply, call)
 
     @undone_if_interrupted
     def _run_forward(self, apply: StageFunction, call: Call) -> PyTree:

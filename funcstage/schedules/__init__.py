@@ -8,6 +8,8 @@ Nothing here needs the engines; torch's own schedules are imported when one of t
 
 from funcstage.schedules.costs import Costs, planned_costs
 from funcstage.schedules.files import read_order, write_order
+from funcstage.schedules.interactive import interactive_timeline
+from funcstage.schedules.measured import Wait, read_trace, waits
 from funcstage.schedules.orders import SCHEDULES, Action, Order, ScheduleError, pipeline_order
 from funcstage.schedules.plot import plot_comparison, plot_memory, plot_timeline
 from funcstage.schedules.search import find_schedule, zero_bubble_h1
@@ -22,8 +24,10 @@ __all__ = [
     "ScheduleError",
     "Span",
     "Timeline",
+    "Wait",
     "chrome_trace",
     "find_schedule",
+    "interactive_timeline",
     "peak_memory",
     "pipeline_order",
     "planned_costs",
@@ -31,7 +35,9 @@ __all__ = [
     "plot_memory",
     "plot_timeline",
     "read_order",
+    "read_trace",
     "simulate",
+    "waits",
     "write_chrome_trace",
     "write_order",
     "zero_bubble_h1",

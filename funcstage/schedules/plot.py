@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     Target: TypeAlias = str | os.PathLike[str] | Axes
 
 # Hues that colour-blind readers tell apart, in steps of luminance, so that greyscale does too.
-_COLORS = {"F": "#A6D3F2", "I": "#E69F00", "W": "#00614A", "B": "#B5562B"}
+COLORS = {"F": "#A6D3F2", "I": "#E69F00", "W": "#00614A", "B": "#B5562B"}
 _DARK = {"W", "B"}  # take white text
-_NAMES = {"F": "F  forward", "I": "I  input gradient", "W": "W  weight gradient", "B": "B  backward, I + W"}
+NAMES = {"F": "F  forward", "I": "I  input gradient", "W": "W  weight gradient", "B": "B  backward, I + W"}
 _IDLE = "#EDEDED"
 _BAR = "#1A1A1A"
 _BOX_HEIGHT = 0.86
@@ -194,7 +194,7 @@ def _draw_timeline(timeline: Timeline, axes: Axes, title: str, until: float | No
                 for a, start, stop in spans
                 if a.stage == stage
             ]
-            for kind, color in _COLORS.items():
+            for kind, color in COLORS.items():
                 axes.broken_barh(
                     [(left, width) for k, left, width in boxes if k == kind],
                     (rank - _BOX_HEIGHT / 2, _BOX_HEIGHT),
@@ -238,7 +238,8 @@ def _draw_memory(timeline: Timeline, axes: Axes, scale: float, unit: str, until:
     ranks = timeline.order.num_ranks
     colors = colormaps[_RANKS].resampled(max(ranks, 2))
     for rank in range(ranks):
-        curve = [*timeline.memory(rank), (timeline.makespan, 0)]
+        # At a time when one action frees and the next one adds, only what is held from then on is drawn.
+        curve = list(dict([*timeline.memory(rank), (timeline.makespan, 0)]).items())
         axes.step(
             [at * seconds for at, _ in curve],
             [held / scale for _, held in curve],
@@ -263,7 +264,7 @@ def _legend(timelines: Sequence[Timeline]) -> list[Any]:
 
     orders = [timeline.order for timeline in timelines]
     used = {action.kind for order in orders for actions in order.ranks for action in actions}
-    handles = [Patch(color=_COLORS[kind], label=name) for kind, name in _NAMES.items() if kind in used]
+    handles = [Patch(color=COLORS[kind], label=name) for kind, name in NAMES.items() if kind in used]
     if any(len(order.stages_of(rank)) > 1 for order in orders for rank in range(order.num_ranks)):
         handles.append(Patch(color=_BAR, label="barred: the rank's second stage"))
     return [*handles, Patch(facecolor=_IDLE, label="idle")]

@@ -11,9 +11,9 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from funcstage.report import size, table
+from funcstage.report import frame, size, table
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.orders import Action, Order, ScheduleError
 
@@ -87,6 +87,19 @@ class Timeline:
     def _repr_html_(self) -> str:
         header, *rows = self.rows()
         return table(str(self), header, rows)
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for each action: where it ran, what it was, and when.
+
+        Raises:
+            StageError: if pandas is not installed.
+        """
+        rows = [
+            (rank, action.stage, action.kind, action.microbatch, start, end)
+            for rank, spans in enumerate(self.ranks)
+            for action, start, end in spans
+        ]
+        return frame(("rank", "stage", "kind", "microbatch", "start", "end"), rows)
 
     def critical_path(self) -> list[Span]:
         """Return the actions that determine the length of the step, in order.

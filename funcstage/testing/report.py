@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from funcstage.errors import StageError
+from funcstage.report import frame
 from funcstage.testing.prices import Price
 from funcstage.testing.tolerances import Difference
 
@@ -146,6 +147,20 @@ class StageReport:
     def refusals(self) -> dict[str, StageError]:
         """The engines that raised an error for the stage, with the error."""
         return {name: r.refusal for name, r in self.engines.items() if r.refusal is not None}
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for each compared leaf of each engine.
+
+        Raises:
+            StageError: if pandas is not installed.
+        """
+        header = ("engine", "leaf", "absolute", "relative", "tolerance", "accepted")
+        rows = [
+            (name, leaf.leaf, leaf.absolute, leaf.relative, leaf.tolerance, leaf.accepted)
+            for name, engine in self.engines.items()
+            for leaf in engine.leaves
+        ]
+        return frame(header, rows)
 
     def complaints(self) -> list[str]:
         """Everything that is wrong, in words, the engine first; empty for a correct split."""

@@ -730,6 +730,18 @@ def cutting() -> None:
         torch.testing.assert_close(found, (wanted,))
 
 
+@stands_on("_torch/profiling.py")
+def a_profiler_that_listens() -> None:
+    from funcstage._torch.profiling import is_listening
+
+    assert not is_listening()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert is_listening()
+    with torch.autograd.profiler.emit_nvtx(enabled=torch.cuda.is_available()):
+        assert is_listening() == torch.cuda.is_available()
+    assert not is_listening()
+
+
 @stands_on("flex.py")
 def attention_as_a_program() -> None:
     import torch.nn.attention.flex_attention  # makes the operators; what becomes of them is tested on CUDA

@@ -65,7 +65,13 @@ def test_the_list_is_what_pyproject_and_the_pages_say() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
-    declared = [*PROJECT["dependencies"], *extras["demo"], *extras["schedules"], *extras["test"]]
+    declared = [
+        *PROJECT["dependencies"],
+        *extras["demo"],
+        *extras["interactive"],
+        *extras["schedules"],
+        *extras["test"],
+    ]
     names = {re.split(r"[\[<>=]", requirement)[0].replace("-", "_") for requirement in declared}
     core = {re.split(r"[\[<>=]", requirement)[0].replace("-", "_") for requirement in PROJECT["dependencies"]}
     for path in (ROOT / "funcstage").rglob("*.py"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import GraphModule
 
@@ -110,6 +110,15 @@ class Plan:
             *budget,
             ("held after I", report.size(self.held_after_input)),
         ]
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with a row for each program, and the fields of `Phase` as columns.
+
+        Raises:
+            StageError: if pandas is not installed.
+        """
+        phases = (("F", self.forward), ("I", self.input_grad), ("W", self.weight_grad))
+        return report.frame(("program", *Phase._fields), [(name, *phase) for name, phase in phases])
 
     def __str__(self) -> str:
         rows = self.rows()
