@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 from weakref import ref
@@ -124,7 +123,8 @@ class StageCall:
     @cached_property
     def local(self) -> tuple[list[Any], Specs]:
         """All leaves with what this rank has of DTensors in their places, and how these are sharded."""
-        return unwrapped([*chain.from_iterable(leaves for leaves, _ in self.flat)])
+        (params, _), (buffers, _), (args, _), (kwargs, _) = self.flat
+        return unwrapped([*params, *buffers, *args, *kwargs])
 
     @property
     def leaves(self) -> list[Any]:

@@ -106,7 +106,9 @@ class Recent:
         """Return the call's tensors if it has the signature, else `None`."""
         leaves, specs = call.local
         structures = [structure for _, structure in call.flat]
-        if call.diff != self._diff or structures != self._structures or not self._alike(specs):
+        if call.diff != self._diff or structures != self._structures:
+            return None
+        if (specs or self._specs) and not self._alike(specs):
             return None
         tensors = [leaves[i] for i in self._tensors] if self._others else leaves
         if [*map(type, tensors)] != self._kinds:
