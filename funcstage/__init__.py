@@ -20,6 +20,7 @@ from funcstage.errors import (
     WrittenError,
 )
 from funcstage.functional import FunctionalStage, functionalize
+from funcstage.gradients import value_and_grad
 from funcstage.pullback import Pullback, stage_backward, stage_backward_input, stage_vjp
 from funcstage.sites import Site
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
@@ -63,4 +64,5 @@ __all__ = [
     "stage_backward_input",
     "stage_backward_weight",
     "stage_vjp",
+    "value_and_grad",
 ]

@@ -9,6 +9,7 @@ import optree
 from torch import Tensor
 
 from funcstage import residuals, trees
+from funcstage._torch.pytree import register_pytree_node
 from funcstage.copies import CopiedByLeaves
 from funcstage.engines.base import Tape
 from funcstage.errors import ConsumedError
@@ -97,10 +98,16 @@ def _unflatten(metadata: tuple[Linear[Any], Any], leaves: Iterable[Tensor]) -> L
 
 
 def register(kind: type[Linear[Any]]) -> None:
-    """Make a kind of these a pytree of its residuals."""
+    """Make a kind of these a pytree of its residuals, for optree (namespace "funcstage") and for torch."""
     optree.register_pytree_node(
         kind,  # type: ignore[arg-type]  # the stubs expect collections
         _flatten,  # type: ignore[arg-type]
         _unflatten,  # type: ignore[arg-type]
         namespace=trees.NAMESPACE,
+    )
+    register_pytree_node(
+        kind,
+        _flatten,
+        lambda leaves, metadata: _unflatten(metadata, leaves),
+        serialized_type_name=f"funcstage.{kind.__name__}",
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import funcstage as fs
-from funcstage.pipelining import Costs, cut, pipeline_order, pipeline_value_and_grad, simulate
+from funcstage.pipelining import SCHEDULES, Costs, cut, pipeline_order, pipeline_value_and_grad, simulate
 from funcstage.testing import check_stage
 
 
@@ -51,5 +51,7 @@ def test_a_pipeline_and_its_schedule() -> None:
     loss, buffers, grads = run(params, buffers, torch.ones(4, 2), torch.zeros(4, 2))
     assert loss.item() > 0
     assert grads[0]["0.weight"].shape == (2, 2)
+    for name in SCHEDULES:  # their type is that of the argument
+        assert pipeline_order(name, 4, 8).num_stages == 4
     assert simulate(pipeline_order("1F1B", 2, 4), [Costs(1.0, 1.0, 1.0)] * 2).makespan > 0
     assert not check_stage(nn.Linear(2, 2), torch.ones(3, 2), engines="closures").refusals

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    SUPPORTED_NODES,
+    register_pytree_node,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
-__all__ = ["SUPPORTED_NODES", "tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = ["SUPPORTED_NODES", "register_pytree_node", "tree_leaves", "tree_map", "tree_unflatten"]

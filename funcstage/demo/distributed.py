@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from funcstage import trees
 from funcstage.demo import model
 from funcstage.functional import functionalize
-from funcstage.pipelining import FunctionalPipelineStage, Order, pipeline_value_and_grad
+from funcstage.pipelining import FunctionalPipelineStage, Order, ScheduleName, pipeline_value_and_grad
 from funcstage.pipelining.local import ValueAndGrad
 from funcstage.trees import Buffers, Params
 
@@ -51,7 +51,7 @@ def pipeline(order: Order, modules: Sequence[nn.Module], device: torch.device) -
     step = pipeline_value_and_grad(
         [functionalize(module) for module in modules],
         model.loss_fn,
-        schedule=order.schedule,
+        schedule=cast(ScheduleName, order.schedule),
         num_microbatches=order.num_microbatches,
     )
     return Pipeline(list(range(len(modules))), step, list)

@@ -18,6 +18,7 @@ from funcstage.errors import StageError
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining import (
     Costs,
+    ScheduleName,
     Timeline,
     pipeline_order,
     plot_timeline,
@@ -33,7 +34,7 @@ class Settings(NamedTuple):
     """What the command line decides."""
 
     device: str
-    schedule: str
+    schedule: ScheduleName
     steps: int
     stages: int
     microbatches: int

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from funcstage import trees
+from funcstage.batches import microbatches
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining.ranges import range_of
 from funcstage.pullback import Pullback, stage_vjp
-from funcstage.schedules.orders import Action, pipeline_order
+from funcstage.schedules.orders import Action, ScheduleName, pipeline_order
 from funcstage.trees import Buffers, Params, PyTree, describe
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
@@ -33,7 +33,7 @@ def pipeline_value_and_grad(
     stages: Sequence[StageFunction | FunctionalStage],
     loss_fn: LossFunction,
     *,
-    schedule: str = "ZBVZeroBubble",
+    schedule: ScheduleName = "ZBVZeroBubble",
     num_microbatches: int,
 ) -> ValueAndGrad:
     """Make a function that runs one step of a pipeline and returns its loss and gradients.
@@ -93,8 +93,8 @@ def pipeline_value_and_grad(
             loss_fn,
             params,
             buffers,
-            _microbatches("inputs", inputs, num_microbatches),
-            _microbatches("targets", targets, num_microbatches),
+            microbatches("inputs", inputs, num_microbatches),
+            microbatches("targets", targets, num_microbatches),
         )
         for action in actions:
             step.run(action)
@@ -220,23 +220,3 @@ def _check_per_stage(name: str, values: object, num_stages: int) -> None:
             f"{name} must be a list with one entry for each of the {num_stages} stages, got {found}. "
             "Pass those of functionalize in the order of the stages."
         )
-
-
-def _microbatches(root: str, batch: PyTree, count: int) -> list[PyTree]:
-    """Cut the tensors of a batch along dimension 0 into equal views."""
-    leaves, spec = trees.flatten(batch)
-    columns: list[Sequence[Any]] = []
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            columns.append([leaf] * count)
-        elif leaf.dim() and leaf.shape[0] % count == 0:
-            columns.append(leaf.unflatten(0, (count, leaf.shape[0] // count)).unbind(0))
-        else:
-            name = trees.leaf_names(spec, root)[i]
-            size = f"{leaf.shape[0]} along dimension 0" if leaf.dim() else "no dimension"
-            raise LeafError(
-                f"{name} must be cut along dimension 0 into {count} equal microbatches, but has {size} "
-                f"({describe(leaf)}). Drop or pad samples, choose a divisor as num_microbatches, or make "
-                "what is the same for all samples a constant of the stage."
-            )
-    return [trees.unflatten(spec, row) for row in zip(*columns, strict=True)] if leaves else [batch] * count

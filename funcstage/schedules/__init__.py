@@ -10,7 +10,7 @@ from funcstage.schedules.costs import Costs, planned_costs
 from funcstage.schedules.files import read_order, write_order
 from funcstage.schedules.interactive import interactive_timeline
 from funcstage.schedules.measured import Wait, read_trace, waits
-from funcstage.schedules.orders import SCHEDULES, Action, Order, ScheduleError, pipeline_order
+from funcstage.schedules.orders import SCHEDULES, Action, Order, ScheduleError, ScheduleName, pipeline_order
 from funcstage.schedules.plot import plot_comparison, plot_memory, plot_timeline
 from funcstage.schedules.search import find_schedule, zero_bubble_h1
 from funcstage.schedules.timeline import Span, Timeline, peak_memory, simulate
@@ -22,6 +22,7 @@ __all__ = [
     "Costs",
     "Order",
     "ScheduleError",
+    "ScheduleName",
     "Span",
     "Timeline",
     "Wait",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from funcstage._torch.schedules import table_of
 from funcstage.errors import StageError
@@ -119,7 +119,7 @@ class _Family(NamedTuple):
     stages_per_rank: int | None  # None: any number
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, _Family] = {
     "GPipe": _Family("ScheduleGPipe", 1),
     "1F1B": _Family("Schedule1F1B", 1),
     "LoopedBFS": _Family("ScheduleLoopedBFS", None),
@@ -128,12 +128,17 @@ _FAMILIES = {
     "ZBVZeroBubble": _Family("ScheduleZBVZeroBubble", 2),
     "DualPipeV": _Family("ScheduleDualPipeV", 2),
 }
-SCHEDULES = tuple(_FAMILIES)
+ScheduleName: TypeAlias = Literal[
+    "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+"""The name of one of torch's schedules, as type checkers know it; any case works when it runs."""
+
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 """The names of torch's schedules."""
 
 
 def pipeline_order(
-    schedule: str, num_stages: int, num_microbatches: int, *, num_ranks: int | None = None
+    schedule: ScheduleName, num_stages: int, num_microbatches: int, *, num_ranks: int | None = None
 ) -> Order:
     """Return the table of one of torch's schedules.
 
@@ -166,7 +171,7 @@ def pipeline_order(
     return Order(schedule, num_stages, num_microbatches, tuple(map(tuple, table)))
 
 
-def _known(schedule: str) -> str:
+def _known(schedule: object) -> ScheduleName:
     for name in SCHEDULES:
         if isinstance(schedule, str) and schedule.lower() == name.lower():
             return name
