@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -70,12 +70,16 @@ one_at_a_time = threading.RLock()
 """Tracing and lowering patch what all threads of a process share."""
 
 
-def fake_like(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A fake tensor with the geometry of a real one, which is neither read nor kept."""
+def fake_like(
+    mode: FakeTensorMode,
+    tensor: Tensor,
+    geometry: tuple[Sequence[Any], Sequence[Any]] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """A fake tensor with the shape and strides of a real one, or others; that is neither read nor kept."""
+    shape, strides = geometry or (tensor.shape, tensor.stride())
     with mode:
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
-        )
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device or tensor.device)
 
 
 def last_recorded() -> Node:
@@ -117,13 +121,20 @@ def from_functional(tensor: Tensor) -> Tensor:
     return value
 
 
-def comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+def comparison(
+    tensors: Sequence[Tensor], open_dims: Mapping[int, Collection[int]] | None = None
+) -> Callable[..., bool]:
     """A check whether tensors agree with these in class, shape, strides, dtype, device and requires_grad.
 
     Also in what the dispatcher sees: conjugation, negation, subclasses, wrappers of transforms, autocast.
+    Sizes of open dimensions are not looked at, nor are the strides of tensors that have some.
     """
     shapes: Any = [list(t.shape) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
+    for i, dims in (open_dims or {}).items():
+        strides[i] = [None] * len(strides[i])
+        for dim in dims:
+            shapes[i][dim] = None
     if not tensors:
         return lambda: True
     check: Callable[..., bool] = TensorGuards(

@@ -236,7 +236,7 @@ class ModuleStage(ExchangingStage):
                 return leaf
             if first_dtensor([leaf]) is not None:
                 return mode.from_tensor(leaf.detach()).requires_grad_(leaf.requires_grad)
-            return tt.fake_like(mode, leaf, self.device).requires_grad_(leaf.requires_grad)
+            return tt.fake_like(mode, leaf, device=self.device).requires_grad_(leaf.requires_grad)
 
         args, kwargs, params, buffers = trees.map_leaves(
             fake, (inputs, kwargs, self._parameters, self._buffers)

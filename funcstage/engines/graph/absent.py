@@ -14,17 +14,25 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from funcstage.engines.graph.extract import Program, boxed, own_results
+from funcstage.engines.graph.sizes import Sizes
 
 aten = torch.ops.aten
 
 
-def without(program: Program, linear: Collection[str], absent: Collection[str], own: bool = False) -> Program:
+def without(
+    program: Program,
+    linear: Collection[str],
+    absent: Collection[str],
+    sizes: Sizes | None = None,
+    own: bool = False,
+) -> Program:
     """Specialise a program to inputs that are absent.
 
     Args:
         program: I or W.
         linear: the inputs that it is linear in: cotangents, and what I made of them.
         absent: those of `linear` that are absent.
+        sizes: the open ones, if any.
         own: whether each result must have memory of its own, as W's must.
 
     Returns:
@@ -40,15 +48,24 @@ def without(program: Program, linear: Collection[str], absent: Collection[str], 
             value = node.meta["val"]
             copies[node] = graph.call_function(
                 aten.full.default,
-                (list(value.shape), 0),
+                (
+                    [*value.shape]
+                    if sizes is None
+                    else sizes.computed(graph, [*given.values()], value.shape),
+                    0,
+                ),
                 {"dtype": value.dtype, "device": value.device},
             )
             copies[node].meta["val"] = value
         return copies[node]
 
+    given = {} if sizes is None else {node.name: node for node in sizes.placeholders(graph)}
     for node in program.module.graph.nodes:
         if node.op == "output":
             graph.output(tuple(None if n is None or n in zero else copies[n] for n in node.args[0]))
+            continue
+        if node.name in given:
+            copies[node] = given[node.name]
             continue
         seeds = [source for source in node.all_input_nodes if source in varying]
         if (node.name in linear and node.op == "placeholder") or seeds:

@@ -25,6 +25,7 @@ from funcstage.engines.graph.blame import failed, tried_uncompiled
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.guards import Recent, Signature, others_among, reasons, signature_of
+from funcstage.engines.graph.lengths import Lengths
 from funcstage.engines.graph.modules_behind import modules_behind
 from funcstage.engines.graph.partition import Remat, partition
 from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
@@ -34,6 +35,7 @@ from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
 from funcstage.engines.graph.sharded import sharded
+from funcstage.engines.graph.sizes import Open, Sizes, among_tensors
 from funcstage.engines.graph.tapes import linearize
 from funcstage.engines.graph.trace import trace
 from funcstage.errors import StructureError, TraceError
@@ -56,17 +58,27 @@ class CompiledStage:
     runs the original function, with the same results.
     """
 
-    def __init__(self, apply: Callable[..., Any], backend: str, remat: Remat, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        backend: str,
+        remat: Remat,
+        cuda_graphs: bool,
+        dynamic: bool | None = None,
+    ) -> None:
         self.apply = apply
         self.backend = backend
         self.remat = remat
         self.cuda_graphs = cuda_graphs
+        self.dynamic = dynamic
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
         self._fingerprint = Fingerprint(self._modules, hooks=getattr(apply, "refuses_hooks", True))
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()
         self._reads: dict[Signature, list[Reads]] = {}  # by signatures without what was read outside
+        self._sizes: dict[Signature, list[Sizes]] = {}  # by signatures without them
+        self._lengths = Lengths(False if cuda_graphs else dynamic)
         self._recent: tuple[Recent, Programs] | None = None
         self._lock = threading.Lock()
         self._warned = False
@@ -135,7 +147,7 @@ class CompiledStage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, pickled ones too, are of the stage function, and trace anew."""
-        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs)
+        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs, self.dynamic)
 
     def __repr__(self) -> str:
         named = isinstance(self.remat, str | float)
@@ -175,9 +187,11 @@ class CompiledStage:
         if torch.is_grad_enabled() and any(map(_is_differentiated, tensors)):
             return None
         programs, signature, reads = self._looked_up(call)
-        now = self._signature(call)
-        if now._replace(outside=reads.now()) == signature:  # what the stage changes itself is read each time
-            self._recent = Recent(call, self._fingerprint, reads), programs
+        now, sizes = self._signature(call), signature.sizes
+        # What the stage changes itself is read each time.
+        if now._replace(outside=reads.now(), sizes=sizes) == signature:
+            open_dims = {} if sizes is None else self._open_in(call)
+            self._recent = Recent(call, self._fingerprint, reads, open_dims, sizes), programs
         return programs, tensors
 
     def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
@@ -203,31 +217,63 @@ class CompiledStage:
         return self._looked_up(StageCall.of(self.apply, params, buffers, args, kwargs, diff))[0]
 
     def _signature(self, call: StageCall) -> Signature:
-        leaves, specs = call.local
-        return signature_of(leaves, call.whole[1], call.diff, self._fingerprint, specs)
+        (leaves, specs), structure = call.local, call.whole[1]
+        return signature_of(leaves, structure, call.diff, self._fingerprint, specs, self._open_in(call))
+
+    def _open_in(self, call: StageCall) -> Open:
+        (leaves, specs), structure = call.local, call.whole[1]
+        return self._lengths.open_in(leaves, structure, specs)
 
     def _looked_up(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
         """The programs for a call, the signature that they were traced for, and what that trace read."""
+        tensors = [leaf for leaf in call.local[0] if isinstance(leaf, Tensor)]
         called = self._signature(call)
         with self._lock:
-            for reads in self._reads.get(called, ()):
-                signature = called._replace(outside=reads.now())
+            found = self._known(called, tensors)
+            if found is None and self._lengths.learn(reversed(self._traced), called):
+                found = self._known(self._signature(call), tensors)
+            return found or self._trace_open(call.to(self.apply))
+
+    def _known(self, called: Signature, tensors: list[Tensor]) -> tuple[Programs, Signature, Reads] | None:
+        for reads in self._reads.get(called, ()):
+            plain = called._replace(outside=reads.now())
+            for sizes in self._sizes.get(plain, (None,)):
+                signature = plain._replace(sizes=sizes)
                 programs = self._traced.get(signature)
-                if programs is not None:
+                if programs is not None and (sizes is None or sizes.admit(tensors)):
                     self._traced.move_to_end(signature)
                     return programs, signature, reads
-            return self._trace(call.to(self.apply))
+        return None
 
-    def _trace(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
+    def _trace_open(self, call: StageCall) -> tuple[Programs, Signature, Reads]:
+        """Trace with open sizes, if any are to be; where that fails, with the sizes of the call."""
+        open_dims = self._open_in(call)
+        if open_dims:
+            try:
+                return self._trace(call, open_dims)
+            except Exception as error:
+                self._lengths.close(call.whole[1])
+                if self.dynamic:
+                    warnings.warn(
+                        f"{self.__qualname__} cannot be traced with open sizes. It is traced for each "
+                        f"length apart: {error}",
+                        stacklevel=2,
+                    )
+        return self._trace(call, {})
+
+    def _trace(self, call: StageCall, open_dims: Open) -> tuple[Programs, Signature, Reads]:
         decompositions, lower = _backend(self.backend)
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
         with locked(self.module), tt.one_at_a_time, generators_kept(of_process()):
             try:
-                joint = trace(call, {**DECOMPOSED, **decompositions}, recorder=recorder)
+                table = {**DECOMPOSED, **decompositions}
+                joint = trace(
+                    call, table, recorder=recorder, open_dims=among_tensors(open_dims, call.local[0])
+                )
                 reads, said = recorder.finish()
             except TraceError as refusal:
-                error: Exception | None = tried_uncompiled(refusal, call)
+                error: Exception | None = refusal if open_dims else tried_uncompiled(refusal, call)
                 cause = refusal.__cause__
             else:
                 error = None
@@ -237,7 +283,7 @@ class CompiledStage:
             if isinstance(error, TraceError):
                 raise error from cause
             raise error
-        on_cuda = any(node.meta["val"].is_cuda for node in joint.placeholders)
+        on_cuda = any(getattr(node.meta["val"], "is_cuda", False) for node in joint.placeholders)
         replayed = self.cuda_graphs and on_cuda and call.diff is not None and draws_in_graphs(joint)
         slots = SlotPool() if replayed else None
         joint = decompose(joint)
@@ -246,7 +292,11 @@ class CompiledStage:
         programs = Programs(joint, partition(joint, self.remat), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
         called = self._signature(call)
-        signature = called._replace(outside=said)
+        plain = called._replace(outside=said)
+        if joint.sizes is not None:
+            joint.sizes.n_traced = joint.sizes.n_guards()
+            self._sizes.setdefault(plain, []).append(joint.sizes)
+        signature = plain._replace(sizes=joint.sizes)
         self._traced[signature] = programs
         alike = self._reads.setdefault(called, [])
         if not any(map(reads.is_like, alike)):
@@ -255,11 +305,16 @@ class CompiledStage:
             self._warned = True
             self._warn()
         if len(self._traced) > MAX_SIGNATURES:
-            gone, _ = self._traced.popitem(last=False)
-            left = {s._replace(outside=()) for s in self._traced}
-            if gone._replace(outside=()) not in left:
-                del self._reads[gone._replace(outside=())]
+            self._forget(self._traced.popitem(last=False)[0])
         return programs, signature, reads
+
+    def _forget(self, gone: Signature) -> None:
+        """Drop what is known of a signature beside its programs."""
+        if gone.sizes is not None:
+            self._sizes[gone._replace(sizes=None)].remove(gone.sizes)
+        left = {s._replace(outside=(), sizes=None) for s in self._traced}
+        if gone._replace(outside=(), sizes=None) not in left:
+            del self._reads[gone._replace(outside=(), sizes=None)]
 
     def _warn(self) -> None:
         seen = list(self._traced)
@@ -278,6 +333,7 @@ def compile(
     backend: Literal["inductor", "aten"] = "inductor",
     remat: Remat = "min_cut",
     cuda_graphs: bool = False,
+    dynamic: bool | None = None,
 ) -> CompiledStage:
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
@@ -296,6 +352,10 @@ def compile(
             what "full" and "none" hold after F. What costs most to recompute for each byte is held first.
         cuda_graphs: replay the programs as CUDA graphs. Every microbatch between F and W takes a slot
             of device memory, at most 16 for each signature; further ones run without graphs.
+        dynamic: which sizes of arguments a trace leaves open. `None`: none at first; a dimension that is
+            seen to vary is open in the next trace. `True`: all, at once. `False`: none, so that each length
+            is traced apart. Sizes 0 and 1 are traced apart in any case, as are those that the stage's code
+            or a kernel depends on. CUDA graphs are of one length each.
 
     Returns:
         A stage function for `stage_vjp`.
@@ -319,7 +379,13 @@ def compile(
         )
     if backend not in ("inductor", "aten"):
         raise StructureError(f"backend must be 'inductor' or 'aten', got {backend!r}.")
-    return CompiledStage(apply, backend, _checked(remat), cuda_graphs)
+    if dynamic not in (None, True, False):
+        raise StructureError(f"dynamic must be None, True or False, got {dynamic!r}.")
+    if dynamic and cuda_graphs:
+        raise StructureError(
+            "cuda_graphs=True replays one length, so that dynamic=True cannot be had with it. Leave one out."
+        )
+    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic)
 
 
 def _checked(remat: object) -> Remat:

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
-from funcstage._torch.pytree import tree_leaves
+from funcstage._torch.pytree import tree_leaves, tree_map
+from funcstage._torch.shapes import at_hints, hint
 from funcstage.engines.graph.nodes import is_view
 
 FLOPS_PER_BYTE = 100
@@ -28,14 +29,14 @@ def flops(node: Node) -> int:
         return 0
     args = [_value(argument) for argument in node.args]
     kwargs = {name: _value(argument) for name, argument in node.kwargs.items()}
-    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    return int(formula(*args, **kwargs, out_val=tree_map(at_hints, node.meta["val"])))
 
 
 def _value(argument: object) -> object:
-    return argument.meta["val"] if isinstance(argument, Node) else argument
+    return tree_map(at_hints, argument.meta["val"]) if isinstance(argument, Node) else argument
 
 
 def _size(node: Node) -> int:
     """Bytes of a node's value, read or written once."""
     values = tree_leaves(node.meta.get("val"))
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    return sum(hint(value.numel()) * value.element_size() for value in values if isinstance(value, Tensor))

@@ -16,6 +16,7 @@ from funcstage._torch import tracing as tt
 from funcstage.dtensors import Specs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph.reads import Reads, Said, Watch
+from funcstage.engines.graph.sizes import Inside, Open, Sizes, strides_of
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
 from funcstage.state.content import content
@@ -32,6 +33,7 @@ class Signature(NamedTuple):
     ambient: AmbientState
     sharding: tuple[Hashable, ...] = ()
     outside: Said = ()
+    sizes: Sizes | None = None
 
 
 def signature_of(
@@ -40,6 +42,7 @@ def signature_of(
     diff: Sequence[int] | None,
     module: Fingerprint,
     specs: Specs,
+    open_dims: Open,
 ) -> Signature:
     """Compute the signature of a call.
 
@@ -49,6 +52,7 @@ def signature_of(
         diff: indices of the differentiated leaves of args; `None` for the forward alone.
         module: of the modules behind the stage function.
         specs: how DTensors among the leaves are sharded.
+        open_dims: those whose sizes are no part of it, by the place of the leaf.
 
     Raises:
         TraceError: if a leaf can be no part of a signature.
@@ -57,6 +61,8 @@ def signature_of(
     found: list[Hashable] = []
     try:
         found += map(_leaf, leaves)
+        for i, dims in open_dims.items():
+            found[i] = _with_open(leaves[i], dims)
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
@@ -88,16 +94,25 @@ class Recent:
         call: that.
         module: the fingerprint of the module behind the stage function.
         reads: what the trace has read elsewhere.
+        open_dims: those whose sizes it has left open, by the place of the leaf.
+        sizes: what it has assumed of these.
     """
 
-    def __init__(self, call: StageCall, module: Fingerprint, reads: Reads) -> None:
+    def __init__(
+        self, call: StageCall, module: Fingerprint, reads: Reads, open_dims: Open, sizes: Sizes | None
+    ) -> None:
         (leaves, self._specs), diff = call.local, call.diff
         self._structures = [structure for _, structure in call.flat]
         self._diff = diff
         self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._kinds = [type(leaves[i]) for i in self._tensors]
         self._others = [(i, _leaf(leaf)) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
-        self._are_alike = tt.comparison([leaves[i] for i in self._tensors])
+        place = {i: k for k, i in enumerate(self._tensors)}
+        self._sizes = sizes
+        self._strides = [(place[i], strides_of(leaves[i])) for i in open_dims] if sizes is not None else []
+        self._are_alike = tt.comparison(
+            [leaves[i] for i in self._tensors], {place[i]: dims for i, dims in open_dims.items()}
+        )
         self._glance = module.glance()
         self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
@@ -117,6 +132,10 @@ class Recent:
             return None
         if not self._are_alike(*tensors) or any(
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others
+        ):
+            return None
+        if self._sizes is not None and not (
+            self._sizes.admit(tensors) and all(strides_of(tensors[i]) == rule for i, rule in self._strides)
         ):
             return None
         unchanged = self._ambient == AmbientState.now(call.diff is not None) and self._glance.agrees(
@@ -158,6 +177,45 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
             yield f"{label}: {was[label]} -> {now[label]}"
 
 
+def varied(old: Signature, new: Signature, n_state: int) -> Open:
+    """Which dimensions of arguments differ in size; empty where anything else differs."""
+    same = (old.structure, old.argnums, old.module, old.ambient) == (
+        new.structure,
+        new.argnums,
+        new.module,
+        new.ambient,
+    )
+    found: dict[int, tuple[int, ...]] = {}
+    for i, (before, after) in enumerate(zip(old.leaves, new.leaves, strict=True) if same else ()):
+        if before == after:
+            continue
+        if i < n_state or not (isinstance(before, OfTensor) and isinstance(after, OfTensor)):
+            return {}
+        if before[2:] != after[2:] or len(before.shape) != len(after.shape):
+            return {}
+        sizes = enumerate(zip(before.shape, after.shape, strict=True))
+        found[i] = tuple(dim for dim, (a, b) in sizes if a != b and a is not None and b is not None)
+    return {i: dims for i, dims in found.items() if dims}
+
+
+class OfTensor(NamedTuple):
+    """What a trace is specialised to of a tensor; open sizes are None."""
+
+    shape: tuple[int | None, ...]
+    strides: tuple[int | Inside, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_conj: bool
+    is_neg: bool
+
+    def __repr__(self) -> str:
+        shape = ", ".join("any" if size is None else str(size) for size in self.shape)
+        bits = (" conjugated" if self.is_conj else "") + (" negated" if self.is_neg else "")
+        return (
+            f"{str(self.dtype).removeprefix('torch.')}[{shape}]{bits}, strides {self.strides}, {self.device}"
+        )
+
+
 class _UnfitError(Exception):
     """Why a leaf can be no part of a signature, and what to pass in its place."""
 
@@ -174,8 +232,15 @@ def _leaf(leaf: Any) -> Hashable:
                 f"a {type(leaf).__name__} ({trees.describe(leaf)}) that programs cannot read, as it is "
                 "quantized or wraps another tensor. Pass a plain tensor"
             )
-        return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.is_conj(), leaf.is_neg()
+        return OfTensor(leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.is_conj(), leaf.is_neg())
     return content(leaf, set())
+
+
+def _with_open(leaf: Tensor, dims: Sequence[int]) -> OfTensor:
+    found = _leaf(leaf)
+    assert isinstance(found, OfTensor)
+    shape = tuple(None if dim in dims else size for dim, size in enumerate(leaf.shape))
+    return found._replace(shape=shape, strides=tuple(strides_of(leaf)))
 
 
 def _is_unfit(leaf: Any) -> bool:

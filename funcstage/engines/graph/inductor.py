@@ -75,7 +75,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     examples = [node.meta["val"] for node in nodes]
     fake_mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
     assert fake_mode is not None
-    fake_mode.shape_env = ShapeEnv()  # without one, Inductor looks nothing up in its cache
+    if fake_mode.shape_env is None:
+        fake_mode.shape_env = ShapeEnv()  # without one, Inductor looks nothing up in its cache
     context = TracingContext(fake_mode)
     places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import OpOverload, arguments_of
 from funcstage.dtensors import Specs
+from funcstage.engines.graph.sizes import Sizes
 from funcstage.state.kept import Changes
 
 
@@ -44,7 +45,7 @@ class Joint:
 
     Attributes:
         module: the graph; every tensor node carries its fake value in `meta["val"]`.
-        n_state: how many placeholders are parameters and buffers.
+        n_state: how many placeholders are parameters, buffers and open sizes, in this order.
         n_args: how many are arguments.
         cotangents: for each cotangent placeholder, the index of its output leaf.
         output_spec: the structure of the output.
@@ -55,6 +56,7 @@ class Joint:
         given: what the placeholders of state and arguments are called by those who gave them.
         captured: tensors that the graph reads and are no placeholders, with their names.
         sharding: of DTensors; None where there are none.
+        sizes: those that are left open, if any.
     """
 
     module: GraphModule
@@ -68,6 +70,7 @@ class Joint:
     changes: Changes | None = None
     captured: dict[Tensor, str] = field(default_factory=dict)
     sharding: Sharding | None = None
+    sizes: Sizes | None = None
 
     @property
     def placeholders(self) -> list[Node]:

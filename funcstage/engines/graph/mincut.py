@@ -10,11 +10,13 @@ from networkx.algorithms.flow import boykov_kolmogorov  # type: ignore[import-un
 from torch import Tensor
 from torch.fx import Node
 
+from funcstage._torch.shapes import hint
+
 
 def nbytes(node: Node) -> int:
     """Bytes that saving a node's value keeps alive: all of the memory that a view looks into."""
     value = node.meta["val"]
-    return value.untyped_storage().nbytes() if isinstance(value, Tensor) else 0
+    return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
 
 
 def min_cut(

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from funcstage._torch.operators import OpOverload
+from funcstage._torch.shapes import is_number
 from funcstage.engines.graph.joint import is_random
 
 aten = torch.ops.aten
@@ -18,7 +19,9 @@ prims = torch.ops.prims
 
 
 def is_view(node: Node) -> bool:
-    """Tell whether a node's result lies in the memory of what it reads, or is an entry of such a result."""
+    """Tell whether a node's result takes no memory of its own: a part of what it reads, or a number."""
+    if is_number(node):
+        return True
     if node.target is operator.getitem:
         return is_view(node.args[0])  # type: ignore[arg-type]
     target = node.target
@@ -27,6 +30,8 @@ def is_view(node: Node) -> bool:
 
 def is_cheap(node: Node) -> bool:
     """Tell whether an operation moves or maps elements and no more, so that running it twice costs little."""
+    if is_number(node):
+        return True
     if node.target is operator.getitem:
         return is_cheap(node.args[0])  # type: ignore[arg-type]
     target = node.target

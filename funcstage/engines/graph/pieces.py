@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
+from funcstage._torch.shapes import is_number
 from funcstage.engines.graph.cost import cost
 from funcstage.engines.graph.extract import Program, boxed
 from funcstage.engines.graph.nodes import is_cheap
@@ -68,7 +69,8 @@ def divide(program: Program, parts: int) -> Pieces:
     wanted = [[node if i in piece else None for i, node in enumerate(results)] for piece in chosen]
     read = {source for piece in wanted for node in _behind(piece, before) for source in node.all_input_nodes}
     read.update(node for node in results if node is not None)
-    crossing = {node: f"handed_{node.name}" for node in needed if node in before and node in read}
+    handed_on = [node for node in needed if node in before and node in read and not is_number(node)]
+    crossing = {node: f"handed_{node.name}" for node in handed_on}
     first = _program(program, [*crossing], {}) if crossing else None
     programs = tuple(_program(program, piece, crossing) for piece in wanted)
     # What is handed on may lie in the memory of what `first` reads.

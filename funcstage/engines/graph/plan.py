@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch.fx import GraphModule
 
 from funcstage import report
+from funcstage._torch.shapes import hint
 from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.cost import flops
 from funcstage.engines.graph.extract import Program
@@ -145,7 +146,7 @@ def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:
 
     def size(names: Iterable[str]) -> int:
         values = [nodes[name].meta["val"] for name in names]
-        return sum({memory_of(value): value.untyped_storage().nbytes() for value in values}.values())
+        return sum({memory_of(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
 
     handed_on = {*partition.after_forward, *partition.from_input}
     done: set[str] = set()

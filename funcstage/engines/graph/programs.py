@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch import tracing as tt
+from funcstage._torch.shapes import SYMBOLIC
 from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.absent import without
 from funcstage.engines.graph.accumulate import Product, accumulating
@@ -24,7 +26,7 @@ from funcstage.engines.graph.extract import Program, giving_away
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.partition import Partition
 from funcstage.engines.graph.pieces import divide
-from funcstage.engines.graph.runners import Lower, Runner, plain_run
+from funcstage.engines.graph.runners import Lower, Runner, plain_run, run_as_python
 from funcstage.state.writes import Watch
 
 
@@ -33,12 +35,12 @@ class Step:
     """A lowered program with the places of its inputs.
 
     Attributes:
-        run: the program.
+        runner: the program, for these parameters, buffers and open sizes.
         state: which of the parameters and buffers it reads.
         rest: which entries of the list of all its other possible inputs it reads.
     """
 
-    run: Runner
+    runner: Callable[[Sequence[Any]], Runner]
     state: tuple[int, ...]
     rest: tuple[int, ...]
 
@@ -47,7 +49,7 @@ class Step:
         return [state[i] for i in self.state] + [rest[i] for i in self.rest]
 
     def __call__(self, state: Sequence[Tensor], rest: Sequence[Any]) -> Sequence[Tensor | None]:
-        return plain_run(self.run, self.inputs(state, rest))
+        return plain_run(self.runner(state), self.inputs(state, rest))
 
 
 @dataclass(slots=True, eq=False)
@@ -241,8 +243,29 @@ class Programs:
         names = set(program.inputs)
         given = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
         for name, tensor in (*zip(given, state, strict=True), *zip(kept, residuals, strict=False)):
-            if tensor is not None and name in names:
+            if isinstance(tensor, Tensor) and name in names:
                 yield tensor
+
+    def constants(self, state: Sequence[Any]) -> dict[int, Any]:
+        """The leaves of output and new buffers that are no tensors, for a call."""
+        sizes, constants = self.joint.sizes, self.joint.constants
+        symbolic = [i for i, constant in constants.items() if isinstance(constant, SYMBOLIC)]
+        if sizes is None or not symbolic:
+            return constants
+        if "constants" not in self._made:
+            self._made["constants"] = sizes.function([constants[i] for i in symbolic])
+        numbers = self._made["constants"](*state[len(state) - len(sizes) :])
+        return {**constants, **dict(zip(symbolic, numbers, strict=True))}
+
+    def strides(self, backward: Backward, state: Sequence[Any]) -> Sequence[tuple[int, ...]]:
+        """Those that the cotangents of a call must have."""
+        sizes, strides = self.joint.sizes, [stride for _, stride in backward.cotangents]
+        if sizes is None:
+            return strides
+        if "strides" not in self._made:
+            self._made["strides"] = sizes.function([number for each in strides for number in each])
+        numbers = iter(self._made["strides"](*state[len(state) - len(sizes) :]))
+        return [tuple(itertools.islice(numbers, len(each))) for each in strides]
 
     def is_noted(self, backward: Backward) -> bool:
         return ("I", backward) in self._made
@@ -259,26 +282,36 @@ class Programs:
         with tt.one_at_a_time:
             run = self.lower(program.module, donated)
         return Step(
-            run,
+            self._checked(run, program),
             tuple(state[name] for name in program.inputs if name in state),
             tuple(others[name] for name in program.inputs if name not in state),
         )
+
+    def _checked(self, run: Runner, program: Program) -> Callable[[Sequence[Any]], Runner]:
+        """Run a lowered program where what the backend has assumed of open sizes holds, else Python."""
+        sizes = self.joint.sizes
+        if sizes is None or (n_guards := sizes.n_guards()) == sizes.n_traced:
+            return lambda state: run
+        python = run_as_python(program.module, ())
+        n = len(sizes)
+        return lambda state: run if sizes.hold(state[len(state) - n :], n_guards) else python
 
     def _backward(self, absent: tuple[int, ...]) -> Backward:
         parts, joint = self.partition, self.joint
         input_grad, weight_grad = parts.input_grad, parts.weight_grad
         if absent:
-            input_grad = without(input_grad, parts.linear, [self._cotangents[i] for i in absent])
+            cotangents_gone = [self._cotangents[i] for i in absent]
+            input_grad = without(input_grad, parts.linear, cotangents_gone, joint.sizes)
             made = input_grad.results[len(input_grad.results) - len(parts.from_input) :]
             gone = [name for name, result in zip(parts.from_input, made, strict=True) if result is None]
-            weight_grad = without(weight_grad, parts.linear, gone, own=True)
+            weight_grad = without(weight_grad, parts.linear, gone, joint.sizes, own=True)
         cotangents = joint.placeholders[joint.n_state + joint.n_args :]
         values = [node.meta["val"] for node in cotangents]
         needed = set(weight_grad.inputs)
         return Backward(
             input_grad,
             weight_grad,
-            tuple((leaf, value.stride()) for leaf, value in zip(joint.cotangents, values, strict=True)),
+            tuple(zip(joint.cotangents, map(_strides, values), strict=True)),
             len(input_grad.results) - len(parts.from_input),
             tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
             tuple(i for i, name in enumerate(parts.from_input) if name in needed),
@@ -291,11 +324,15 @@ def _constants(program: Program) -> list[Tensor]:
     return [value for value in found if isinstance(value, Tensor)]
 
 
+def _strides(value: Tensor) -> tuple[int, ...]:
+    return value.stride()
+
+
 def unshared(
     names: Sequence[str], tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]
 ) -> frozenset[str]:
     """Names of those of `tensors` that have memory of their own, which no other tensor has a part of."""
-    memory = Counter(memory_of(tensor) for tensor in (*tensors, *others) if tensor is not None)
+    memory = Counter(memory_of(tensor) for tensor in (*tensors, *others) if isinstance(tensor, Tensor))
     return frozenset(
         name
         for name, tensor in zip(names, tensors, strict=True)

@@ -26,6 +26,9 @@ from funcstage.tensors import added
 def linearize(programs: Programs, tensors: Sequence[Tensor]) -> Linearized[InputTape]:
     """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
     joint = programs.joint
+    if joint.sizes is not None:
+        n_state = joint.n_state - len(joint.sizes)
+        tensors = [*tensors[:n_state], *joint.sizes.of(tensors), *tensors[n_state:]]
     state, args = tensors[: joint.n_state], tensors[joint.n_state :]
     n = joint.output_spec.num_leaves
     end = n + joint.buffers_spec.num_leaves
@@ -36,7 +39,7 @@ def linearize(programs: Programs, tensors: Sequence[Tensor]) -> Linearized[Input
     else:
         results = flight.slot.run("F", programs.forward, state, (), args)
         leaves = handed_out(results[:end])
-    for i, constant in joint.constants.items():
+    for i, constant in programs.constants(state).items():
         leaves[i] = constant
     output = trees.unflatten(joint.output_spec, leaves[:n])
     new_buffers = trees.unflatten(joint.buffers_spec, leaves[n:])
@@ -106,7 +109,12 @@ class InputTape(OnList):
         traced = programs.joint.cotangents
         absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
         backward = programs.backward(absent)
-        given: list[Any] = [_with_strides(cotangents[i], strides) for i, strides in backward.cotangents]
+        given: list[Any] = [
+            _with_strides(cotangents[leaf], strides)
+            for (leaf, _), strides in zip(
+                backward.cotangents, programs.strides(backward, self.state), strict=True
+            )
+        ]
         n, size = backward.n_grads, len(self.residuals)
         kept = {i: self.residuals[i] for i in backward.kept}
         shared = self.shared or retain
@@ -125,7 +133,7 @@ class InputTape(OnList):
             del given
             if not retain:
                 self.residuals, self.intact = (), False
-            results = list(plain_run(step.run, inputs))
+            results = list(plain_run(step.runner(self.state), inputs))
             grads = list(results[:n])
             if shares is None:
                 shares = programs.note_shared(backward, laid_out, results, kept.values())
@@ -203,7 +211,7 @@ class WeightTape(OnList):
         inputs = step.inputs(self.state, self.residuals)
         if not retain:
             self.residuals, self.intact = (), False
-        return list(plain_run(step.run, inputs)), self if retain else None
+        return list(plain_run(step.runner(self.state), inputs)), self if retain else None
 
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
@@ -212,7 +220,7 @@ class WeightTape(OnList):
         step, products = self.programs.weight_grad_into(self.backward)
 
         def run(inputs: list[Any]) -> list[Tensor | None]:
-            return add_into(totals, list(step.run(inputs)), products)
+            return add_into(totals, list(step.runner(self.state)(inputs)), products)
 
         inputs = step.inputs(self.state, self.residuals)
         self.residuals, self.intact = (), False

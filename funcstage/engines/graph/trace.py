@@ -26,6 +26,7 @@ from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unpatch
 from funcstage._torch.interception import intercepting
 from funcstage._torch.messages import LEAF_WRITTEN, says
+from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
@@ -38,6 +39,7 @@ from funcstage.engines.graph.refusals import (
     refuse_writes,
 )
 from funcstage.engines.graph.separable import OWN, Separable
+from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.tape.reentrant import Leftovers
@@ -56,6 +58,7 @@ def trace(
     *,
     recorder: AbstractContextManager[Any] | None = None,
     overwritten: bool = False,
+    open_dims: Open | None = None,
 ) -> Joint:
     """Trace a stage function and its backward; nothing is computed, allocated or mutated.
 
@@ -66,6 +69,7 @@ def trace(
         recorder: entered while the stage function runs.
         overwritten: whether the stage writes into its differentiated arguments, which are then copied.
             Found out by trying.
+        open_dims: dimensions of arguments whose sizes are left open.
 
     Returns:
         The joint graph, free of mutating operations.
@@ -76,7 +80,7 @@ def trace(
         PurityError: if it mutates what it was given.
     """
     with tt.without_modes():
-        run = _Run(call, recorder, overwritten)
+        run = _Run(call, recorder, overwritten, open_dims)
     with (
         tt.without_modes(),
         own_autocast_cache(),
@@ -84,7 +88,7 @@ def trace(
         generators.left_alone(name_of(call.apply)),
     ):
         try:
-            with run.fake_mode, recording():
+            with run.fake_mode, recording(), run.open_kernels():
                 traced = tt.make_fx(run, decomposition_table=dict(decompositions or {}) | OWN)(*run.fakes)
         except StageError:
             raise
@@ -107,8 +111,10 @@ def trace(
         finally:
             run.state.restore()
     if traced is None:
-        return trace(call, decompositions, recorder=recorder, overwritten=True)
+        return trace(call, decompositions, recorder=recorder, overwritten=True, open_dims=open_dims)
     _name_placeholders(traced, run.n_state)
+    if run.sizes is not None:
+        open_sizes(traced, run.sizes, run.n_state)
     forward = _open_cotangents(call.apply, traced)
     check_recorded(call.apply, traced)
     _drop_aliases(traced.graph)
@@ -129,10 +135,15 @@ class _Run:
         regions: checkpointed regions.
         captured: tensors that were read and not given.
         sharding: of the results that are DTensors.
+        sizes: those that are left open.
     """
 
     def __init__(
-        self, call: StageCall, recorder: AbstractContextManager[Any] | None, overwritten: bool
+        self,
+        call: StageCall,
+        recorder: AbstractContextManager[Any] | None,
+        overwritten: bool,
+        open_dims: Open | None,
     ) -> None:
         self._call, self._recorder, self._overwritten = call, recorder, overwritten
         state_leaves, self._state_spec = trees.flatten((call.params, call.buffers))
@@ -142,8 +153,12 @@ class _Run:
         self._n_params = len(call.of_params[0])
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.n_state = sum(i < self._n_leaves for i in self._places)
-        self.fake_mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
-        self.fakes = [tt.fake_like(self.fake_mode, self._leaves[i]) for i in self._places]
+        tensors = [self._leaves[i] for i in self._places]
+        self.sizes = Sizes(tensors, open_dims) if open_dims else None
+        env = None if self.sizes is None else self.sizes.env
+        self.fake_mode = tt.FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
+        geometry = [None if self.sizes is None else self.sizes.geometry(i, t) for i, t in enumerate(tensors)]
+        self.fakes = [tt.fake_like(self.fake_mode, t, g) for t, g in zip(tensors, geometry, strict=True)]
         self.state = State(call.module, objects_among(arg_leaves))
         self.regions = _Regions()
         self._found: _Found | None = None
@@ -210,19 +225,26 @@ class _Run:
         """What was recorded, with what was found."""
         found = self._found
         assert found is not None
+        names = self._names()
+        n_sizes = 0 if self.sizes is None else len(self.sizes)
         return Joint(
             module,
-            self.n_state,
+            self.n_state + n_sizes,
             len(self.fakes) - self.n_state,
             tuple(found.roots),
             found.output_spec,
             found.buffers_spec,
             found.constants,
-            self._names(),
+            (*names[: self.n_state], *["a size"] * n_sizes, *names[self.n_state :]),
             found.changes,
             {tensor: captured.name_of(tensor, self._call.apply) for tensor in self.captured},
             self.sharding,
+            self.sizes,
         )
+
+    def open_kernels(self) -> AbstractContextManager[Any]:
+        """Where sizes are open, operations are taken apart in Python, which can keep them so."""
+        return nullcontext() if self.sizes is None else enable_python_dispatcher()
 
     def _names(self) -> tuple[str, ...]:
         return _names_of(self._state_spec, self._args_spec, self._places)
