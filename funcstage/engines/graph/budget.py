@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.fx import Node
 
+from funcstage._torch.shapes import hint
 from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.cost import cost
 from funcstage.engines.graph.crossing import Choice, Division, crossing
@@ -49,7 +50,7 @@ def within(division: Division, share: float) -> tuple[int, Choice]:
 def _held(nodes: Iterable[Node]) -> int:
     """Bytes that some values keep alive, memory that several share counted once."""
     values = [value for node in nodes if isinstance(value := node.meta["val"], Tensor)]
-    return sum({memory_of(value): value.untyped_storage().nbytes() for value in values}.values())
+    return sum({memory_of(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
 
 
 def _ranked(values: Iterable[Node]) -> list[list[Node]]:
