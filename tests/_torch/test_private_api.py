@@ -534,6 +534,21 @@ def signatures() -> None:
         assert output().dtype is torch.bfloat16
 
 
+@stands_on("_torch/shapes.py", "_torch/tracing.py")
+def open_sizes() -> None:
+    import funcstage as fs
+
+    module = Attention()
+    apply, params, buffers = fs.functionalize(module)
+    compiled = fs.compile(apply, backend="aten", dynamic=True)
+    for n in (3, 7, 5):
+        x = torch.randn(2, n, SEQUENCES.shape[-1])
+        output, _, pullback = fs.stage_vjp(compiled, params, buffers, x)
+        torch.testing.assert_close(output, module(x))
+        assert pullback(torch.ones_like(output))[0][0].shape == x.shape
+    assert "1 signature" in repr(compiled)
+
+
 @stands_on("_torch/inductor.py", "_torch/tracing.py")
 def inductor() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.LayerNorm(4), nn.Linear(4, 4))

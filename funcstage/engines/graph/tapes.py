@@ -23,7 +23,7 @@ from funcstage.state.writes import Watch
 from funcstage.tensors import added
 
 
-def linearize(programs: Programs, tensors: Sequence[Tensor]) -> Linearized[InputTape]:
+def linearize(programs: Programs, tensors: Sequence[Any]) -> Linearized[InputTape]:
     """Run F on parameters, buffers and arguments: return output, new buffers and the tape."""
     joint = programs.joint
     if joint.sizes is not None:
