@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from funcstage._torch.modules import weight_names
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import LeafError, StageError, StructureError
+from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.report import table
 from funcstage.state.contents import Contents
@@ -105,6 +106,7 @@ def function_of(module: nn.Module) -> FunctionalStage:
                 f"{type(module).__name__}: {name!r} is lazy and not yet initialised, so it has no shape. "
                 "Call the module once on an example input, then functionalize it."
             )
+    show_shards(module)
     named_params = dict(module.named_parameters())
     params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named_params.items() if not p.requires_grad}
@@ -120,6 +122,7 @@ class ModuleFunction:
     Attributes:
         module: the module, read for its code and its train/eval mode.
         contents: what it holds, from call to call.
+        gathering: how parameters that FSDP shards become whole.
         refuses_hooks: whether parameters may have no hooks, as nobody would run them.
     """
 
@@ -138,6 +141,7 @@ class ModuleFunction:
         """Read what the module is made of."""
         self._aliases = _tied_names(self.module)
         self._parts = Parts(self.module)
+        self.gathering = Gathering(self.module)
         look_over(self.module)
 
     def _check_parts(self) -> None:
@@ -168,14 +172,18 @@ class ModuleFunction:
         # In-place updates must land in copies; frozen parameters are never updated, so not copied.
         state = {name: b if name in self._frozen else b.clone() for name, b in buffers.items()}
         state.update(params)
+        if self.gathering.groups:
+            state = self.gathering.whole(self.__qualname__, state)
         for alias, name in self._aliases.items():
             state[alias] = state[name]
         recurrent = self._parts.recurrent
-        with locked(module), _flat_weights(recurrent, state) if recurrent else _NOTHING:
+        flat = _flat_weights(recurrent, state) if recurrent else _NOTHING
+        hooks = self.gathering.around(module) if self.gathering.groups else _NOTHING
+        with locked(module), flat, hooks:
             # The ties are resolved above, once, rather than in every call.
             output = self._parts.call_with(state, args, kwargs)
         # Buffers that the module has assigned anew are in `state` now.
-        return output, {name: state[name] for name in buffers}
+        return output, {name: buffers[name] if name in self._frozen else state[name] for name in buffers}
 
     def __repr__(self) -> str:
         return f"<stage function of {self.__qualname__}>"

@@ -14,13 +14,11 @@ from torch import nn
 from funcstage.errors import StructureError
 
 _UNWRAP = "Pass the module inside of it (`.module`)"
-_BEFORE = "Its parameters are shards that only its own forward puts together: pass it before it is sharded"
+_BEFORE = "Its parameters are shards that only its own forward puts together: use `fully_shard` instead"
 _UNREPLICATED = "Pass a module that `replicate` has not worked on"
 
 _WRAPPERS = (
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel", _BEFORE),
-    ("torch.distributed._composable.replicate_with_fsdp", "ReplicateModule", "replicate", _UNREPLICATED),
-    ("torch.distributed.fsdp", "FSDPModule", "fully_shard", _BEFORE),
     ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel", _UNWRAP),
     ("torch.nn.parallel", "DataParallel", "DataParallel", _UNWRAP),
     ("torch.distributed._composable.replicate", "DDP", "replicate", _UNREPLICATED),

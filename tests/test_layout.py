@@ -109,8 +109,8 @@ def test_nothing_has_grown_too_long(path: Path) -> None:
         ("state", "_torch state trees errors registration functional wrappers copies residuals"),
         (
             "engines",
-            "_torch engines state autograd checks copies dtensors effects errors functional report residuals "
-            "tensors trees",
+            "_torch engines state autograd checks copies dtensors effects errors functional gathered "
+            "report residuals tensors trees",
         ),
     ],
 )

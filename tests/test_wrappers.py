@@ -47,15 +47,7 @@ def fully_sharded(module: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
 
 
-def in_two_units(module: nn.Module) -> nn.Module:
-    outer = nn.Sequential(module, nn.Linear(4, 4))
-    fully_shard(outer[1], mesh=mesh())
-    return outer
-
-
 WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
-    "fully_shard": (sharded, "fully_shard"),
-    "a unit of fully_shard": (in_two_units, "submodule '1' is wrapped by fully_shard"),
     "FSDP": (
         lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
         "FullyShardedDataParallel",
@@ -63,7 +55,6 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "DDP": (DistributedDataParallel, "DistributedDataParallel"),
     "DataParallel": (DataParallel, "DataParallel"),
     "replicate": (replicate, "replicate"),
-    "replicate by FSDP": (replicated_by_fsdp, "replicate"),
 }
 
 
@@ -90,6 +81,15 @@ def test_a_wrapped_module_is_refused_by_name(wrapped: tuple[nn.Module, str], pla
         with pytest.raises(fs.StructureError, match=said.split()[-1]) as refused:
             take(module)
         assert "data_parallel" in str(refused.value)  # the way out
+
+
+@pytest.mark.parametrize("wrap", [sharded, replicated_by_fsdp])
+def test_what_fully_shard_has_worked_on_is_taken_and_not_copied(wrap: Any) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
+    assert len(fs.functionalize(module).params) == 4
+    FunctionalPipelineStage(module, 0, 1, "cpu")
+    with pytest.raises(fs.StructureError, match="before fully_shard"):
+        check_stage(module, torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])

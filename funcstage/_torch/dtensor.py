@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "of_cotangent",
     "one",
     "spec_of",
+    "with_dtype",
     "with_placements",
     "wrapped",
 ]
@@ -58,6 +60,12 @@ def with_placements(spec: Any, placements: Sequence[Any]) -> Any:
     if tuple(placements) == tuple(spec.placements):
         return spec
     return DTensorSpec(spec.mesh, tuple(placements), tensor_meta=spec.tensor_meta)
+
+
+def with_dtype(spec: Any, dtype: torch.dtype) -> Any:
+    """The same placements of a whole of another dtype."""
+    meta = spec.tensor_meta
+    return spec if meta.dtype == dtype else replace(spec, tensor_meta=meta._replace(dtype=dtype))
 
 
 def laid_out_as(tensor: Any, placements: Sequence[Any]) -> Any:

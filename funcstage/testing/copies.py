@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from funcstage import trees
-from funcstage.errors import StageError
+from funcstage.errors import StageError, StructureError
+from funcstage.gathered import is_sharded
 from funcstage.state.kept import holders, objects_among
 
 
@@ -29,6 +30,11 @@ def copied(module: nn.Module) -> nn.Module:
         module: any module. What it holds that cannot be copied is the copy's too, generators aside, which
             raise where the copy runs one.
     """
+    if is_sharded(module):
+        raise StructureError(
+            f"{type(module).__name__} is sharded by FSDP, which cannot be copied to be compared with itself. "
+            "Check the module before fully_shard."
+        )
     try:
         return copy.deepcopy(module)
     except Exception:  # whatever the objects that it holds raise

@@ -45,6 +45,7 @@ from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
+from funcstage.gathered import telling
 from funcstage.state import captured
 from funcstage.state.ambient import autocast_off, own_autocast_cache
 from funcstage.state.argument_containers import Containers
@@ -188,7 +189,7 @@ class _Run:
             args, kwargs = trees.unflatten(self._args_spec, values[self._n_leaves :])
             containers = Containers((call.args, call.kwargs), (args, kwargs))
             recorder = nullcontext() if self._recorder is None else self._recorder
-            with intercepting(self.regions), uncompiled(), recorder:
+            with telling(self.regions.gathers), intercepting(self.regions), uncompiled(), recorder:
                 result = call.apply(params, buffers, *args, **kwargs)
             output, new_buffers = checked_result(call.apply, result)
             refuse_writes(owner, containers)
@@ -392,27 +393,42 @@ class _Regions:
                 result = self.leftovers.run(asked.run) if asked.reentrant else asked.run()
         finally:
             self._open = False
-        node = tt.last_recorded()
-        while node is not before:
+        for node in _recorded_since(before):
             node.meta[_REGION] = len(self._policies)
-            node = node.prev
         self._policies.append(policy)
         return result
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)
 
+    @contextmanager
+    def gathers(self, again: bool) -> Iterator[None]:
+        """Parameters are gathered, which are not to be held."""
+        before = tt.last_recorded()
+        yield
+        for node in _recorded_since(before) if again else ():
+            node.meta[_GATHERED] = True
+
     def mark(self, graph: Graph, forward: set[Node]) -> None:
         """Mark all nodes of regions, apart those that the forward reads from outside or policies save."""
         (output,) = graph.find_nodes(op="output")
         results = {node for part in output.args[0][:2] for node in part}
         for node in graph.nodes:
+            if node.meta.get(_GATHERED) and node.op == "call_function":
+                node.meta[CHECKPOINTED] = True  # whole parameters are not held
             region = node.meta.get(_REGION)
             if region is not None and node.op == "call_function":
                 policy = self._policies[region]
                 saved = policy is not None and policy(node)
                 leaves = any(user in forward and user.meta.get(_REGION) != region for user in node.users)
                 node.meta[CHECKPOINTED] = not (saved or leaves or node in results)
+
+
+def _recorded_since(before: Node) -> Iterator[Node]:
+    node = tt.last_recorded()
+    while node is not before:
+        yield node
+        node = node.prev
 
 
 def _drop_aliases(graph: Graph) -> None:
@@ -430,3 +446,4 @@ def _name_placeholders(module: GraphModule, n_state: int) -> None:
 
 
 _REGION = "region"
+_GATHERED = "gathered"
