@@ -7,13 +7,11 @@ gradient noise, gradients from compressed cotangents, Kronecker factors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from funcstage import trees
 from funcstage.copies import Unpicklable
@@ -21,19 +19,6 @@ from funcstage.errors import LeafError
 
 Grads: TypeAlias = list[Tensor | None]
 """A gradient for each parameter leaf."""
-
-_SHAPED = {
-    "view",
-    "unsafe_view",
-    "reshape_alias",
-    "t",
-    "transpose",
-    "permute",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-}
-"""Operations that are none of their own: the one behind them gives a site its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +77,3 @@ class Site(Unpicklable):
             f"<Site {self.name} of {', '.join(self.params)}, inputs {inputs or 'none'}, "
             f"cotangent {list(self.cotangent.shape)}>"
         )
-
-
-def operation_of(node: Node) -> str:
-    """Name an operation after its node on the tape: `"addmm"` for `AddmmBackward0`."""
-    name = re.sub(r"Backward\d*$", "", node.name())
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    behind = [parent for parent, _ in node.next_functions if parent is not None]
-    return operation_of(behind[0]) if name in _SHAPED and len(behind) == 1 else name

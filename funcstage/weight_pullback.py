@@ -12,10 +12,10 @@ from torch import Tensor
 from funcstage import trees
 from funcstage.checks import UNKNOWN, Meta, checked_accumulators, checked_parts, what_was_added
 from funcstage.dtensors import unwrapped
-from funcstage.engines.base import Place, WeightTape
+from funcstage.engines.base import Place, Summed, WeightTape
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.linear import Linear, register
-from funcstage.sites import Site, operation_of
+from funcstage.sites import Site
 from funcstage.state.anomaly import refuse_unchecked
 from funcstage.state.backward_errors import explain
 from funcstage.state.captured import Captured
@@ -156,20 +156,32 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     def sites(self) -> tuple[Site, ...]:
         """The sites of the stage that the output depends on, whose vjps sum up to what W computes.
 
-        Looking at them uses nothing up. A stage without differentiated arguments (`argnums=()`) has no
-        input side to be split from: it is one site for each of its outputs.
+        Looking at them uses nothing up. Those of a compiled stage are read off its program W.
 
         Raises:
-            ConsumedError: if the weight pullback was used.
-            StageError: if the stage is compiled, so that its W is one program, or runs on DTensors.
+            ConsumedError: if the weight pullback was used or split.
+            WrittenError: if something that it reads was written in place after F or I.
+            StageError: if the stage runs on DTensors or takes gradients inside itself, or if it is compiled
+                and I has summed gradients already.
         """
-        places = self._live().sites()
+        tape = self._live()
+        self._check_ready(tape)
+        names = [".".join(map(str, path)) for path in self._params_spec.paths()]
+        try:
+            found = tape.sites()
+            places = None if found is None else list(found)
+        except Summed as summed:
+            params = ", ".join(names[i] for i in summed.reached)
+            raise StageError(
+                f"I of {self.stage} has summed the gradients of {params} already, as a sum takes less "
+                "memory until W than its terms, so that their sites are gone. "
+                "Compile by fs.compile(apply, sites=True), which leaves all sums to W."
+            ) from None
         if places is None:
             raise StageError(
-                f"The sites of {self.stage} cannot be told apart: its W is one program. Give stage_vjp the "
-                "uncompiled stage function (`compiled.apply`), and plain tensors."
+                f"The sites of {self.stage} cannot be told apart: it runs on DTensors, or takes gradients "
+                "inside itself. Give stage_vjp plain tensors, or compile a stage that takes gradients."
             )
-        names = [".".join(map(str, path)) for path in self._params_spec.paths()]
 
         def site(place: Place) -> Site:
             def pull(cotangent: Tensor) -> dict[str, Tensor]:
@@ -178,7 +190,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
                 return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
             params = tuple(names[i] for i in place.reached)
-            return Site(operation_of(place.node), params, tuple(place.inputs), place.cotangent, pull)
+            return Site(place.name, params, tuple(place.inputs), place.cotangent, pull)
 
         return tuple(map(site, places))
 

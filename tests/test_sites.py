@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,9 +28,23 @@ def in_float64() -> Iterable[None]:
     torch.set_default_dtype(before)
 
 
-def weight_pullback_of(module: nn.Module, x: Tensor, cotangent: Tensor) -> fs.WeightPullback:
+ENGINES: dict[str, Callable[[Any], Any]] = {
+    "uncompiled": lambda apply: apply,
+    "compiled": lambda apply: fs.compile(apply, backend="aten"),
+    "all computed again": lambda apply: fs.compile(apply, backend="aten", remat="full"),
+}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def weight_pullback_of(
+    module: nn.Module, x: Tensor, cotangent: Tensor, engine: str = "uncompiled"
+) -> fs.WeightPullback:
     apply, params, buffers = fs.functionalize(module)
-    _, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    _, _, pullback = fs.stage_vjp(ENGINES[engine](apply), params, buffers, x)
     return pullback(cotangent)[1]
 
 
@@ -96,12 +110,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_sum_over_the_sites_is_the_weight_gradient_and_looking_uses_nothing_up(case: str) -> None:
+def test_the_sum_over_the_sites_is_the_weight_gradient_and_looking_uses_nothing_up(
+    case: str, engine: str
+) -> None:
     make, shape = CASES[case]
     torch.manual_seed(0)
     module, x = make(), torch.randn(shape)
     cotangent = torch.randn_like(module(x))
-    weight_pullback = weight_pullback_of(module, x, cotangent)
+    weight_pullback = weight_pullback_of(module, x, cotangent, engine)
     found = summed(weight_pullback.sites)
     again = summed(weight_pullback.sites)
     grads = weight_pullback()
@@ -114,31 +130,31 @@ def test_the_sum_over_the_sites_is_the_weight_gradient_and_looking_uses_nothing_
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_vjp_at_one_examples_cotangent_is_its_gradient(case: str) -> None:
+def test_the_vjp_at_one_examples_cotangent_is_its_gradient(case: str, engine: str) -> None:
     make, shape = CASES[case]
     torch.manual_seed(1)
     module, x = make(), torch.randn(shape)
     cotangent = torch.randn_like(module(x))
-    sites = weight_pullback_of(module, x, cotangent).sites
+    sites = weight_pullback_of(module, x, cotangent, engine).sites
     for i, expected in enumerate(by_example(module, x, cotangent)):
         found = summed(sites, lambda site, i=i: masked(site, i, len(x)))  # type: ignore[misc]
         for name in expected:
             torch.testing.assert_close(found[name], expected[name])
 
 
-def test_the_norm_of_an_examples_gradient_comes_from_inputs_and_cotangents_alone() -> None:
+def test_the_norm_of_an_examples_gradient_comes_from_inputs_and_cotangents_alone(engine: str) -> None:
     # |g x^T|^2 = |g|^2 |x|^2: Goodfellow, arXiv 1510.01799.
     module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
     cotangent = torch.randn(4, 3)
     squares = torch.zeros(4)
-    for site in weight_pullback_of(module, x, cotangent).sites:
+    for site in weight_pullback_of(module, x, cotangent, engine).sites:
         (inputs,) = site.inputs
         squares += site.cotangent.square().sum(1) * (1 + inputs.square().sum(1))
     expected = [sum(g.square().sum() for g in grads.values()) for grads in by_example(module, x, cotangent)]
     torch.testing.assert_close(squares, torch.stack(expected))
 
 
-def test_kronecker_factors_are_those_that_hooks_on_the_layers_see() -> None:
+def test_kronecker_factors_are_those_that_hooks_on_the_layers_see(engine: str) -> None:
     module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
     cotangent = torch.randn(4, 3)
     seen: dict[str, list[Tensor]] = {}
@@ -156,7 +172,7 @@ def test_kronecker_factors_are_those_that_hooks_on_the_layers_see() -> None:
     module(x.clone().requires_grad_()).backward(cotangent)
     for hook in hooks:
         hook.remove()
-    sites = weight_pullback_of(module, x, cotangent).sites
+    sites = weight_pullback_of(module, x, cotangent, engine).sites
     assert {site.params for site in sites} == {("0.bias", "0.weight"), ("2.bias", "2.weight")}
     for site in sites:
         inputs, grads = seen[site.params[0].split(".")[0]]
@@ -164,10 +180,10 @@ def test_kronecker_factors_are_those_that_hooks_on_the_layers_see() -> None:
         torch.testing.assert_close(site.cotangent.T @ site.cotangent, grads.T @ grads)
 
 
-def test_a_compressed_cotangent_gives_the_gradient_of_the_compressed() -> None:
+def test_a_compressed_cotangent_gives_the_gradient_of_the_compressed(engine: str) -> None:
     module, x = nn.Linear(5, 3), torch.randn(8, 5)
     cotangent = torch.randn(8, 3)
-    (site,) = weight_pullback_of(module, x, cotangent).sites
+    (site,) = weight_pullback_of(module, x, cotangent, engine).sites
     kept = torch.where(cotangent.abs() > 0.5, cotangent, 0)
     expected = torch.autograd.grad(module(x), [module.weight, module.bias], kept)
     found = site.vjp(kept)
@@ -181,8 +197,8 @@ def test_a_site_says_what_it_is() -> None:
     assert repr(linear) == "<Site mm of 1.weight, inputs [8, 5], cotangent [2, 4, 3]>"
 
 
-def test_every_use_of_a_shared_weight_is_a_site() -> None:
-    sites = weight_pullback_of(Tied(), torch.randn(2, 5), torch.randn(2, 5)).sites
+def test_every_use_of_a_shared_weight_is_a_site(engine: str) -> None:
+    sites = weight_pullback_of(Tied(), torch.randn(2, 5), torch.randn(2, 5), engine).sites
     assert [site.params for site in sites] == [("weight",), ("weight",)]
 
 
@@ -196,8 +212,8 @@ def test_a_stage_without_differentiated_inputs_is_one_site() -> None:
             torch.testing.assert_close(grad, expected[name])
 
 
-def test_a_used_weight_pullback_has_no_sites_and_its_sites_no_vjp() -> None:
-    weight_pullback = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2))
+def test_a_used_weight_pullback_has_no_sites_and_its_sites_no_vjp(engine: str) -> None:
+    weight_pullback = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2), engine)
     (site,) = weight_pullback.sites
     weight_pullback(retain=True)
     assert torch.equal(site.vjp()["bias"], torch.full((2,), 4.0))
@@ -210,8 +226,8 @@ def test_a_used_weight_pullback_has_no_sites_and_its_sites_no_vjp() -> None:
 @pytest.mark.parametrize(
     "wrong", [torch.ones(4, 3), torch.ones(4, 2, dtype=torch.float32), torch.ones(8), None, 1.0]
 )
-def test_a_cotangent_that_is_not_the_sites_is_refused(wrong: Any) -> None:
-    (site,) = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2)).sites
+def test_a_cotangent_that_is_not_the_sites_is_refused(wrong: Any, engine: str) -> None:
+    (site,) = weight_pullback_of(nn.Linear(3, 2), torch.ones(4, 3), torch.ones(4, 2), engine).sites
     if wrong is None:
         assert site.vjp(wrong).keys() == {"weight", "bias"}  # the one that arrived
         return
@@ -219,25 +235,116 @@ def test_a_cotangent_that_is_not_the_sites_is_refused(wrong: Any) -> None:
         site.vjp(wrong)
 
 
-def test_a_compiled_stage_says_where_its_sites_can_be_had() -> None:
-    apply, params, buffers = fs.functionalize(nn.Linear(3, 2))
-    _, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(4, 3))
-    _, weight_pullback = pullback(torch.ones(4, 2))
-    with pytest.raises(fs.StageError, match=r"Give stage_vjp the uncompiled stage function"):
+def test_the_sites_of_a_compiled_stage_are_those_of_the_uncompiled_one() -> None:
+    modules = [
+        nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3, bias=False)),
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)),
+    ]
+    for module in modules:
+        x = torch.randn(4, 6, 5)
+        cotangent = torch.randn(4, 6, 3)
+        of_both = zip(
+            *(weight_pullback_of(module, x, cotangent, e).sites for e in ("uncompiled", "compiled")),
+            strict=True,
+        )
+        for expected, site in of_both:
+            assert (site.name, site.params) == (expected.name, expected.params)
+            torch.testing.assert_close(site.cotangent.flatten(0, -2), expected.cotangent.flatten(0, -2))
+            torch.testing.assert_close(site.inputs[0].flatten(0, -2), expected.inputs[0].flatten(0, -2))
+
+
+class TwoProducts(nn.Module):
+    """Two weights whose products are added: one cotangent arrives at both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(torch.tanh(x))
+
+
+def test_every_product_of_a_compiled_stage_is_a_site_with_its_own_input() -> None:
+    x, cotangent = torch.randn(4, 5), torch.randn(4, 3)
+    sites = weight_pullback_of(TwoProducts(), x, cotangent, "compiled").sites
+    inputs = {name: site.inputs for site in sites for name in site.params if name.endswith("weight")}
+    assert torch.equal(inputs["first.weight"][0], x)
+    assert torch.equal(inputs["second.weight"][0], torch.tanh(x))
+    assert all(torch.equal(site.cotangent, cotangent) for site in sites)
+
+
+def test_what_sites_show_is_not_overwritten_by_w(engine: str) -> None:
+    module = nn.Sequential(nn.Linear(5, 5), nn.GELU(), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 5))
+    weight_pullback = weight_pullback_of(module, torch.randn(4, 5), torch.randn(4, 5), engine)
+    shown = [tensor for site in weight_pullback.sites for tensor in (*site.inputs, site.cotangent)]
+    before = [tensor.clone() for tensor in shown]
+    weight_pullback()
+    assert all(map(torch.equal, shown, before))
+
+
+def test_pieces_have_the_sites_of_their_parameters(engine: str) -> None:
+    module = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+    x, cotangent = torch.randn(4, 5), torch.randn(4, 3)
+    for piece in weight_pullback_of(module, x, cotangent, engine).split(3):
+        found = summed(piece.sites)
+        for name, grad in piece().items():
+            assert (grad is None) == (name not in found)
+            if grad is not None:
+                torch.testing.assert_close(found[name], grad)
+
+
+def test_an_inductor_stage_has_sites_too() -> None:
+    module = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+    apply, params, buffers = fs.functionalize(module)
+    x, cotangent = torch.randn(4, 5), torch.randn(4, 3)
+    _, _, pullback = fs.stage_vjp(fs.compile(apply), params, buffers, x)
+    _, weight_pullback = pullback(cotangent)
+    sites = weight_pullback.sites
+    assert [site.params for site in sites] == [(f"{i}.bias", f"{i}.weight") for i in (0, 2, 3)]
+    for i, expected in enumerate(by_example(module, x, cotangent)):
+        found = summed(sites, lambda site, i=i: masked(site, i, len(x)))  # type: ignore[misc]
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+def test_sums_that_i_has_made_are_named_with_the_way_out() -> None:
+    module = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 2))
+    x, cotangent = torch.randn(4096, 64), torch.randn(4096, 2)
+    apply, params, buffers = fs.functionalize(module)
+    _, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
+    _, weight_pullback = pullback(cotangent)
+    with pytest.raises(
+        fs.StageError, match=r"gradients of 0\.weight already.*fs\.compile\(apply, sites=True\)"
+    ):
         _ = weight_pullback.sites
-    assert weight_pullback().keys() == {"weight", "bias"}
+    expected = weight_pullback()
+    fast = fs.compile(apply, backend="aten", sites=True)
+    _, _, pullback = fs.stage_vjp(fast, params, buffers, x)
+    _, weight_pullback = pullback(cotangent)
+    for name, grad in summed(weight_pullback.sites).items():
+        torch.testing.assert_close(grad, expected[name])
+    cotangents = [site.cotangent.shape for site in weight_pullback.sites]
+    assert all(shape[0] == 4096 for shape in cotangents)
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "yes"])
+def test_whether_w_sums_is_yes_or_no(wrong: Any) -> None:
+    with pytest.raises(fs.StructureError, match="sites must be True or False"):
+        fs.compile(fs.functionalize(nn.Linear(3, 2)).apply, sites=wrong)
 
 
 # Sums are compared to nine digits, which casts and autocast do not leave.
 PRECISE = tuple(block for block in strategies.BLOCKS if block not in ("cast", "autocast"))
 
 
-@given(module=strategies.modules(PRECISE, dtype=torch.float64), seed=st.integers(0, 99))
-def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
+def check_sums(module: nn.Module, seed: int, engine: str) -> None:
     apply, params, buffers = fs.functionalize(module)
     torch.manual_seed(seed)
     x = torch.randn(2, 3)
-    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    try:
+        output, _, pullback = fs.stage_vjp(ENGINES[engine](apply), params, buffers, x)
+    except fs.TraceError:  # which a stage that reads values gets
+        reject()
     _, weight_pullback = pullback(trees.map_leaves(torch.ones_like, output))
     found = summed(weight_pullback.sites)
     for name, grad in weight_pullback().items():
@@ -245,3 +352,19 @@ def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed:
         if grad is not None:
             close = 1e-9 * grad.abs().max().item()
             torch.testing.assert_close(found[name], grad, rtol=0, atol=close, equal_nan=True)
+
+
+MODULES = strategies.modules(PRECISE, dtype=torch.float64)
+
+
+@given(module=MODULES, seed=st.integers(0, 99))
+def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
+    check_sums(module, seed, "uncompiled")
+
+
+@settings(max_examples=15, deadline=None)  # as tracing takes a moment
+@given(module=MODULES, seed=st.integers(0, 99), engine=st.sampled_from(("compiled", "all computed again")))
+def test_any_compiled_stages_sites_sum_up_to_its_weight_gradient(
+    module: nn.Module, seed: int, engine: str
+) -> None:
+    check_sums(module, seed, engine)

@@ -16,7 +16,6 @@ from weakref import ref
 import optree
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
@@ -153,18 +152,26 @@ class Place(NamedTuple):
     """A site on a tape.
 
     Attributes:
-        node: of its output.
+        name: of the operation.
         cotangent: what arrived there.
         inputs: the residuals behind it.
         reached: which parameter leaves are behind it.
         vjp: from a cotangent to the gradients of all parameter leaves.
     """
 
-    node: Node
+    name: str
     cotangent: Tensor
     inputs: list[Tensor]
     reached: list[int]
     vjp: Callable[[Tensor], list[Tensor | None]]
+
+
+class Summed(Exception):
+    """I has summed some gradients for W already, so that nothing is left of their sites."""
+
+    def __init__(self, reached: Sequence[int]) -> None:
+        super().__init__()
+        self.reached = reached
 
 
 class WeightTape(Tape, Protocol):
@@ -184,7 +191,11 @@ class WeightTape(Tape, Protocol):
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]: ...
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]: ...
     def sites(self) -> Iterable[Place] | None:
-        """What W sums over, or None where it is one program or one tape."""
+        """What W sums over, or None where that cannot be told.
+
+        Raises:
+            Summed: if I has summed some of it.
+        """
 
     def split(self, parts: int) -> Sequence[WeightTape]:
         """Divide W in at most `parts` tapes, each parameter's gradient in one of them; it is then used up."""

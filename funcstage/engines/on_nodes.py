@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from itertools import islice
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from funcstage.copies import Unpicklable
 from funcstage.residuals import Home, Residual, Switchboard, replaced, residuals_of
@@ -100,3 +101,25 @@ class WeightsOnNodes(OnNodes):
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
         return added(totals, self.weight_vjp(retain=False)[0])
+
+
+def operation_of(node: Node) -> str:
+    """Name an operation after its node on the tape: `"addmm"` for `AddmmBackward0`."""
+    name = re.sub(r"Backward\d*$", "", node.name())
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    behind = [parent for parent, _ in node.next_functions if parent is not None]
+    return operation_of(behind[0]) if name in _SHAPED and len(behind) == 1 else name
+
+
+_SHAPED = {
+    "view",
+    "unsafe_view",
+    "reshape_alias",
+    "t",
+    "transpose",
+    "permute",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+}
+"""Operations that are none of their own: the one behind them gives a site its name."""

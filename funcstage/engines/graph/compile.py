@@ -65,12 +65,14 @@ class CompiledStage:
         remat: Remat,
         cuda_graphs: bool,
         dynamic: bool | None = None,
+        sites: bool = False,
     ) -> None:
         self.apply = apply
         self.backend = backend
         self.remat = remat
         self.cuda_graphs = cuda_graphs
         self.dynamic = dynamic
+        self.sites = sites
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
@@ -147,7 +149,7 @@ class CompiledStage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, pickled ones too, are of the stage function, and trace anew."""
-        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs, self.dynamic)
+        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs, self.dynamic, self.sites)
 
     def __repr__(self) -> str:
         named = isinstance(self.remat, str | float)
@@ -289,7 +291,7 @@ class CompiledStage:
         joint = decompose(joint)
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)
-        programs = Programs(joint, partition(joint, self.remat), lower, slots)
+        programs = Programs(joint, partition(joint, self.remat, self.sites), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
         called = self._signature(call)
         plain = called._replace(outside=said)
@@ -334,6 +336,7 @@ def compile(
     remat: Remat = "min_cut",
     cuda_graphs: bool = False,
     dynamic: bool | None = None,
+    sites: bool = False,
 ) -> CompiledStage:
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
@@ -356,6 +359,8 @@ def compile(
             seen to vary is open in the next trace. `True`: all, at once. `False`: none, so that each length
             is traced apart. Sizes 0 and 1 are traced apart in any case, as are those that the stage's code
             or a kernel depends on. CUDA graphs are of one length each.
+        sites: leave all sums to W, so that `weight_pullback.sites` has every site. I sums the gradients of
+            norms otherwise where that saves memory until W.
 
     Returns:
         A stage function for `stage_vjp`.
@@ -385,7 +390,9 @@ def compile(
         raise StructureError(
             "cuda_graphs=True replays one length, so that dynamic=True cannot be had with it. Leave one out."
         )
-    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic)
+    if not isinstance(sites, bool):
+        raise StructureError(f"sites must be True or False, got {sites!r}.")
+    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites)
 
 
 def _checked(remat: object) -> Remat:

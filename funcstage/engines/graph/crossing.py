@@ -61,8 +61,8 @@ class Division:
     cheap: set[Node]
 
     @classmethod
-    def of(cls, joint: Joint) -> Division:
-        """Divide a joint graph, which is left as it is."""
+    def of(cls, joint: Joint, sites: bool = False) -> Division:
+        """Divide a joint graph, which is left as it is; for `sites`, W sums all gradients itself."""
         graph = joint.module.graph
         outputs, new_buffers, input_grads, param_grads = joint.results
         placeholders = joint.placeholders
@@ -76,7 +76,7 @@ class Division:
                 urgent.add(node)  # an entry of a result is at hand where the result is, which cannot be saved
         deferred = (late & ancestors(param_grads)) - urgent - set(cotangents)
         early = [node for node in graph.nodes if node not in deferred and node.op != "output"]
-        movable = _movable(graph, deferred) if urgent else set()
+        movable = _movable(graph, deferred) if urgent and not sites else set()
         cheap = {node for node in early if is_cheap(node)}
         needed = ancestors((*outputs, *new_buffers))
         return cls(joint, state, late, needed, for_inputs, urgent, deferred, early, movable, cheap)
@@ -139,18 +139,25 @@ def _free(nodes: Iterable[Node], state: set[Node], cheap: set[Node]) -> set[Node
     return free
 
 
+SUMMED_EARLY = 2**20
+"""Bytes that a sum must save for I to compute it for W, whose sites then have no cotangent of their own."""
+
+
 def _movable(graph: Graph, deferred: set[Node]) -> set[Node]:
     """What W computes from its residuals by mapping and summing alone.
 
     The sums of a norm's weight gradient are far smaller than what they sum, which I has at hand.
     """
     movable: set[Node] = set()
+    large: set[Node] = set()
     for node in graph.nodes:
         sums = getattr(node.target, "overloadpacket", None) in (aten.sum, aten.mean)
         maps_or_sums = node in deferred and (sums or is_cheap(node))
         if maps_or_sums and all(read in movable for read in node.all_input_nodes if read in deferred):
             movable.add(node)
-    return movable
+            if sums and sum(map(nbytes, node.all_input_nodes)) - nbytes(node) >= SUMMED_EARLY:
+                large.add(node)
+    return movable & (ancestors(large) | dependents(graph, large))
 
 
 def _reads(nodes: set[Node], results: Iterable[Node | None]) -> dict[Node, None]:

@@ -77,6 +77,11 @@ class Joint:
         return self.module.graph.find_nodes(op="placeholder")
 
     @property
+    def args(self) -> list[Node]:
+        """Placeholders of the arguments."""
+        return self.placeholders[self.n_state : self.n_state + self.n_args]
+
+    @property
     def results(self) -> tuple[Sequence[Node | None], ...]:
         """Output leaves, new buffers, input gradients, parameter gradients."""
         (output,) = self.module.graph.find_nodes(op="output")

@@ -33,6 +33,7 @@ class Partition:
         linear: the residuals and inputs of the backward that it is linear in: cotangents and what I
             made of them.
         recomputed: what is computed in more than one program.
+        summed: what I hands on of gradients that it has summed for W.
         budget: how many bytes F may hand on, where that was asked for.
     """
 
@@ -45,10 +46,11 @@ class Partition:
     nbytes: dict[str, int]
     linear: frozenset[str]
     recomputed: tuple[str, ...]
+    summed: frozenset[str]
     budget: int | None = None
 
 
-def partition(joint: Joint, remat: Remat) -> Partition:
+def partition(joint: Joint, remat: Remat, sites: bool = False) -> Partition:
     """Divide a joint graph in three.
 
     Args:
@@ -58,11 +60,13 @@ def partition(joint: Joint, remat: Remat) -> Partition:
             tells of a node whether its value is to be saved, or a budget: the share of the bytes between
             what "full" and "none" hold after F. Random operations never run twice.
 
+        sites: whether W must sum all gradients itself, which I may do for it otherwise.
+
     Returns:
         The partition. Under "none" and "min_cut" no matrix product, attention, convolution or reduction
         is in two programs.
     """
-    division = Division.of(joint)
+    division = Division.of(joint, sites)
     budget = None
     if isinstance(remat, float):
         budget, remat = within(division, remat)
@@ -98,5 +102,6 @@ def partition(joint: Joint, remat: Remat) -> Partition:
         {node.name: nbytes(node) for node in (*after_forward, *from_input)},
         frozenset(node.name for node in (*cotangents, *from_input) if node in late),
         tuple(name for name, n in counts.items() if n > 1),
+        frozenset(node.name for node in from_input if node in deferred),
         budget,
     )

@@ -26,13 +26,13 @@ class Pieces(NamedTuple):
 
     Attributes:
         first: what runs before any of the pieces, if there is anything; all of its results are handed on.
-        handed: what the pieces call these results.
+        handed: these results, by what the pieces call them.
         programs: the pieces, with the results of W, `None` where that is another one's.
         common: inputs that several of the programs read.
     """
 
     first: Program | None
-    handed: tuple[str, ...]
+    handed: dict[str, Node]
     programs: tuple[Program, ...]
     common: frozenset[str]
 
@@ -58,7 +58,7 @@ def divide(program: Program, parts: int) -> Pieces:
                 costs[k] += cost(node)
     runs = balanced(costs, parts)
     if len(runs) < 2:
-        return Pieces(None, (), (program,), frozenset())
+        return Pieces(None, {}, (program,), frozenset())
     piece_of = {i: piece for piece, run in enumerate(runs) for k in run for i in groups[k]}
     chosen = [{i for i, of in piece_of.items() if of == piece} for piece in range(len(runs))]
     several = [n for n, results_of in needed.items() if len({piece_of[i] for i in results_of}) > 1]
@@ -71,12 +71,12 @@ def divide(program: Program, parts: int) -> Pieces:
     read.update(node for node in results if node is not None)
     handed_on = [node for node in needed if node in before and node in read and not is_number(node)]
     crossing = {node: f"handed_{node.name}" for node in handed_on}
-    first = _program(program, [*crossing], {}) if crossing else None
-    programs = tuple(_program(program, piece, crossing) for piece in wanted)
+    first = cut_out(program, [*crossing], {}) if crossing else None
+    programs = tuple(cut_out(program, piece, crossing) for piece in wanted)
     # What is handed on may lie in the memory of what `first` reads.
     times = Counter(name for piece in (first, *programs) if piece is not None for name in piece.inputs)
     common = frozenset(name for name, n in times.items() if n > 1)
-    return Pieces(first, tuple(crossing.values()), programs, common)
+    return Pieces(first, {name: node for node, name in crossing.items()}, programs, common)
 
 
 def _needed_for(graph: Graph, results: Sequence[Node | None]) -> dict[Node, set[int]]:
@@ -116,7 +116,7 @@ def _behind(results: Iterable[Node | None], given: Iterable[Node]) -> dict[Node,
     return found
 
 
-def _program(program: Program, results: Sequence[Node | None], given: dict[Node, str]) -> Program:
+def cut_out(program: Program, results: Sequence[Node | None], given: dict[Node, str]) -> Program:
     """Cut the program of some results out of another, which reads what is given under other names."""
     root = program.module
     graph = Graph()

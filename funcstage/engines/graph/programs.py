@@ -24,9 +24,11 @@ from funcstage.engines.graph.accumulate import Product, accumulating
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.extract import Program, giving_away
 from funcstage.engines.graph.joint import Joint
+from funcstage.engines.graph.nodes import dependents
 from funcstage.engines.graph.partition import Partition
-from funcstage.engines.graph.pieces import divide
+from funcstage.engines.graph.pieces import cut_out, divide
 from funcstage.engines.graph.runners import Lower, Runner, plain_run, run_as_python
+from funcstage.engines.graph.sites import ProgramSite, depending_on, sites_of
 from funcstage.state.writes import Watch
 
 
@@ -188,12 +190,19 @@ class Programs:
         if key not in self._made:
             first, handed, programs, common = divide(backward.weight_grad, parts)
             step = None if first is None else self._step(first, self.kept(backward))
+            linear, data = (
+                names | {name for name, node in handed.items() if node in depending}
+                for names in (backward.linear, backward.data)
+                for depending in [depending_on(backward.weight_grad, names)]
+            )
             pieces = [
                 replace(
                     backward,
                     weight_grad=program,
                     whole=backward.whole or backward,
-                    handed=backward.handed + handed,
+                    linear=linear,
+                    data=data - linear,
+                    handed=(*backward.handed, *handed),
                     common=backward.common | common,
                     name=f"{backward.name}, {i} of {len(programs)}",
                 )
@@ -230,6 +239,30 @@ class Programs:
         found = tuple(i for i, grad in grads if grad is not None and ft.storage_key(grad) in memory)
         self._made["shared", backward] = found
         return found
+
+    def sites(self, backward: Backward) -> tuple[Step, tuple[ProgramSite, ...], tuple[Step, ...]]:
+        """The sites of W: what yields all their views and inputs, they, and what runs from each of them."""
+        key = "sites", backward
+        if key not in self._made:
+            program = backward.weight_grad
+            found = sites_of(program, backward.linear, backward.data, self.joint.sizes)
+            values = [node for site in found for node in (*site.views, *site.inputs)]
+            kept = self.kept(backward)
+            seen = self._step(cut_out(program, values, {}), kept)
+            rest = [*kept, *(site.cotangent for site in found)]
+            self._made[key] = (
+                seen,
+                found,
+                tuple(self._step(s.program, rest, lower=run_as_python) for s in found),
+            )
+        return self._made[key]
+
+    def summed(self, backward: Backward) -> list[int]:
+        """Which parameters' gradients I has summed for W."""
+        program = backward.weight_grad
+        depending = depending_on(program, self.partition.summed)
+        (output,) = program.module.graph.find_nodes(op="output")
+        return [i for i, node in enumerate(output.args[0]) if node in depending]
 
     def found(
         self,
@@ -274,13 +307,19 @@ class Programs:
     def _cotangents(self) -> list[str]:
         return [node.name for node in self.joint.placeholders[self.joint.n_state + self.joint.n_args :]]
 
-    def _step(self, program: Program, rest: Sequence[str], donated: Collection[str] = ()) -> Step:
+    def _step(
+        self,
+        program: Program,
+        rest: Sequence[str],
+        donated: Collection[str] = (),
+        lower: Lower | None = None,
+    ) -> Step:
         """Lower a program whose inputs are state, then some of `rest`."""
         names = [node.name for node in self.joint.placeholders[: self.joint.n_state]]
         state = {name: i for i, name in enumerate(names)}
         others = {name: i for i, name in enumerate(rest)}
         with tt.one_at_a_time:
-            run = self.lower(program.module, donated)
+            run = (lower or self.lower)(program.module, donated)
         return Step(
             self._checked(run, program),
             tuple(state[name] for name in program.inputs if name in state),
@@ -315,6 +354,8 @@ class Programs:
             len(input_grad.results) - len(parts.from_input),
             tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
             tuple(i for i, name in enumerate(parts.from_input) if name in needed),
+            parts.linear,
+            frozenset(node.name for node in dependents(joint.module.graph, joint.args)) - parts.linear,
         )
 
 
@@ -351,6 +392,8 @@ class Backward:
         n_grads: how many results of I are input gradients; the others are residuals of W.
         kept: the residuals of F that W reads.
         made: the residuals of I that W reads.
+        linear: what W reads that depends on cotangents.
+        data: what else it reads that depends on arguments.
         whole: what W was split from, if this is a piece.
         handed: what else W reads, as what ran when it was split has made it.
         common: residuals that other pieces of W read too.
@@ -363,6 +406,8 @@ class Backward:
     n_grads: int
     kept: tuple[int, ...]
     made: tuple[int, ...]
+    linear: frozenset[str]
+    data: frozenset[str]
     whole: Backward | None = None
     handed: tuple[str, ...] = ()
     common: frozenset[str] = frozenset()

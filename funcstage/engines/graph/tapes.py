@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage.copies import Unpicklable
-from funcstage.engines.base import Linearized
+from funcstage.engines.base import Linearized, Place, Summed
 from funcstage.engines.graph.accumulate import add_into, can_add_into
 from funcstage.engines.graph.cuda_graphs import Flight, handed_out
 from funcstage.engines.graph.programs import Backward, Programs
 from funcstage.engines.graph.runners import plain_run
+from funcstage.engines.graph.sites import restored
 from funcstage.state.writes import Watch
 from funcstage.tensors import added
 
@@ -179,8 +182,27 @@ class WeightTape(OnList):
         kept = self.programs.kept(self.backward)
         return self.programs.found(self.backward.weight_grad, self.state, kept, self.residuals)
 
-    def sites(self) -> None:
-        return None
+    def sites(self) -> Iterator[Place]:
+        """Yield the sites; nothing is used up."""
+        programs, backward = self.programs, self.backward
+        summed = programs.summed(backward)
+        if summed:
+            raise Summed(summed)
+        self.shared = True  # what sites show must not be overwritten by W
+        step, found, steps = programs.sites(backward)
+        values = iter(step(self.state, self.residuals))
+        n_names = len(programs.kept(backward))
+
+        def vjp_of(k: int, views: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+            given: list[Any] = [*self.residuals, *[None] * len(found)]
+            given[n_names + k] = restored(cotangent, views, found[k].views)
+            return list(steps[k](self.state, given))
+
+        for k, site in enumerate(found):
+            views: list[Any] = [*islice(values, len(site.views))]
+            inputs: list[Any] = [*islice(values, len(site.inputs))]
+            vjp = partial(vjp_of, k, views)
+            yield Place(site.name, views[-1], inputs, list(site.reached), vjp)
 
     def split(self, parts: int) -> list[WeightTape]:
         """Divide W by parameters, after what several pieces need and is not cheap has run."""

@@ -20,7 +20,7 @@ from funcstage.engines import on_nodes
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
 from funcstage.engines.levels.pieces import split
-from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
+from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes, operation_of
 from funcstage.residuals import (
     Home,
     Residual,
@@ -147,7 +147,7 @@ class WeightTape(WeightsOnNodes):
         for edge, cotangent in self.seeds:
             saved = origin.saved([edge], self.home)
             yield Place(
-                edge.node,
+                operation_of(edge.node),
                 cotangent,
                 [residual.tensor for residual in saved],
                 reached_from([edge]),

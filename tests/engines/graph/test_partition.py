@@ -86,9 +86,14 @@ def joint_of(module: nn.Module, x: Tensor) -> Any:
 
 
 def test_gradients_of_norms_are_summed_where_their_terms_are_at_hand() -> None:
-    parts = partition(joint_of(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)), torch.randn(64, 8)), "min_cut")
+    joint = joint_of(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)), torch.randn(2**16, 8))
+    parts = partition(joint, "min_cut")
     small = [name for name in parts.from_input if parts.nbytes[name] == 8 * 4]
     assert small, parts.nbytes
+    assert parts.summed == {*small}
+    parts = partition(joint, "min_cut", sites=True)
+    assert not parts.summed
+    assert all(parts.nbytes[name] > 8 * 4 for name in parts.from_input)
 
 
 def test_the_programs_mutate_nothing() -> None:
