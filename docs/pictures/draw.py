@@ -1,4 +1,4 @@
-"""Draw the pictures of the guide: `python docs/pictures/draw.py` writes them beside this file (matplotlib)."""
+"""Draw the pictures of the guide beside this file, with matplotlib: `python docs/pictures/draw.py`."""
 
 from __future__ import annotations
 
