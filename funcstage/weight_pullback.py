@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, Never
+from typing import Any, Generic, Never, overload
 
 import optree
 import torch
@@ -24,6 +24,7 @@ from funcstage.state.undone import undone_if_interrupted
 from funcstage.state.writes import Watch, refuse_written, versions
 from funcstage.tensors import added
 from funcstage.trees import AnyParams, describe
+from funcstage.updating import Update, Updating
 
 
 class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
@@ -220,10 +221,33 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         return WeightPullback(tape, self.stage, self._params_spec, self._params, self._watches)
 
 
+@overload
 def stage_backward_weight(
     weight_pullbacks: WeightPullback[AnyParams] | Iterable[WeightPullback[AnyParams]],
     accumulate: AnyParams | None = None,
-) -> AnyParams:
+    *,
+    update: None = None,
+    state: None = None,
+) -> AnyParams: ...
+
+
+@overload
+def stage_backward_weight(
+    weight_pullbacks: WeightPullback[AnyParams] | Iterable[WeightPullback[AnyParams]],
+    accumulate: AnyParams | None = None,
+    *,
+    update: Update,
+    state: Any = None,
+) -> tuple[AnyParams, Any]: ...
+
+
+def stage_backward_weight(
+    weight_pullbacks: WeightPullback[AnyParams] | Iterable[WeightPullback[AnyParams]],
+    accumulate: AnyParams | None = None,
+    *,
+    update: Update | None = None,
+    state: Any = None,
+) -> AnyParams | tuple[AnyParams, Any]:
     """Run W for one or many microbatches and sum.
 
     Args:
@@ -232,18 +256,38 @@ def stage_backward_weight(
             as zero. Its tensors are donated: the sum reuses their storage. A wider dtype than the
             parameters' (float32 for bfloat16) is kept. A compiled stage's matrix products add into them
             directly, without rounding in between.
+        update: an optimizer's step for one parameter, `update(param, grad, state) -> (param, state)`, called as
+            soon as the last of `weight_pullbacks` that has a share of the gradient, or reads the parameter, is
+            through; the gradient is let go then. It may write into all three and return `None`. With
+            pieces (`WeightPullback.split`), all microbatches' first ones first, no more than one piece's
+            gradients exist at a time.
+        state: for `update`, a tree that has a state for each parameter in that one's place; `None` where
+            that is left out.
 
     Returns:
-        The summed gradients, with the structure of the parameters; `None` where nothing contributed.
+        The summed gradients, with the structure of the parameters; `None` where nothing contributed. With
+        `update`, instead, the parameters and the states; those without a gradient are as they were.
 
     Raises:
         ConsumedError: if a pullback was used before, or is listed twice.
         WrittenError: if something that one of them reads was written in place after F or I.
-        StructureError: if pullbacks or `accumulate` differ in structure.
+        StructureError: if pullbacks, `accumulate` or `state` differ in structure, or `update` is no function.
         LeafError: if a leaf of `accumulate` cannot take its parameter's gradient.
 
     These leave everything as it was. Another error, in the midst of a sum, has a note that says which
-    microbatches are in `accumulate`; those and the one that failed are consumed.
+    microbatches are in `accumulate`, and what was updated; those and the one that failed are consumed.
+
+    Example:
+        >>> import torch, funcstage as fs
+        >>> apply, params, buffers = fs.functionalize(torch.nn.Linear(3, 2))
+        >>> output, buffers, pullback = fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
+        >>> _, weight_pullback = pullback(torch.ones(4, 2))
+        >>> def descend(param, grad, steps):
+        ...     return param - 0.1 * grad, steps + 1
+        >>> steps = {"weight": 0, "bias": 0}
+        >>> params, steps = fs.stage_backward_weight(weight_pullback, update=descend, state=steps)
+        >>> steps
+        {'weight': 1, 'bias': 1}
     """
     pending = [weight_pullbacks] if isinstance(weight_pullbacks, WeightPullback) else list(weight_pullbacks)
     if not pending:
@@ -251,18 +295,35 @@ def stage_backward_weight(
     _check_pending(pending)
     first = pending[0]
     total = given = checked_accumulators(first, accumulate)
+    updating = _updating(pending, update, state)
     counted = [*given, *unwrapped(given)[0]]  # writes go through a DTensor, or into what this rank has
     start = versions(counted)
     for i, weight_pullback in enumerate(pending):
         before = versions(counted)
         try:
             total = weight_pullback._add_into(total)
+            if updating is not None:
+                updating.apply(i, total)
         except BaseException as error:
             uncounted = any(leaf is not None and leaf.is_inference() for leaf in given)
             added = UNKNOWN if uncounted else what_was_added(i, start, before, versions(counted))
             error.add_note(f"This was W of {first.stage}, weight pullback {i} of {len(pending)}. {added}")
+            if updating is not None:
+                error.add_note(str(updating))
             raise
-    return trees.unflatten(first._params_spec, total)
+    return trees.unflatten(first._params_spec, total) if updating is None else updating.results()
+
+
+def _updating(pending: Sequence[WeightPullback], update: object, state: Any) -> Updating | None:
+    if update is None:
+        if state is not None:
+            raise StructureError("state is what update is called with: pass update too, or leave state out.")
+        return None
+    tapes = [weight_pullback._live() for weight_pullback in pending]
+    first = pending[0]
+    reached = [{*tape.reached()} for tape in tapes]
+    reads = (tape.reads() for tape in tapes)
+    return Updating.of(update, state, first._params_spec, first._params, reached, [*reads])
 
 
 def _check_pending(pending: Sequence[WeightPullback]) -> None:

@@ -197,6 +197,9 @@ class WeightTape(Tape, Protocol):
             Summed: if I has summed some of it.
         """
 
+    def reached(self) -> Iterable[int]:
+        """Which parameters W may have gradients of."""
+
     def split(self, parts: int) -> Sequence[WeightTape]:
         """Divide W in at most `parts` tapes, each parameter's gradient in one of them; it is then used up."""
 

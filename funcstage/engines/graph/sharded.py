@@ -124,6 +124,9 @@ class WeightTape(Unpicklable):
     def sites(self) -> None:
         return None
 
+    def reached(self) -> Iterable[int]:
+        return self.tape.reached()
+
     def split(self, parts: int) -> Sequence[WeightTape]:
         return [replace(self, tape=tape) for tape in self.tape.split(parts)]
 

@@ -204,6 +204,10 @@ class WeightTape(OnList):
             vjp = partial(vjp_of, k, views)
             yield Place(site.name, views[-1], inputs, list(site.reached), vjp)
 
+    def reached(self) -> list[int]:
+        """Which results the program has."""
+        return [i for i, name in enumerate(self.backward.weight_grad.results) if name is not None]
+
     def split(self, parts: int) -> list[WeightTape]:
         """Divide W by parameters, after what several pieces need and is not cheap has run."""
         first, pieces = self.programs.pieces(self.backward, parts)

@@ -28,6 +28,13 @@ def split(tape: WeightTape, parts: int) -> list[WeightTape]:
     return [_merged(tape, [units[i].tape for i in members]) for members in chosen] or [tape]
 
 
+def reached(tape: WeightTape) -> set[int]:
+    """Which parameters lie behind the sites of W."""
+    nodes = {node for unit in _units(tape) for node in unit.nodes}
+    ends = {id(end) for node in nodes if (end := getattr(node, "variable", None)) is not None}
+    return {i for i, leaf in tape.origin.params if id(leaf) in ends}
+
+
 class _Unit(NamedTuple):
     """What cannot be divided: one site.
 

@@ -19,7 +19,7 @@ from funcstage._torch.tensors import is_symbolic_zero
 from funcstage.engines import on_nodes
 from funcstage.engines.base import Place, is_differentiated
 from funcstage.engines.levels.checkpoint import Rerun
-from funcstage.engines.levels.pieces import split
+from funcstage.engines.levels.pieces import reached, split
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes, operation_of
 from funcstage.residuals import (
     Home,
@@ -159,6 +159,10 @@ class WeightTape(WeightsOnNodes):
                     reached=reached_from([outside[i] for i in place.reached]),
                     vjp=lambda grad, inside=place.vjp, outside=outside: vjp_from(outside, inside(grad)),  # type: ignore[misc]
                 )
+
+    def reached(self) -> set[int]:
+        """Which parameters lie behind the sites."""
+        return reached(self)
 
     def split(self, parts: int) -> list[WeightTape]:
         """Divide the sites."""

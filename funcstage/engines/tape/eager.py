@@ -84,6 +84,10 @@ class WeightTape(WeightsOnNodes):
     def sites(self) -> None:
         return None
 
+    def reached(self) -> Iterable[int]:
+        """Any: a backward of the stage's own may add to whichever it likes."""
+        return self.origin.params
+
     def split(self, parts: int) -> list[WeightTape]:
         """Deal out the groups, which have no weight and no site in common."""
         params = {get_gradient_edge(leaf).node: i for i, leaf in self.origin.params.items()}
