@@ -59,8 +59,8 @@ class Updating:
         """
         if not callable(update):
             raise StructureError(
-                "update must be a function of a parameter, its gradient and its state, which returns both anew, "
-                f"or None where it has written into them; got {trees.describe(update)}."
+                "update must be a function of a parameter, its gradient and its state that returns parameter "
+                f"and state, or None where it has written into them; got {trees.describe(update)}."
             )
         due: list[list[int]] = [[] for _ in reached]
         memory = [{*map(ft.storage_key, read)} for read in reads]

@@ -256,11 +256,11 @@ def stage_backward_weight(
             as zero. Its tensors are donated: the sum reuses their storage. A wider dtype than the
             parameters' (float32 for bfloat16) is kept. A compiled stage's matrix products add into them
             directly, without rounding in between.
-        update: an optimizer's step for one parameter, `update(param, grad, state) -> (param, state)`, called as
-            soon as the last of `weight_pullbacks` that has a share of the gradient, or reads the parameter, is
-            through; the gradient is let go then. It may write into all three and return `None`. With
-            pieces (`WeightPullback.split`), all microbatches' first ones first, no more than one piece's
-            gradients exist at a time.
+        update: an optimizer's step for one parameter, `update(param, grad, state) -> (param, state)`. It is
+            called as soon as the last of `weight_pullbacks` that has a share of the gradient, or reads the
+            parameter, has run; the gradient is let go then. It may write into all three and return `None`.
+            With pieces (`WeightPullback.split`), the first ones of all microbatches before the second ones,
+            no more than one piece's gradients exist at a time.
         state: for `update`, a tree that has a state for each parameter in that one's place; `None` where
             that is left out.
 
