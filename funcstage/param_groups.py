@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch.autograd.graph import GradientEdge, Node
 
 from funcstage._torch.tape import Edge, is_python
+from funcstage.engines.rules.group_norm import refuse_without_dx
 
 NumberedEdges = tuple[tuple[int, Edge], ...]
 """Edges of one node, each with its place in `node.next_functions`."""
@@ -82,6 +83,7 @@ def _walk(
             stack.pop()
             tape.setdefault(node, entered[node])
             continue
+        refuse_without_dx(node)
         owners[node] = above if is_python(node) else None
         following = enumerate(node.next_functions)
         edges = tuple((k, (after, number)) for k, (after, number) in following if after is not None)

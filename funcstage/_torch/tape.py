@@ -104,3 +104,9 @@ def output_shapes(node: Node) -> list[torch.Size]:
 def dtypes_into(node: Node) -> set[torch.dtype]:
     """The dtypes of the values whose gradients arrive at a node."""
     return {meta.dtype for meta in node._input_metadata if meta is not None}
+
+
+def saved_input(node: Any) -> torch.Tensor:
+    """What an operation has saved as `input`."""
+    saved: torch.Tensor = node._saved_input
+    return saved

@@ -11,11 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from funcstage import trees
 from funcstage._torch.operators import suggest_memory_format
+from funcstage._torch.tape import saved_input
 from funcstage.engines.rules.base import Call
+from funcstage.errors import StructureError
+
+GROUP_NORMS = (F.group_norm, torch.group_norm)
 
 SURVIVES = torch.__version__ >= "2.14"
 """Whether the kernel does without dX."""
@@ -37,3 +43,20 @@ def edges_to_ask_for(node: Node) -> list[Any]:
     """Places on an eager tape whose gradients a node must be asked for, besides those that are wanted."""
     x = node.next_functions[0] if node.name() == "NativeGroupNormBackward0" and not SURVIVES else (None, 0)
     return [] if x[0] is None else [x]
+
+
+def refuse_without_dx(node: Node) -> None:
+    """Refuse an operation of an eager tape that cannot be asked for dX, as its input requires no grad.
+
+    Raises:
+        StructureError: where its backward would take the process down, in plain torch too.
+    """
+    if SURVIVES or node.name() != "NativeGroupNormBackward0" or node.next_functions[0][0] is not None:
+        return
+    x = saved_input(node)
+    if x.is_cpu and suggest_memory_format(x) != torch.contiguous_format:
+        raise StructureError(
+            f"A group norm on the CPU has an input in channels-last memory, {trees.describe(x)}, that requires "
+            f"no grad: its backward ends the process in torch {torch.__version__}, and not from 2.14 on. Give "
+            "the stage x.contiguous(), or x.requires_grad_()."
+        )

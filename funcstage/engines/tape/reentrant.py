@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage.effects import refuse_effects
+from funcstage.engines.rules.base import Call
+from funcstage.engines.rules.group_norm import GROUP_NORMS, SURVIVES, contiguous_group_norm, crashes
 
 
 class Leftovers:
@@ -55,6 +57,8 @@ class OneTape(TorchFunctionMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation."""
+        if func in GROUP_NORMS and not SURVIVES and crashes(Call(args, kwargs, traced=False, split=True)):
+            return contiguous_group_norm(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 

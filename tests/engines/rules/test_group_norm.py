@@ -76,3 +76,43 @@ def test_affine_group_norm_in_channels_last_survives_in_all_engines(device: str)
     code = f"import funcstage.autograd\n{GROUP_NORM}"
     ran = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+WITHOUT_DX = """
+import torch
+import funcstage as fs
+from funcstage.engines.rules.group_norm import SURVIVES
+
+class Inner(torch.nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x) + torch.func.grad(lambda p: super(Inner, self).forward(p).square().sum())(x)
+
+def found(module, x, stage):
+    leaf = x.contiguous().requires_grad_()
+    expected = torch.autograd.grad(module(leaf).sum(), list(module.parameters()))
+    torch.testing.assert_close([*stage(module, x)], [*expected])
+
+def uncompiled(module, x):
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=())
+    return pullback(torch.ones_like(output))[1]().values()
+
+def on_a_tape(module, x):
+    output, parameters = module(x), list(module.parameters())
+    _, groups = fs.autograd.stage_backward_input([output], [torch.ones_like(output)], [], iter(parameters))
+    return fs.autograd.stage_backward_weight(iter(parameters), groups)
+
+x = torch.randn(2, 4, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+found(Inner(2, 4).double(), x, uncompiled)
+try:
+    found(torch.nn.GroupNorm(2, 4).double(), x, on_a_tape)
+except fs.StructureError as error:
+    assert not SURVIVES and "group norm on the CPU" in str(error), error
+found(torch.nn.GroupNorm(2, 4).double(), x.contiguous(), on_a_tape)
+"""
+
+
+def test_affine_group_norm_of_what_requires_no_grad_survives_or_is_refused() -> None:
+    code = f"import funcstage.autograd\n{WITHOUT_DX}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
