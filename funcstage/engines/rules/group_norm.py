@@ -56,7 +56,7 @@ def refuse_without_dx(node: Node) -> None:
     x = saved_input(node)
     if x.is_cpu and suggest_memory_format(x) != torch.contiguous_format:
         raise StructureError(
-            f"A group norm on the CPU has an input in channels-last memory, {trees.describe(x)}, that requires "
-            f"no grad: its backward ends the process in torch {torch.__version__}, and not from 2.14 on. Give "
-            "the stage x.contiguous(), or x.requires_grad_()."
+            f"A group norm on the CPU has an input in channels-last memory, {trees.describe(x)}, that "
+            f"requires no grad. Its backward would end the process in torch {torch.__version__}; torch 2.14 "
+            "can do it. Give the stage x.contiguous(), or x.requires_grad_()."
         )
