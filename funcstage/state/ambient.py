@@ -108,11 +108,11 @@ def of_torch(devices: Iterable[torch.device] = ()) -> Iterator[Generator]:
 
 
 def of_process() -> Iterator[Generator]:
-    """Python's generator, and NumPy's where that is loaded; their states can be compared."""
+    """Python's generator, and NumPy's where that is loaded."""
     yield Generator("random", random.getstate, random.setstate)
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
-        yield Generator("numpy.random", lambda: _comparable(numpy.get_state()), numpy.set_state)
+        yield Generator("numpy.random", numpy.get_state, numpy.set_state)
 
 
 def _comparable(state: Any) -> tuple[Any, ...]:
@@ -138,7 +138,11 @@ class RandomState:
 
     def moved(self) -> list[str]:
         """The names of those that have another state now; of the process's, whose states can be compared."""
-        return [generator.name for generator, state in self._noted if generator.state() != state]
+        return [
+            generator.name
+            for generator, state in self._noted
+            if _comparable(generator.state()) != _comparable(state)
+        ]
 
     @contextmanager
     def again(self) -> Iterator[None]:

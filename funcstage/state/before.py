@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcstage._torch import functorch as ft
-from funcstage.state.ambient import RandomState, of_torch
+from funcstage.state.ambient import RandomState, of_process, of_torch
 from funcstage.state.contents import Contents, Held
 from funcstage.state.kept import State, objects_among
 
@@ -18,7 +18,7 @@ class Before(NamedTuple):
     """What a run that is given up has changed: random generators, and what modules and arguments hold.
 
     Attributes:
-        generators: torch's random generators.
+        generators: the random generators that all share: torch's, Python's and NumPy's.
         held: what the module held, if there is one.
         handed: what objects among the arguments held.
     """
@@ -41,7 +41,7 @@ class Before(NamedTuple):
             known = isinstance(contents, Contents) and not ft.current_level()  # whose tensors die with it
             held = (contents if known else Contents(module)).now()
         return cls(
-            RandomState(of_torch(devices)),
+            RandomState((*of_torch(devices), *of_process())),
             held,
             State(None, objects_among(leaves)),
         )

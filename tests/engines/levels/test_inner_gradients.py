@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -475,6 +477,33 @@ def test_the_run_that_finds_out_leaves_nothing_behind() -> None:
         _, buffers, _ = fs.stage_vjp(*stage, torch.randn(2, 3))
         assert (module.calls, buffers["steps"].item()) == (n, 1)
         assert (module.seen, module.by_name) == ([*range(1, n + 1)], {str(i): i for i in range(1, n + 1)})
+
+
+class Draws(nn.Module):
+    """Draws from every generator that all share, before it takes a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return drawn * torch.func.grad(lambda x: self.layer(x).sin().sum())(x)
+
+
+def test_the_run_that_finds_out_draws_nothing() -> None:
+    def seed() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    module, x = Draws(), torch.randn(2, 3)
+    seed()
+    expected, then = module(x), (random.random(), np.random.rand(), torch.rand(()).item())
+    seed()
+    found, _, _ = fs.stage_vjp(*fs.functionalize(module), x)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=0)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == then
 
 
 def plain(s: Energy, x: Tensor) -> Tensor:
