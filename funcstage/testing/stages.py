@@ -151,8 +151,7 @@ class Stage:
     @property
     def reads_values(self) -> bool:
         """Whether its operations depend on values of tensors, which a trace cannot express."""
-        described = str(self)
-        return "branching" in described or "momentum=None" in described
+        return "branching" in str(self)
 
     def build(self) -> Arguments:
         """Make the module, its positional and its keyword arguments."""

@@ -29,6 +29,7 @@ from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
+from funcstage.engines.graph.cumulative import averaged_in_tensors
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
 from funcstage.engines.graph.refusals import (
     check_recorded,
@@ -189,7 +190,13 @@ class _Run:
             args, kwargs = trees.unflatten(self._args_spec, values[self._n_leaves :])
             containers = Containers((call.args, call.kwargs), (args, kwargs))
             recorder = nullcontext() if self._recorder is None else self._recorder
-            with telling(self.regions.gathers), intercepting(self.regions), uncompiled(), recorder:
+            with (
+                telling(self.regions.gathers),
+                intercepting(self.regions),
+                uncompiled(),
+                averaged_in_tensors(call.module),
+                recorder,
+            ):
                 result = call.apply(params, buffers, *args, **kwargs)
             output, new_buffers = checked_result(call.apply, result)
             refuse_writes(owner, containers)
