@@ -2,9 +2,9 @@
 
     python -m benchmarks.lengths [--backend aten|inductor] [--device cpu] [--lengths 20]
 
-A stage of transformer blocks gets one length after another, F, I and W each time, and the same lengths again;
-beside it the same module under `torch.compile(dynamic=True)`, forward and backward. What is timed is the first
-call of each length behind the third, when everything is compiled, against the second call of the same length.
+A stage of transformer layers gets one length after another, F, I and W each time, and the same lengths again;
+beside it the same module under `torch.compile(dynamic=True)`, forward and backward. Timed is the first call of
+each length behind the third, when everything is compiled, against the second call of the same length.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> None:
     for name, step in (("funcstage", ours_step), ("torch.compile(dynamic=True)", their_step)):
         first, again = timed(step, inputs), timed(step, inputs)
         new, old = (1e3 * statistics.median(times[3:]) for times in (first, again))
-        print(f"{name}: first three calls {sum(first[:3]):.1f} s, a new length {new:.2f} ms, again {old:.2f} ms")
+        print(
+            f"{name}: first three calls {sum(first[:3]):.1f} s, a new length {new:.2f} ms, again {old:.2f} ms"
+        )
     print(compiled)
 
 

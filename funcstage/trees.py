@@ -38,7 +38,7 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     if not LEAVES.issuperset(map(type, leaves)) and has_new(leaves):
         return flatten(tree)
-    is_new = known is None and type(tree) is dict and spec.num_nodes == len(tree) + 1
+    is_new = known is None and type(tree) is dict and spec.num_leaves == len(tree) == spec.num_nodes - 1
     if is_new and _NAMES.issuperset(map(type, tree)):
         if len(_FLAT) >= _MANY:
             _FLAT.clear()

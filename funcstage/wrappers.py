@@ -45,6 +45,24 @@ def check_unwrapped(module: nn.Module) -> None:
                 )
 
 
+def check_unsharded(module: nn.Module) -> None:
+    """Refuse a module that, or a part of which, `fully_shard` has worked on, in a pipeline stage.
+
+    Raises:
+        StructureError: names the submodule.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    for name, part in module.named_modules() if kind is not None else ():
+        if isinstance(part, kind):
+            where = f"its submodule {name!r}" if name else "it"
+            raise StructureError(
+                f"{type(module).__name__}: {where} was given to fully_shard, which a schedule gathers and "
+                "reduces in the midst of a step; a FunctionalPipelineStage does not take part in that. Pass "
+                "the module as it was before, and average over replicas with data_parallel=, or split it "
+                "without a schedule: functionalize takes it."
+            )
+
+
 def _loaded() -> Iterator[tuple[type, str, str]]:
     for where, name, wrapper, way_out in _WRAPPERS:
         kind = getattr(sys.modules.get(where), name, None)

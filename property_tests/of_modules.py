@@ -14,8 +14,7 @@ import torch
 from situation import Around, Situation
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -155,14 +154,9 @@ class _Beside(Around):
         return trees.map_leaves(lambda t: t + more.to(t.dtype) if trees.is_differentiable(t) else t, output)
 
 
-def _mesh() -> Any:
-    return init_device_mesh("cpu", (1,))
-
-
 DATA_PARALLEL: dict[str, Callable[[nn.Module], nn.Module]] = {
     "data parallel": nn.DataParallel,
     "distributed data parallel": nn.parallel.DistributedDataParallel,
-    "fully_shard": lambda m: fully_shard(m, mesh=_mesh()),
     "FSDP": lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
     "replicate": lambda m: replicate(m),
 }

@@ -83,7 +83,8 @@ def test_the_least_recently_used_signatures_are_forgotten_with_all_that_they_hol
 ) -> None:
     # By its full name, as the package has a function of the last part of it.
     monkeypatch.setattr(sys.modules["funcstage.engines.graph.compile"], "MAX_SIGNATURES", 4)
-    apply, params, buffers, module = stage(compiled=True)
+    uncompiled, params, buffers, module = stage(compiled=False)
+    apply: Any = fs.compile(uncompiled, backend="aten", dynamic=False)
     made: list[weakref.ref[GraphModule]] = []
     for n in range(1, 41):
         x = torch.randn(n, 4, dtype=torch.float64)

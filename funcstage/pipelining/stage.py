@@ -121,7 +121,6 @@ class FunctionalPipelineStage(AccumulatingStage):
         """Construct the stage; the docstring of the class describes the arguments."""
         with constructors.constructing(group, stage_index, num_stages):
             device = torch.device(device)
-            check_group(group)
             check_position(stage_index, num_stages)
             check_module(submodule, device)
             check_loss(loss_fn)
@@ -130,6 +129,7 @@ class FunctionalPipelineStage(AccumulatingStage):
                 raise StructureError(
                     "dw_builder must be None: this stage splits its backward itself, into I and W."
                 )
+            check_group(group)
             # The examples stay here: torch would take them for the truth, and skip the exchange that
             # checks it.
             super().__init__(submodule, stage_index, num_stages, device, group=group)

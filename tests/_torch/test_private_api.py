@@ -26,8 +26,11 @@ import torch
 import torch.distributed as dist
 from one_process import one_process
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -532,6 +535,26 @@ def signatures() -> None:
     torch.testing.assert_close(output(), plain)
     with torch.autocast("cpu", torch.bfloat16):
         assert output().dtype is torch.bfloat16
+
+
+@stands_on("_torch/dtensor.py", "_torch/fsdp.py")
+def shards() -> None:
+    import funcstage as fs
+
+    with one_process():
+        mesh = init_device_mesh("cpu", (1,))
+        parallel = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
+        for module in (parallel, fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)):
+            expected = dict(module.named_parameters())
+            apply, params, buffers = fs.functionalize(module)
+            for function in (apply, fs.compile(apply, backend="aten")):
+                output, _, pullback = fs.stage_vjp(function, params, buffers, ROWS)
+                grads = pullback(torch.ones_like(output))[1]()
+                for name, grad in grads.items():
+                    assert grad.placements == params[name].placements
+                bias = next(grad for name, grad in grads.items() if name.endswith("bias"))
+                torch.testing.assert_close(bias.full_tensor(), torch.full((4,), float(len(ROWS))))
+            assert [*params] == [*expected]
 
 
 @stands_on("_torch/shapes.py", "_torch/tracing.py")

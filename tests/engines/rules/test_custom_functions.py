@@ -269,7 +269,7 @@ def test_an_apply_that_was_bound_before_is_found_where_torch_has_it_in_python() 
         output, _, pullback = fs.stage_vjp(apply, params, (), x)
         torch.testing.assert_close(pullback(torch.ones_like(output))[1](), x.sum(0))
     else:
-        with pytest.raises(fs.StageError, match=r"write `MyFunction.apply\(...\)` in the stage"):
+        with pytest.raises(fs.StageError, match=r"Write `MyFunction.apply\(...\)` in the stage"):
             fs.stage_vjp(apply, params, (), x)
 
 
