@@ -3,8 +3,8 @@
     python -m benchmarks.lengths [--backend aten|inductor] [--device cpu] [--lengths 20]
 
 A stage of transformer layers gets one length after another, F, I and W each time, and the same lengths again;
-beside it the same module under `torch.compile(dynamic=True)`, forward and backward. Timed is the first call of
-each length behind the third, when everything is compiled, against the second call of the same length.
+beside it the same module under `torch.compile(dynamic=True)`, forward and backward. Timed is the first call
+of each length behind the third, when everything is compiled, against the second call of the same length.
 """
 
 from __future__ import annotations
