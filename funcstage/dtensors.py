@@ -93,3 +93,9 @@ def mesh_of(tensor: Any) -> Any:
 
 def _kind() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def local_of(tensor: Any) -> Any:
+    """The tensor that lies on this rank: a DTensor's own part, and anything else as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

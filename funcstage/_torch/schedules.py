@@ -115,3 +115,16 @@ def num_microbatches(schedule: Any) -> int:
 def trains(schedule: Any) -> bool:
     """Tell whether there is a loss."""
     return bool(schedule._has_backward)
+
+
+OPTIONS = {
+    "scale_grads": "scale_grads",
+    "_n_microbatches": "the number of microbatches",
+    "_loss_fn": "loss_fn",
+}
+"""Attributes of schedules that say what a step computes, with what they are called."""
+
+
+def loss_of(schedule: Any) -> Any:
+    """The function that computes a microbatch's loss, if there is one."""
+    return schedule._loss_fn

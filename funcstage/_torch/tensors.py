@@ -11,6 +11,7 @@ from torch import _is_functional_tensor as is_functionalized
 
 __all__ = [
     "has_hooks",
+    "hooks_of",
     "indices_and_values",
     "is_functionalized",
     "is_symbolic_zero",
@@ -57,3 +58,9 @@ def has_accumulation_hooks(parameter: Tensor) -> bool:
 def has_hooks(parameter: Tensor) -> bool:
     """Tell whether a parameter has hooks that a backward by autograd would run."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def hooks_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which hooks of a tensor a backward by autograd would run, by their identities."""
+    kinds = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return tuple(id(hook) for kind in kinds for hook in (kind or {}).values())

@@ -8,6 +8,7 @@ timeline = simulate(pipeline_order("ZBVZeroBubble", 4, 8), costs)
 plot_timeline(timeline, "timeline.png")
 """
 
+from funcstage.pipelining.capture import CapturedSchedule, captured
 from funcstage.pipelining.cut import CutError, cut
 from funcstage.pipelining.local import pipeline_value_and_grad
 from funcstage.pipelining.measure import measure_costs
@@ -43,6 +44,7 @@ from funcstage.schedules import (
 __all__ = [
     "SCHEDULES",
     "Action",
+    "CapturedSchedule",
     "Costs",
     "CutError",
     "FunctionalPipelineStage",
@@ -52,6 +54,7 @@ __all__ = [
     "Span",
     "Timeline",
     "Wait",
+    "captured",
     "chrome_trace",
     "cut",
     "find_schedule",

@@ -6,7 +6,7 @@ pipeline stage, which does write them, runs the hooks (`pipelining/hooks.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -30,7 +30,7 @@ def held_in(spaces: Iterable[dict[str, Any]]) -> list[nn.Parameter | None]:
     return [*chain.from_iterable(map(dict.values, spaces))]
 
 
-def any_hooked(parameters: list[nn.Parameter | None]) -> bool:
+def any_hooked(parameters: Sequence[torch.Tensor | None]) -> bool:
     """The same as `hooked`, within microseconds: it is asked in every F."""
     try:
         return any(map(_ON_GRADIENTS, parameters)) or any(map(_AFTER_ACCUMULATION, parameters))

@@ -1,0 +1,217 @@
+"""A training step in a pipeline of two GPUs as one CUDA graph: torch's stages and funcstage's, captured alike.
+
+    python -m benchmarks.captured --sizes M,L --microbatches 4,8
+
+The model and the stages are those of `benchmarks.pipeline`; both are captured by `funcstage.pipelining.captured`.
+Step times are medians by the host's clock around finished work, the slower rank's; memory is what the allocator
+has reserved after the last step, on the fuller rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from benchmarks.pipeline import (
+    SIZES,
+    System,
+    batch,
+    blocks,
+    loss_of,
+    ours,
+    reference_gradients,
+    theirs,
+    theirs_compiled,
+)
+from benchmarks.split import relative_error
+from funcstage.pipelining import captured, pipeline_order
+
+
+class Contestant(NamedTuple):
+    """A system, captured or as it is."""
+
+    system: System
+    captured: bool
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.system.name}{', captured' if self.captured else ''}"
+
+
+@dataclass
+class Result:
+    """What was measured; times in milliseconds, memory in MiB."""
+
+    system: str
+    step_ms: float
+    step_iqr_ms: float
+    reserved_mib: float
+    relative_error: float
+
+
+def contestants() -> list[Contestant]:
+    compiled = ours(backend="inductor")
+    one = System("torch 1F1B, compiled", "1F1B", 1, theirs_compiled)
+    interleaved = System("torch Interleaved1F1B, compiled", "Interleaved1F1B", 2, theirs_compiled)
+    eager = System("torch ZBVZeroBubble, eager", "ZBVZeroBubble", 2, theirs)
+    split = System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, compiled)
+    found = [Contestant(system, False) for system in (one, interleaved, split)]
+    return found + [Contestant(system, True) for system in (one, interleaved, eager, split)]
+
+
+def measure(
+    contestant: Contestant, size: Any, microbatches: int, repeats: int, device: torch.device, expected: Any
+) -> Result:
+    """Time a training step; every rank calls this."""
+    system, rank, world = contestant.system, dist.get_rank(), dist.get_world_size()
+    n = world * system.chunks
+    per_stage = size.layers // n
+    order = pipeline_order(system.schedule, n, microbatches, num_ranks=world)
+    modules = [
+        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device)) for i in order.stages_of(rank)
+    ]
+    stages = [system.stage(module, i, n, device) for i, module in modules]
+    schedule_class: Any = get_schedule_class(system.schedule)
+    schedule = schedule_class(
+        stages if system.chunks > 1 else stages[0], n_microbatches=microbatches, loss_fn=loss_of(stages)
+    )
+    runs = captured(schedule) if contestant.captured else schedule
+    x, target = batch(size, microbatches, device)
+    has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
+
+    def step() -> None:
+        for _, module in modules:
+            module.zero_grad(set_to_none=True)
+        runs.step(
+            *((x,) if has_first else ()), **({"target": target} if has_last else {}), return_outputs=False
+        )
+
+    for _ in range(6):
+        step()
+        torch.cuda.synchronize()
+    error = 0.0
+    if expected is not None:
+        grad = dict(modules)[0][0].qkv.weight.grad
+        error = relative_error([grad.float()], [expected])
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    quartiles = statistics.quantiles(times, n=4)
+    reserved = torch.cuda.memory_reserved() / 2**20
+    mine = Result(contestant.name, statistics.median(times), quartiles[2] - quartiles[0], reserved, error)
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    mine.step_ms = max(each.step_ms for each in everyone)
+    mine.reserved_mib = max(each.reserved_mib for each in everyone)
+    if contestant.captured:
+        if "not captured" in repr(runs):
+            mine.system += f" ({runs!r})"
+        runs.close()
+    return mine
+
+
+def table(results: list[Result]) -> str:
+    lines = ["| system | step, ms | IQR | reserved MiB | error |", "| --- | --- | --- | --- | --- |"]
+    for r in results:
+        lines.append(
+            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.reserved_mib:.0f} | {r.relative_error:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def ratios(results: list[Result]) -> dict[str, float]:
+    """The numbers that a run is made for."""
+    by_name = {r.system: r for r in results}
+    mine = by_name.get("funcstage ZBVZeroBubble, captured")
+    if mine is None:
+        return {}
+    found: dict[str, float] = {}
+    shipped = [r.step_ms for r in results if r.system.startswith("torch") and "captured" not in r.system]
+    alike = [r.step_ms for r in results if r.system.startswith("torch") and r.system.endswith(", captured")]
+    plain, one = by_name.get("funcstage ZBVZeroBubble"), by_name.get("torch 1F1B, compiled, captured")
+    if shipped:
+        found["captured / best of torch's as shipped"] = mine.step_ms / min(shipped)
+    if alike:
+        found["captured / best of torch's captured"] = mine.step_ms / min(alike)
+    if plain is not None:
+        found["captured / as it is"] = mine.step_ms / plain.step_ms
+    if one is not None:
+        found["reserved / torch's 1F1B captured"] = mine.reserved_mib / one.reserved_mib
+    return found
+
+
+def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(store, world), rank=rank, world_size=world, device_id=device
+    )
+    warnings.filterwarnings("ignore", message=".*was traced for")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": []}
+    for key in options.sizes.split(","):
+        size = SIZES[key]
+        for microbatches in map(int, options.microbatches.split(",")):
+            expected = None
+            if rank == 0:
+                expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
+            results = []
+            for contestant in contestants():
+                if options.systems and not any(
+                    part in contestant.name for part in options.systems.split("|")
+                ):
+                    continue
+                torch._dynamo.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+                results.append(measure(contestant, size, microbatches, options.repeats, device, expected))
+                if rank == 0:
+                    print(f"{key} m={microbatches}: {results[-1]}", flush=True)
+            if rank == 0:
+                found = ratios(results)
+                entry = {"size": key, "microbatches": microbatches, "ratios": found}
+                report["runs"].append({**entry, "results": [asdict(r) for r in results]})
+                print(f"\n## {key}, {microbatches} microbatches\n\n{table(results)}\n")
+                for name, value in found.items():
+                    print(f"- {name}: {value:.3f}", flush=True)
+    if rank == 0 and options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sizes", default="M,L")
+    parser.add_argument("--microbatches", default="4,8")
+    parser.add_argument("--systems", default="", help="parts of the names of those to run, separated by |")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", default="")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, (options.ranks, os.path.join(folder, "store"), options), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The messages of a rank's stages: withheld while a step is rehearsed, noted while one is recorded.
+
+A schedule asks its stages for what to send and to receive. Here they answer for a while in another way; neither
+torch nor the process group is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RECEIVE = ("get_fwd_recv_ops", "get_bwd_recv_ops")
+_SEND = ("get_fwd_send_ops", "get_bwd_send_ops")
+
+
+@contextmanager
+def withheld(stages: Sequence[Any]) -> Iterator[None]:
+    """Let the stages neither send nor receive: what they are waiting for is zeros."""
+    kept: list[Any] = []  # as messages are on their way until the end of a step
+
+    def answer(name: str, operations: list[Any]) -> list[Any]:
+        kept.extend(operations)
+        if name in _RECEIVE:
+            with torch.no_grad():
+                for operation in operations:
+                    operation.tensor.zero_()
+        return []
+
+    with _answering(stages, (*_RECEIVE, *_SEND), answer), _without_replicas(stages):
+        yield
+
+
+@contextmanager
+def noted(stages: Sequence[Any], memory: list[Tensor]) -> Iterator[None]:
+    """Add the memory that messages are received in to a list: a graph writes there for as long as it lives."""
+
+    def answer(name: str, operations: list[Any]) -> list[Any]:
+        memory.extend(operation.tensor for operation in operations)
+        return operations
+
+    with _answering(stages, _RECEIVE, answer):
+        yield
+
+
+@contextmanager
+def _answering(
+    stages: Sequence[Any], names: Sequence[str], answer: Callable[[str, list[Any]], list[Any]]
+) -> Iterator[None]:
+    def instead(name: str, asked: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
+        return lambda chunk: answer(name, asked(chunk))
+
+    with ExitStack() as stack:
+        for stage in stages:
+            for name in names:
+                own = vars(stage).get(name)
+                setattr(stage, name, instead(name, getattr(stage, name)))
+                stack.callback(_put_back, stage, name, own)
+        yield
+
+
+def _put_back(stage: Any, name: str, own: Any) -> None:
+    if own is None:
+        delattr(stage, name)
+    else:
+        setattr(stage, name, own)
+
+
+@contextmanager
+def _without_replicas(stages: Sequence[Any]) -> Iterator[None]:
+    """Let no stage of ours average its gradients over replicas, which may have nothing to rehearse."""
+    before = [(stage, stage._replicas) for stage in stages if getattr(stage, "_replicas", None) is not None]
+    for stage, _ in before:
+        stage._replicas = None
+    try:
+        yield
+    finally:
+        for stage, replicas in before:
+            stage._replicas = replicas

@@ -1,0 +1,387 @@
+"""A schedule whose steps become CUDA graphs: which step runs as it is, which is recorded, which is replayed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from funcstage._torch.distributed import before_shutdown, timeout_of
+from funcstage._torch.schedules import OPTIONS, is_schedule, loss_of, stages_of
+from funcstage.dtensors import first_dtensor
+from funcstage.errors import StructureError
+from funcstage.pipelining import failures
+from funcstage.pipelining.capture.baked import Baked
+from funcstage.pipelining.capture.entry import WARM_UP, Entry, Graph, record
+from funcstage.pipelining.capture.given import CannotCaptureError, Given, Signature
+from funcstage.pipelining.capture.gradients import Gradients, pattern_of
+from funcstage.pipelining.capture.graphs import Graphs, Recorder
+from funcstage.pipelining.capture.rehearsal import rehearse
+from funcstage.pipelining.capture.watchdog import Watchdog
+from funcstage.trees import describe
+
+MAX_GRAPHS = 8
+"""Graphs of a schedule; those that no longer hold make room first, and then further signatures run as ever."""
+
+_ASKED_AT_MOST = 32
+"""In how many of the first calls the ranks ask each other whether all of them can capture."""
+
+_TRIES = 3
+"""How often in a row a step may find something changed before that is said."""
+
+
+def captured(schedule: Any, *, optimizer: Optimizer | None = None) -> CapturedSchedule:
+    """Make the steps of a schedule CUDA graphs: all of a rank's work as one launch.
+
+    Args:
+        schedule: one of torch's, of our stages or torch's own, on one device.
+        optimizer: one whose step is to follow in the same graph. It must be able to be captured
+            (`capturable=True`, a learning rate that is a tensor); hooks of its steps, such as one that clips
+            gradients, are captured with it.
+
+    Returns:
+        A schedule with the same `step` and `eval`.
+
+    Raises:
+        StructureError: if `schedule` is no schedule of torch's, or `optimizer` no optimizer.
+
+    Example:
+
+    ```python
+    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+    train = captured(schedule, optimizer=optimizer)
+    for inputs, targets in batches:
+        train.step(inputs, target=targets, losses=losses)
+        optimizer.zero_grad()
+    ```
+    """
+    return CapturedSchedule(schedule, optimizer)
+
+
+class CapturedSchedule:
+    """A schedule of torch's whose steps are recorded as CUDA graphs, messages included, and replayed.
+
+    The first steps with a signature run as they are; then one is recorded, and from then on replayed. A
+    signature is what the arguments look like and every value among them that is no tensor, which of the parameters have
+    a gradient, and the settings around the call. What a step returns is the caller's, and `.grad` is as
+    without this: what is there is added to.
+
+    Whatever else a graph has baked in is compared before each replay: the modules with their modes, attributes
+    and hooks, where tensors lie, the options of the optimizer. If something has changed, the step runs as
+    it is, and is recorded anew. What a stage reads beside its module and its arguments (globals, say) is not
+    compared, and what it does in Python happens only while it runs as it is.
+
+    On the CPU, and where a stage cannot be captured (it waits for the device, say), all steps run as they are,
+    and a warning says why. All ranks agree about that.
+
+    Args:
+        schedule: the schedule.
+        optimizer: whose step follows each step of the schedule, if one is given.
+    """
+
+    def __init__(self, schedule: Any, optimizer: Optimizer | None = None) -> None:
+        if not is_schedule(schedule):
+            raise StructureError(
+                f"captured takes a schedule of torch.distributed.pipelining, got {describe(schedule)}. Make one "
+                "of the stages first."
+            )
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise StructureError(
+                f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}. Further work on the "
+                "gradients can be done in its hooks (optimizer.register_step_pre_hook)."
+            )
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self._stages = stages_of(schedule)
+        self._device = torch.device(self._stages[0].device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._group = self._stages[0].group
+        self._ranks = dist.get_world_size(self._group) if dist.is_initialized() else 1
+        self._entries: list[Entry] = []
+        self._gradients = Gradients()
+        self._recorder: Recorder | None = None
+        self._watchdog: Watchdog | None = None
+        self._calls = 0
+        self._changes = 0
+        self._recorded = False
+        self._prepared_for = ""
+        self._agreeing = self._ranks > 1
+        self._given_up = ""
+        self._warned: set[str] = set()
+        if self._device.type == "cuda":
+            self._recorder = Graphs(self._device)
+            if dist.is_initialized():
+                before_shutdown(self.close)
+        else:
+            self._give_up(
+                f"stages on {self._device} cannot be captured, only those on CUDA devices. Move the stages to one"
+            )
+
+    def step(self, *args: Any, losses: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Run a step, as `schedule.step` does, and the optimizer's if there is one.
+
+        Args:
+            *args: the batch, on the rank with the first stage.
+            losses: a list for the losses of the microbatches, on the rank with the last stage.
+            **kwargs: `target=`, `return_outputs=` and what else `schedule.step` takes.
+
+        Returns:
+            The output, on the rank with the last stage.
+        """
+        return self._run("step", args, losses, kwargs)
+
+    def eval(self, *args: Any, losses: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Run the forwards alone, as `schedule.eval` does.
+
+        Args:
+            *args: as for `step`.
+            losses: as for `step`.
+            **kwargs: as for `step`.
+
+        Returns:
+            The output, on the rank with the last stage.
+        """
+        return self._run("eval", args, losses, kwargs)
+
+    def close(self) -> None:
+        """Drop the graphs, which must be gone before the process group is destroyed; further steps make new ones.
+
+        `destroy_process_group()` of the whole world does that itself.
+        """
+        for entry in [*self._entries]:
+            self._drop(entry)
+        self._gradients, self._recorded = Gradients(), False
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
+
+    def __repr__(self) -> str:
+        graphs = sum(entry.graph is not None for entry in self._entries)
+        reason = self._given_up or next((entry.refused for entry in self._entries if entry.refused), "")
+        said = f"not captured: {reason}" if reason and not graphs else f"{graphs} graphs of {MAX_GRAPHS}"
+        return f"<captured {type(self.schedule).__name__}, {said}>"
+
+    def _run(
+        self, method: str, args: tuple[Any, ...], losses: list[Any] | None, kwargs: dict[str, Any]
+    ) -> Any:
+        if losses is not None and not isinstance(losses, list):
+            raise TypeError(f"losses must be a list but got a {type(losses)}")
+        step = Step(method, (args, kwargs), losses is not None)
+        self._calls += 1
+        found, output = self._result(step) if self._recorder is not None else self._once(step, step.arguments)
+        if losses is not None and found:
+            losses[:] = found
+        return output
+
+    def _once(self, step: Step, arguments: Any) -> tuple[list[Any] | None, Any]:
+        """Run a step as it is."""
+        result = self._schedule_once(step, arguments)
+        if self.optimizer is not None and step.method == "step":
+            self.optimizer.step()
+        return result
+
+    def _schedule_once(self, step: Step, arguments: Any) -> tuple[list[Any] | None, Any]:
+        args, kwargs = arguments
+        losses: list[Any] | None = [] if step.wants_losses else None
+        output = getattr(self.schedule, step.method)(*args, losses=losses, **kwargs)
+        return losses, output
+
+    def _result(self, step: Step) -> tuple[list[Any] | None, Any]:
+        entry, graph, reason = None, None, ""
+        try:
+            given = Given.of(step[::2], step.arguments, self._device)
+            entry = self._entry(given.signature)
+            graph, reason = entry.graph, entry.refused
+            if graph is None and entry.is_warm and not reason:
+                graph = self._record(entry, step, given)
+        except CannotCaptureError as error:
+            reason = str(error)
+            if entry is not None:
+                entry.refused = reason
+        if self._agreeing and self._calls > WARM_UP:
+            self._agree(reason, graph is not None)
+        elif reason:
+            self._warn(reason)
+        if graph is not None and not self._given_up:
+            result = graph.replay(given.tensors)
+            if result is not None:
+                self._watch()
+                return result  # type: ignore[no-any-return]
+            self._warn(_VIEWS)
+        return self._as_it_is(entry, step)
+
+    # Which step it is.
+
+    def _entry(self, signature: Signature) -> Entry:
+        alike = [
+            e for e in self._entries if e.signature == signature and e.pattern == pattern_of(e.parameters)
+        ]
+        for entry in reversed(alike):
+            if not entry.baked.change():
+                self._entries.remove(entry)
+                self._entries.append(entry)  # used last
+                self._changes = 0
+                return entry
+        if alike:
+            self._changes += 1
+            if self._changes >= _TRIES:
+                self._warn(
+                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps. A graph has that baked in. "
+                    "Change it seldom, or make it a tensor that is written in place (`lr=torch.tensor(...)`)."
+                )
+        if len(self._entries) >= MAX_GRAPHS:
+            stale = [entry for entry in self._entries if entry.baked.change()]
+            if not stale:
+                raise CannotCaptureError(
+                    f"there are {MAX_GRAPHS} graphs already, and this step has another signature than theirs. Let "
+                    "batches have fewer shapes, and pass values that change as tensors."
+                )
+            self._drop(stale[0])
+        parameters = self._parameters()  # an evaluation may divide gradients too
+        self._entries.append(Entry(signature, parameters, pattern_of(parameters), self._bake()))
+        return self._entries[-1]
+
+    def _parameters(self) -> list[Tensor]:
+        """All parameters whose gradients a step may write."""
+        own = (p for stage in self._stages for p in stage.submod.parameters())
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        return [*dict.fromkeys((*own, *(p for group in groups for p in group["params"])))]
+
+    def _bake(self) -> Baked:
+        modules = {
+            f"stage {stage.stage_index} ({type(stage.submod).__name__})": stage.submod
+            for stage in self._stages
+        }
+        reads = [
+            (f"the module of {name}", partial(_submodule, stage))
+            for name, stage in zip(modules, self._stages, strict=True)
+        ]
+        reads += [
+            (f"{name} of the schedule", partial(getattr, self.schedule, attribute))
+            for attribute, name in OPTIONS.items()
+        ]
+        return Baked(self._device, {**modules, "loss_fn": loss_of(self.schedule)}, self.optimizer, reads)
+
+    # What is done with it.
+
+    def _as_it_is(self, entry: Entry | None, step: Step) -> tuple[list[Any] | None, Any]:
+        if entry is None or self._recorder is None:
+            return self._once(step, step.arguments)
+        if not entry.runs and self._ranks > 1:
+            self._rehearse(step)
+        with self._recorder.prepared():
+            result = self._once(step, step.arguments)
+        self._prepared_for = step.method
+        entry.expected = pattern_of(entry.parameters)
+        change = entry.baked.change()
+        entry.runs += 1
+        if change:
+            entry.baked, entry.unsteady, entry.runs = (
+                self._bake(),
+                entry.unsteady + 1,
+                min(entry.runs, WARM_UP - 1),
+            )
+            if entry.unsteady >= WARM_UP:
+                entry.refused = f"{change} by each step, which in a graph would not happen."
+                self._warn(entry.refused)
+        return result
+
+    def _rehearse(self, step: Step) -> None:
+        """Load and take beforehand what receiving ahead must not wait for; or prepare for another method."""
+        parameters = self._parameters()
+        if first_dtensor(parameters) is not None and self._calls > 1:
+            return  # whose gathers the other ranks would have to take part in
+        rehearse(self._stages, parameters, partial(self._schedule_once, step, step.arguments))
+
+    def _record(self, entry: Entry, step: Step, given: Given) -> Graph:
+        assert self._recorder is not None
+        if self._prepared_for != step.method:
+            self._rehearse(step)  # torch from 2.12 on prepares again for the backward, with messages
+            self._prepared_for = step.method
+        recording = partial(record, entry, given, partial(self._once, step), self._recorder)
+        entry.graph = recording(self._stages, self._gradients, not self._recorded)
+        self._recorded = True
+        return entry.graph
+
+    def _drop(self, entry: Entry) -> None:
+        self._entries.remove(entry)
+        if entry.graph is not None:
+            entry.graph.recording.reset()
+            entry.graph = None
+
+    # What the ranks have to do with each other.
+
+    def _agree(self, reason: str, recorded: bool) -> None:
+        """Capture on all ranks, or on none: the reasons of all against it are told to all.
+
+        Every rank asks in the same calls, until all have recorded something.
+        """
+        told: list[Any] = [None] * self._ranks
+        dist.all_gather_object(told, (reason, recorded), group=self._group)
+        reasons = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text]
+        if reasons:
+            self._give_up(" ".join(reasons))
+        self._agreeing = self._calls < _ASKED_AT_MOST and not all(done for _, done in told)
+
+    def _give_up(self, reason: str) -> None:
+        self.close()
+        self._recorder = None
+        self._given_up = reason
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{type(self.schedule).__name__} runs as it is, not as a CUDA graph: {reason}",
+                stacklevel=_caller(),
+            )
+
+    def _watch(self) -> None:
+        """Watch over a replay."""
+        if self._ranks == 1:
+            return
+        if self._watchdog is None:
+            groups = [stage.group for stage in self._stages]
+            self._watchdog = Watchdog(timeout_of(self._group, self._device), partial(_failure_in, groups))
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._watchdog.watch(event)
+
+
+class Step(NamedTuple):
+    """A call of a schedule's `step` or `eval`."""
+
+    method: str
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    wants_losses: bool
+
+
+_VIEWS = (
+    "views of gradients of an earlier step are held, which a replay would overwrite. Hold copies of them "
+    "(`parameter.grad.clone()`)."
+)
+
+
+def _submodule(stage: Any) -> Any:
+    return stage.submod
+
+
+def _failure_in(groups: list[Any]) -> str | None:
+    failure = failures.heard(groups)
+    return None if failure is None else failure.message
+
+
+def _caller() -> int:
+    """How far up the caller of `step` or `eval` is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcstage."):
+        frame, level = frame.f_back, level + 1
+    return level - 1
