@@ -1,10 +1,11 @@
-"""A training step in a pipeline of two GPUs as one CUDA graph: torch's stages and funcstage's, captured alike.
+"""A training step in a pipeline of two GPUs as one CUDA graph: torch's stages and funcstage's, captured
+alike.
 
     python -m benchmarks.captured --sizes M,L --microbatches 4,8
 
-The model and the stages are those of `benchmarks.pipeline`; both are captured by `funcstage.pipelining.captured`.
-Step times are medians by the host's clock around finished work, the slower rank's; memory is what the allocator
-has reserved after the last step, on the fuller rank.
+The model and the stages are those of `benchmarks.pipeline`; both are captured by
+`funcstage.pipelining.captured`. Step times are medians by the host's clock around finished work, the slower
+rank's; memory is what the allocator has reserved after the last step, on the fuller rank.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def table(results: list[Result]) -> str:
     lines = ["| system | step, ms | IQR | reserved MiB | error |", "| --- | --- | --- | --- | --- |"]
     for r in results:
         lines.append(
-            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.reserved_mib:.0f} | {r.relative_error:.1e} |"
+            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.reserved_mib:.0f} "
+            f"| {r.relative_error:.1e} |"
         )
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
-"""Any schedule of any stages, captured: to the last bit what it computes as it is, whatever is done in between.
+"""Any schedule of any stages, captured: to the last bit what it computes as it is, whatever is done in
+between.
 
-Steps are recorded on the CPU (`recorded_on_host`), where a replay runs the operations of a step and no Python.
+Steps are recorded on the CPU (`recorded_on_host`), where a replay runs the operations of a step and no
+Python.
 """
 
 from __future__ import annotations

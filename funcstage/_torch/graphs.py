@@ -13,8 +13,8 @@ __all__ = ["abandon"]
 def abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
     """Leave a recording that has failed; to be called on the stream that is being recorded.
 
-    torch ends neither the use of the graph's pool by the allocator nor the recording of random generators where
-    the recording itself turns out to be invalid.
+    torch ends neither the use of the graph's pool by the allocator nor the recording of random generators
+    where the recording itself turns out to be invalid.
     """
     with suppress(RuntimeError):
         graph.capture_end()

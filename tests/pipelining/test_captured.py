@@ -462,9 +462,11 @@ def test_on_the_cpu_it_says_so_once_and_runs_the_schedule() -> None:
 
 
 def test_what_is_no_schedule_or_no_optimizer_is_refused() -> None:
-    with pytest.raises(fs.StageError, match="takes a schedule of torch.distributed.pipelining, got Linear"):
+    with pytest.raises(
+        fs.StageError, match=r"takes a schedule of torch\.distributed\.pipelining, got Linear"
+    ):
         captured(nn.Linear(2, 2))
-    with pytest.raises(fs.StageError, match="optimizer must be a torch.optim.Optimizer, got function"):
+    with pytest.raises(fs.StageError, match=r"optimizer must be a torch\.optim\.Optimizer, got function"):
         captured(one_stage(linear()), optimizer=lambda: None)  # type: ignore[arg-type]
 
 

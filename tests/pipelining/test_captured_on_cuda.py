@@ -171,7 +171,8 @@ def test_evaluations_between_steps_are_replayed_too(ours: bool, name: str, group
         schedule = schedule_of(name, stages)
         seen, runs = train(stages, schedule, optimizer_of(stages), capture, evals=True)
         results.append(seen)
-    assert "graphs of" in repr(runs) and not repr(runs).startswith("0")
+    assert "graphs of" in repr(runs)
+    assert not repr(runs).startswith("0")
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     runs.close()
 
@@ -186,11 +187,12 @@ def test_a_stage_that_waits_for_the_device_is_named_and_the_schedule_runs_as_eve
         schedule = schedule_of("ZBVZeroBubble" if ours else "Interleaved1F1B", stages)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            seen, runs = train(stages, schedule, optimizer_of(stages), capture)
+            seen, _ = train(stages, schedule, optimizer_of(stages), capture)
         results.append(seen)
     text = "".join(str(each.message) for each in said if "CUDA graph" in str(each.message))
     line = Waiting.forward.__code__.co_firstlineno + 2
-    assert f"test_captured_on_cuda.py:{line}" in text and "(Waiting)" in text, text
+    assert f"test_captured_on_cuda.py:{line}" in text, text
+    assert "(Waiting)" in text, text
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     # Neither generators nor the allocator are left as in the midst of a recording.
     torch.manual_seed(3)

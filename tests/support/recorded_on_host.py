@@ -1,7 +1,7 @@
 """A recorder for tests on the CPU, which does with operations what a CUDA graph does with kernels.
 
-While it records, nothing happens in the end: what was written is put back. A replay runs the same operations on the
-same memory, and no Python. Whatever has to be known of a value at once (`.item()`) fails.
+While it records, nothing happens in the end: what was written is put back. A replay runs the same
+operations on the same memory, and no Python. Whatever has to be known of a value at once (`.item()`) fails.
 """
 
 from __future__ import annotations

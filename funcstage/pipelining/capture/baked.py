@@ -1,8 +1,8 @@
 """What a graph has baked in besides its arguments: modules, tensors, hooks and options, watched for changes.
 
-A replay reads tensors where they lay, and does what modules, hooks and the optimizer did when it was recorded.
-So before each replay all of these are compared with what they were. It is a walk along lists that were made
-once, by identity; plain values may be other objects that are equal.
+A replay reads tensors where they lay, and does what modules, hooks and the optimizer did when it was
+recorded. So before each replay all of these are compared with what they were. It is a walk along lists that
+were made once, by identity; plain values may be other objects that are equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from funcstage._torch.tensors import hooks_of
 from funcstage.dtensors import first_dtensor
-from funcstage.engines.graph.content import is_plain
+from funcstage.state.content import is_plain
 from funcstage.state.kept import holders
 from funcstage.state.parameter_hooks import any_hooked
 from funcstage.state.writes import versions

@@ -103,7 +103,8 @@ def record(
     gradients: Gradients,
     first: bool,
 ) -> Graph:
-    """Record a step, which has no effect on any device; what it did to Python's objects is noticed, or undone.
+    """Record a step, which has no effect on any device; what it did to Python's objects is noticed, or
+    undone.
 
     Args:
         entry: which step.
@@ -170,6 +171,6 @@ def _blame(error: BaseException, stages: Sequence[Any]) -> str:
     said = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
     return (
         f"{name} cannot be captured{f', at {line}' if line else ''}: {said}. Does it wait for the device "
-        "(`.item()`, `.cpu()`, a branch on values, shapes that depend on values)? Compute that on the device, or "
-        "outside of the step."
+        "(`.item()`, `.cpu()`, a branch on values, shapes that depend on values)? Compute that on the device, "
+        "or outside of the step."
     )

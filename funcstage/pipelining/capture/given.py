@@ -1,4 +1,5 @@
-"""What a step is given: tensors, which a graph reads out of memory of its own, and all else, which is baked in.
+"""What a step is given: tensors, which a graph reads out of memory of its own, and all else, which is baked
+in.
 
 Two steps have one signature, and so one graph, if all but the values of their tensors is alike.
 """
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.operators import copy_into_all
-from funcstage.engines.graph.content import is_plain
 from funcstage.state.ambient import AmbientState
+from funcstage.state.content import is_plain
 from funcstage.state.writes import versions
 
 

@@ -1,4 +1,5 @@
-"""`.grad` around a graph: what is there when a step begins is added to, and nothing that a caller holds changes.
+"""`.grad` around a graph: what is there when a step begins is added to, and nothing that a caller holds
+changes.
 
 A graph writes gradients where it wrote them when it was recorded: in the *kept* ones, of which there is one a
 parameter. A caller gets them as `.grad` without a copy. So before each replay there are three cases:
@@ -6,7 +7,8 @@ parameter. A caller gets them as `.grad` without a copy. So before each replay t
 - `.grad` is the kept one: the graph was recorded so as to add into it.
 - `.grad` is another tensor: its values are copied in, and out again afterwards.
 - there is none: the graph was recorded to begin anew. Whoever still holds the old gradient keeps its values,
-  as the tensor is given memory of its own; where it cannot be, as views of it are held too, there is no replay.
+  as the tensor is given memory of its own; where it cannot be, as views of it are held too, there is no
+  replay.
 """
 
 from __future__ import annotations
@@ -198,7 +200,7 @@ class Recorded:
             ]
         if [*map(users_of, self._memories)] != self._users:
             begun = [kept for i, kept in self._kept.items() if self._parameters[i].grad is None]
-            if not all([kept.let_go() for kept in begun]):
+            if not all(kept.let_go() for kept in begun):
                 return None
         with torch.no_grad():
             for tensor, grad in foreign:

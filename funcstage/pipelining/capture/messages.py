@@ -1,7 +1,7 @@
 """The messages of a rank's stages: withheld while a step is rehearsed, noted while one is recorded.
 
-A schedule asks its stages for what to send and to receive. Here they answer for a while in another way; neither
-torch nor the process group is touched.
+A schedule asks its stages for what to send and to receive. Here they answer for a while in another way;
+neither torch nor the process group is touched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def withheld(stages: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def noted(stages: Sequence[Any], memory: list[Tensor]) -> Iterator[None]:
-    """Add the memory that messages are received in to a list: a graph writes there for as long as it lives."""
+    """Add to a list the memory that messages are received in: a graph writes there as long as it lives."""
 
     def answer(name: str, operations: list[Any]) -> list[Any]:
         memory.extend(operation.tensor for operation in operations)

@@ -1,8 +1,8 @@
 """A step without messages, of which nothing is left but what it has loaded and taken: kernels and memory.
 
-Schedules receive ahead. On a GPU the receive waits there for its sender, and the first use of a kernel, or taking
-memory, may wait for all that is on the device: so two ranks could wait for each other for ever. After a
-rehearsal there is nothing left to load or to take when the first message is under way.
+Schedules receive ahead. On a GPU the receive waits there for its sender, and the first use of a kernel, or
+taking memory, may wait for all that is on the device: so two ranks could wait for each other for ever.
+After a rehearsal there is nothing left to load or to take when the first message is under way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A schedule whose steps become CUDA graphs: which step runs as it is, which is recorded, which is replayed."""
+"""A schedule whose steps become CUDA graphs: which runs as it is, is recorded, or is replayed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from funcstage.pipelining.capture.watchdog import Watchdog
 from funcstage.trees import describe
 
 MAX_GRAPHS = 8
-"""Graphs of a schedule; those that no longer hold make room first, and then further signatures run as ever."""
+"""Graphs of a schedule. Those that no longer hold make room; beyond that, signatures run as they are."""
 
 _ASKED_AT_MOST = 32
 """In how many of the first calls the ranks ask each other whether all of them can capture."""
@@ -68,17 +68,17 @@ class CapturedSchedule:
     """A schedule of torch's whose steps are recorded as CUDA graphs, messages included, and replayed.
 
     The first steps with a signature run as they are; then one is recorded, and from then on replayed. A
-    signature is what the arguments look like and every value among them that is no tensor, which of the parameters have
-    a gradient, and the settings around the call. What a step returns is the caller's, and `.grad` is as
-    without this: what is there is added to.
+    signature is what the arguments look like and every value among them that is no tensor, which of the
+    parameters have a gradient, and the settings around the call. What a step returns is the caller's, and
+    `.grad` is as without this: what is there is added to.
 
-    Whatever else a graph has baked in is compared before each replay: the modules with their modes, attributes
-    and hooks, where tensors lie, the options of the optimizer. If something has changed, the step runs as
-    it is, and is recorded anew. What a stage reads beside its module and its arguments (globals, say) is not
-    compared, and what it does in Python happens only while it runs as it is.
+    Whatever else a graph has baked in is compared before each replay: the modules with their modes,
+    attributes and hooks, where tensors lie, the options of the optimizer. If something has changed, the
+    step runs as it is, and is recorded anew. What a stage reads beside its module and its arguments
+    (globals, say) is not compared, and what it does in Python happens only while it runs as it is.
 
-    On the CPU, and where a stage cannot be captured (it waits for the device, say), all steps run as they are,
-    and a warning says why. All ranks agree about that.
+    On the CPU, and where a stage cannot be captured (it waits for the device, say), all steps run as they
+    are, and a warning says why. All ranks agree about that.
 
     Args:
         schedule: the schedule.
@@ -88,8 +88,8 @@ class CapturedSchedule:
     def __init__(self, schedule: Any, optimizer: Optimizer | None = None) -> None:
         if not is_schedule(schedule):
             raise StructureError(
-                f"captured takes a schedule of torch.distributed.pipelining, got {describe(schedule)}. Make one "
-                "of the stages first."
+                f"captured takes a schedule of torch.distributed.pipelining, got {describe(schedule)}. Make "
+                "one of the stages first."
             )
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise StructureError(
@@ -121,7 +121,7 @@ class CapturedSchedule:
                 before_shutdown(self.close)
         else:
             self._give_up(
-                f"stages on {self._device} cannot be captured, only those on CUDA devices. Move the stages to one"
+                f"stages on {self._device} cannot be captured, only those on CUDA devices. Move them to one"
             )
 
     def step(self, *args: Any, losses: list[Any] | None = None, **kwargs: Any) -> Any:
@@ -151,7 +151,8 @@ class CapturedSchedule:
         return self._run("eval", args, losses, kwargs)
 
     def close(self) -> None:
-        """Drop the graphs, which must be gone before the process group is destroyed; further steps make new ones.
+        """Drop the graphs, which must be gone before the process group is destroyed; further steps make new
+        ones.
 
         `destroy_process_group()` of the whole world does that itself.
         """
@@ -233,14 +234,14 @@ class CapturedSchedule:
             self._changes += 1
             if self._changes >= _TRIES:
                 self._warn(
-                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps. A graph has that baked in. "
+                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps, and is baked into a graph. "
                     "Change it seldom, or make it a tensor that is written in place (`lr=torch.tensor(...)`)."
                 )
         if len(self._entries) >= MAX_GRAPHS:
             stale = [entry for entry in self._entries if entry.baked.change()]
             if not stale:
                 raise CannotCaptureError(
-                    f"there are {MAX_GRAPHS} graphs already, and this step has another signature than theirs. Let "
+                    f"there are {MAX_GRAPHS} graphs already, and this step has another signature. Let "
                     "batches have fewer shapes, and pass values that change as tensors."
                 )
             self._drop(stale[0])

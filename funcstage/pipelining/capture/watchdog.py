@@ -1,8 +1,8 @@
 """Replays that do not end: torch watches over messages that it has sent itself, not over those of a graph.
 
-A rank whose neighbour has died would wait for it for ever. A thread looks whether each replay is done within the
-group's timeout, or whether another rank has said that it fails, and then ends the process, as torch does
-with messages that do not arrive.
+A rank whose neighbour has died would wait for it for ever. A thread looks whether each replay is done
+within the group's timeout, or whether another rank has said that it fails, and then ends the process, as
+torch does with messages that do not arrive.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Watchdog:
 
 
 def end_process(reason: str) -> NoReturn:
-    """End the process: its device waits for a message that never comes, and so would whoever waits for that."""
+    """End the process: its device waits for a message that never comes, and so would all who wait for it."""
     sys.stderr.write(f"funcstage: a captured step cannot go on: {reason}. The process ends.\n")
     sys.stderr.flush()
     os._exit(1)
