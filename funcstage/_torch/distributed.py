@@ -17,7 +17,8 @@ default_store: Callable[[], Any] = distributed_c10d._get_default_store
 def timeout_of(group: Any, device: torch.device) -> float:
     """How many seconds the messages of a group may take."""
     try:
-        backend = (group or distributed_c10d.GroupMember.WORLD)._get_backend(device)
+        found: Any = group or distributed_c10d.GroupMember.WORLD
+        backend = found._get_backend(device)
         return float(backend.options._timeout.total_seconds())
     except (AttributeError, RuntimeError):  # backends without options
         return float(distributed_c10d.default_pg_timeout.total_seconds())

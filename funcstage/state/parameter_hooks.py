@@ -20,7 +20,7 @@ from funcstage.errors import StructureError
 Parameters = Mapping[str, nn.Parameter]
 
 
-def hooked(parameters: Iterable[nn.Parameter]) -> bool:
+def hooked(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether a parameter has hooks by `register_hook` or `register_post_accumulate_grad_hook`."""
     return any(map(has_hooks, parameters))
 

@@ -267,7 +267,7 @@ def same_as_uncaptured(rank: int, ours: bool, compile: Any, names: list[str], ev
         for capture in (False, True):
             stages = stages_of(name, ours, compile, world=2, rank=rank)
             schedule = schedule_of(name, stages)
-            seen, runs = train(stages, schedule, optimizer_of(stages), capture, steps=10, evals=evals)
+            seen, runs = train(stages, schedule, optimizer_of(stages), capture, steps=12, evals=evals)
             results.append(seen)
         assert "2 graphs" in repr(runs) or "4 graphs" in repr(runs), repr(runs)
         torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from funcstage._torch.tensors import hooks_of
-from funcstage.dtensors import first_dtensor
+from funcstage.dtensors import first_dtensor, local_of
 from funcstage.state.content import is_plain
 from funcstage.state.kept import holders
 from funcstage.state.parameter_hooks import any_hooked
@@ -124,7 +124,7 @@ class Baked:
     def _now(self) -> list[Any]:
         """Where the tensors lie, whether they are trained, and what hooks they have."""
         tensors = self._found
-        places = [*map(_PLACE, self._plain), *(tensor.to_local().data_ptr() for tensor in self._sharded)]
+        places = [*map(_PLACE, self._plain), *(local_of(tensor).data_ptr() for tensor in self._sharded)]
         hooks = [*map(hooks_of, tensors)] if any_hooked(tensors) else None
         return [places, [*map(_TRAINED, tensors)], hooks]
 

@@ -164,13 +164,13 @@ def _blame(error: BaseException, stages: Sequence[Any]) -> str:
     cause: BaseException | None = error
     while cause is not None:
         for frame, _ in traceback.walk_tb(cause.__traceback__):
-            owner = frame.f_locals.get("self")
+            owner: Any = frame.f_locals.get("self")
             if any(owner is stage for stage in stages):
                 name = f"stage {owner.stage_index} of {owner.num_stages} ({type(owner.submod).__name__})"
         error, line, cause = cause, line_of(cause) or line, cause.__cause__
     said = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
     return (
         f"{name} cannot be captured{f', at {line}' if line else ''}: {said}. Does it wait for the device "
-        "(`.item()`, `.cpu()`, a branch on values, shapes that depend on values)? Compute that on the device, "
-        "or outside of the step."
+        "(`.item()`, `.cpu()`, a branch on values, shapes that depend on values)? Compute that on the "
+        "device, or outside of the step."
     )

@@ -1,5 +1,4 @@
-"""What a step is given: tensors, which a graph reads out of memory of its own, and all else, which is baked
-in.
+"""What a step is given: tensors, which a graph reads in memory of its own, and what is baked into it.
 
 Two steps have one signature, and so one graph, if all but the values of their tensors is alike.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """What records steps: `Graphs`, or in tests what stands in for it."""
 
-    def prepared(self) -> object: ...
+    def prepared(self) -> AbstractContextManager[object]: ...
 
     def record(self, step: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Recording, T]: ...
 

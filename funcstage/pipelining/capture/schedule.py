@@ -98,11 +98,11 @@ class CapturedSchedule:
             )
         self.schedule = schedule
         self.optimizer = optimizer
-        self._stages = stages_of(schedule)
-        self._device = torch.device(self._stages[0].device)
+        self._own = stages_of(schedule)
+        self._device = torch.device(self._own[0].device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self._group = self._stages[0].group
+        self._group = self._own[0].group
         self._ranks = dist.get_world_size(self._group) if dist.is_initialized() else 1
         self._entries: list[Entry] = []
         self._gradients = Gradients()
@@ -121,7 +121,8 @@ class CapturedSchedule:
                 before_shutdown(self.close)
         else:
             self._give_up(
-                f"stages on {self._device} cannot be captured, only those on CUDA devices. Move them to one"
+                f"stages on {self._device} cannot be captured, only those on CUDA devices. Move the stages "
+                "to one"
             )
 
     def step(self, *args: Any, losses: list[Any] | None = None, **kwargs: Any) -> Any:
@@ -214,7 +215,7 @@ class CapturedSchedule:
             result = graph.replay(given.tensors)
             if result is not None:
                 self._watch()
-                return result  # type: ignore[no-any-return]
+                return result
             self._warn(_VIEWS)
         return self._as_it_is(entry, step)
 
@@ -234,8 +235,9 @@ class CapturedSchedule:
             self._changes += 1
             if self._changes >= _TRIES:
                 self._warn(
-                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps, and is baked into a graph. "
-                    "Change it seldom, or make it a tensor that is written in place (`lr=torch.tensor(...)`)."
+                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps, and is baked into a "
+                    "graph. Change it seldom, or make it a tensor that is written in place "
+                    "(`lr=torch.tensor(...)`)."
                 )
         if len(self._entries) >= MAX_GRAPHS:
             stale = [entry for entry in self._entries if entry.baked.change()]
@@ -251,18 +253,17 @@ class CapturedSchedule:
 
     def _parameters(self) -> list[Tensor]:
         """All parameters whose gradients a step may write."""
-        own = (p for stage in self._stages for p in stage.submod.parameters())
+        own = (p for stage in self._own for p in stage.submod.parameters())
         groups = () if self.optimizer is None else self.optimizer.param_groups
         return [*dict.fromkeys((*own, *(p for group in groups for p in group["params"])))]
 
     def _bake(self) -> Baked:
         modules = {
-            f"stage {stage.stage_index} ({type(stage.submod).__name__})": stage.submod
-            for stage in self._stages
+            f"stage {stage.stage_index} ({type(stage.submod).__name__})": stage.submod for stage in self._own
         }
         reads = [
             (f"the module of {name}", partial(_submodule, stage))
-            for name, stage in zip(modules, self._stages, strict=True)
+            for name, stage in zip(modules, self._own, strict=True)
         ]
         reads += [
             (f"{name} of the schedule", partial(getattr, self.schedule, attribute))
@@ -299,7 +300,7 @@ class CapturedSchedule:
         parameters = self._parameters()
         if first_dtensor(parameters) is not None and self._calls > 1:
             return  # whose gathers the other ranks would have to take part in
-        rehearse(self._stages, parameters, partial(self._schedule_once, step, step.arguments))
+        rehearse(self._own, parameters, partial(self._schedule_once, step, step.arguments))
 
     def _record(self, entry: Entry, step: Step, given: Given) -> Graph:
         assert self._recorder is not None
@@ -307,7 +308,7 @@ class CapturedSchedule:
             self._rehearse(step)  # torch from 2.12 on prepares again for the backward, with messages
             self._prepared_for = step.method
         recording = partial(record, entry, given, partial(self._once, step), self._recorder)
-        entry.graph = recording(self._stages, self._gradients, not self._recorded)
+        entry.graph = recording(self._own, self._gradients, not self._recorded)
         self._recorded = True
         return entry.graph
 
@@ -350,7 +351,7 @@ class CapturedSchedule:
         if self._ranks == 1:
             return
         if self._watchdog is None:
-            groups = [stage.group for stage in self._stages]
+            groups = [stage.group for stage in self._own]
             self._watchdog = Watchdog(timeout_of(self._group, self._device), partial(_failure_in, groups))
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
