@@ -51,8 +51,8 @@ def check_unsharded(module: nn.Module) -> None:
     Raises:
         StructureError: names the submodule.
     """
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    for name, part in module.named_modules() if kind is not None else ():
+    kind: type = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", type(None))
+    for name, part in module.named_modules():
         if isinstance(part, kind):
             where = f"its submodule {name!r}" if name else "it"
             raise StructureError(

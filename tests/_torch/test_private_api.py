@@ -572,6 +572,27 @@ def open_sizes() -> None:
     assert "1 signature" in repr(compiled)
 
 
+@stands_on("_torch/graphs.py")
+def abandoned_recordings() -> None:
+    if not torch.cuda.is_available():
+        return  # where nothing is recorded
+    from funcstage._torch.graphs import abandon
+
+    device, pool = torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()
+    x, stream = torch.ones(4, device=device), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        failed = torch.cuda.CUDAGraph()
+        failed.capture_begin(pool=pool, capture_error_mode="thread_local")
+        with contextlib.suppress(RuntimeError):
+            x.sum().item()
+        abandon(failed, device, pool)
+    good = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(good, pool=torch.cuda.graph_pool_handle(), stream=stream):
+        y = x + torch.rand_like(x)
+    good.replay()
+    assert bool((y >= 1).all())
+
+
 @stands_on("_torch/inductor.py", "_torch/tracing.py")
 def inductor() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.LayerNorm(4), nn.Linear(4, 4))
