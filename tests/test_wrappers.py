@@ -84,10 +84,11 @@ def test_a_wrapped_module_is_refused_by_name(wrapped: tuple[nn.Module, str], pla
 
 
 @pytest.mark.parametrize("wrap", [sharded, replicated_by_fsdp])
-def test_what_fully_shard_has_worked_on_is_taken_and_not_copied(wrap: Any) -> None:
+def test_what_fully_shard_has_worked_on_is_taken_but_not_under_a_schedule_nor_copied(wrap: Any) -> None:
     module = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
     assert len(fs.functionalize(module).params) == 4
-    FunctionalPipelineStage(module, 0, 1, "cpu")
+    with pytest.raises(fs.StructureError, match=r"'1' was given to fully_shard, .* functionalize takes it"):
+        FunctionalPipelineStage(module, 0, 1, "cpu")
     with pytest.raises(fs.StructureError, match="before fully_shard"):
         check_stage(module, torch.randn(2, 4))
 

@@ -69,7 +69,9 @@ class Run:
                 module.train(not module.training)
         elif what == "fail":
             with pytest.raises((fs.StageError, RuntimeError, ValueError)):
-                self.schedule.step(*(x[:1] for x in inputs), target=self.model.target, **self.model.kwargs)
+                self.schedule.step(
+                    *(x[:1, ..., :1] for x in inputs), target=self.model.target, **self.model.kwargs
+                )
         seen += [None if p.grad is None else p.grad.clone() for p in self.parameters]
         seen += [t.clone() for module in self.model.modules for t in module.state_dict().values()]
         return [value.detach() if isinstance(value, Tensor) else value for value in seen]
