@@ -368,3 +368,16 @@ def test_any_compiled_stages_sites_sum_up_to_its_weight_gradient(
     module: nn.Module, seed: int, engine: str
 ) -> None:
     check_sums(module, seed, engine)
+
+
+def test_sites_of_two_products_may_have_one_cotangent() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, c = self.cell(x)
+            return self.cell(x, (h, c))[0]
+
+    check_sums(Twice(), 0, "compiled")

@@ -195,7 +195,10 @@ class WeightTape(OnList):
 
         def vjp_of(k: int, views: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
             given: list[Any] = [*self.residuals, *[None] * len(found)]
-            given[n_names + k] = restored(cotangent, views, found[k].views)
+            value = restored(cotangent, views, found[k].views)
+            for i, other in enumerate(found, n_names):  # sites of two products may have one cotangent
+                if other.cotangent == found[k].cotangent:
+                    given[i] = value
             return list(steps[k](self.state, given))
 
         for k, site in enumerate(found):
