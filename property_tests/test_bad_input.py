@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -513,9 +514,12 @@ def attempt(function: Callable[[], Any]) -> Attempt:
         try:
             return Attempt(function(), None)
         except Exception as error:
+            # Up to torch 2.12 the generator of a checkpoint that fails pops its hooks when it is freed:
+            # here, and not in the midst of another attempt, whose hooks it would take.
+            traceback.clear_frames(error.__traceback__)
             return Attempt(None, error)
         finally:
-            ft.drop_saving_hooks(hooks)  # torch 2.11's own checkpoint leaves them behind where it fails
+            ft.drop_saving_hooks(hooks)  # what a generator has left that is not freed
 
 
 def judged(

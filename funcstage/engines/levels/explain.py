@@ -113,8 +113,9 @@ def _refusal(error: Exception) -> StageError | None:
     if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(
             "The stage uses an operator whose gradient is a C++ torch::autograd::Function (such as torch "
-            "2.11's differentiable collectives), which torch.func cannot transform. Compile the stage with "
-            "funcstage.compile, or wrap the operator, without its gradient, in a torch.autograd.Function."
+            "2.11's and 2.12's differentiable collectives), which torch.func cannot transform. Compile the "
+            "stage with funcstage.compile, or wrap the operator, without its gradient, in a "
+            "torch.autograd.Function."
         )
     if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(

@@ -202,7 +202,7 @@ def _collectives_in(compiled: Any) -> list[list[str]]:
     ]
 
 
-GRADIENTS_IN_CPP = torch.__version__.startswith("2.11")
+GRADIENTS_IN_CPP = torch.__version__.startswith(("2.11", "2.12"))
 """Whether those of torch's differentiable collectives are, which torch.func refuses."""
 
 
