@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import statistics
-import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from benchmarks.pipeline import (
@@ -31,11 +27,16 @@ from benchmarks.pipeline import (
     System,
     batch,
     blocks,
+    chosen,
     loss_of,
     ours,
+    parser_of,
     reference_gradients,
+    save,
+    start,
     theirs,
     theirs_compiled,
+    told,
 )
 from benchmarks.split import relative_error
 from funcstage.pipelining import captured, pipeline_order
@@ -178,9 +179,7 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
             results = []
             for contestant in contestants():
-                if options.systems and not any(
-                    part in contestant.name for part in options.systems.split("|")
-                ):
+                if not chosen(contestant.name, options):
                     continue
                 torch._dynamo.reset()
                 gc.collect()
@@ -189,30 +188,14 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:
-                found = ratios(results)
-                entry = {"size": key, "microbatches": microbatches, "ratios": found}
-                report["runs"].append({**entry, "results": [asdict(r) for r in results]})
-                print(f"\n## {key}, {microbatches} microbatches\n\n{table(results)}\n")
-                for name, value in found.items():
-                    print(f"- {name}: {value:.3f}", flush=True)
-    if rank == 0 and options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+                report["runs"].append(told(key, microbatches, results, table(results), ratios(results)))
+    if rank == 0:
+        save(report, options.json)
     dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--sizes", default="M,L")
-    parser.add_argument("--microbatches", default="4,8")
-    parser.add_argument("--systems", default="", help="parts of the names of those to run, separated by |")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", default="")
-    options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (options.ranks, os.path.join(folder, "store"), options), nprocs=options.ranks)
+    start(run_rank, parser_of(__doc__ or "", "M,L", 20).parse_args())
 
 
 if __name__ == "__main__":

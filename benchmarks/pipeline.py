@@ -20,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -342,7 +342,7 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
             results = []
             for system in systems(options.device, size):
-                if options.systems and not any(part in system.name for part in options.systems.split("|")):
+                if not chosen(system.name, options):
                     continue
                 torch._dynamo.reset()
                 gc.collect()
@@ -354,37 +354,58 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:
-                found = ratios(results)
-                report["runs"].append(
-                    {
-                        "size": key,
-                        "microbatches": microbatches,
-                        "results": [asdict(r) for r in results],
-                        "ratios": found,
-                    }
-                )
-                print(f"\n## {key}, {microbatches} microbatches\n\n{table(results)}\n")
-                for name, value in found.items():
-                    print(f"- {name}: {value:.3f}", flush=True)
-    if rank == 0 and options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+                report["runs"].append(told(key, microbatches, results, table(results), ratios(results)))
+    if rank == 0:
+        save(report, options.json)
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def chosen(name: str, options: argparse.Namespace) -> bool:
+    """Whether a system is to run, by `--systems`."""
+    return not options.systems or any(part in name for part in options.systems.split("|"))
+
+
+def told(
+    size: str, microbatches: int, results: Sequence[Any], text: str, found: dict[str, float]
+) -> dict[str, Any]:
+    """Print the results of a size, and return them for the report."""
+    print(f"\n## {size}, {microbatches} microbatches\n\n{text}\n")
+    for name, value in found.items():
+        print(f"- {name}: {value:.3f}", flush=True)
+    runs = [asdict(result) for result in results]
+    return {"size": size, "microbatches": microbatches, "results": runs, "ratios": found}
+
+
+def save(report: dict[str, Any], path: str) -> None:
+    """Write the report, if there is a path."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+def parser_of(about: str, sizes: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that benchmarks of several ranks have in common."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--sizes", default="L,M")
+    parser.add_argument("--sizes", default=sizes)
     parser.add_argument("--microbatches", default="4,8")
     parser.add_argument("--systems", default="", help="parts of the names of those to run, separated by |")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--json", default="")
-    options = parser.parse_args()
+    return parser
+
+
+def start(run_rank: Callable[..., None], options: argparse.Namespace) -> None:
+    """Run all ranks in processes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (options.ranks, os.path.join(folder, "store"), options), nprocs=options.ranks)
+
+
+def main() -> None:
+    parser = parser_of(__doc__ or "", "L,M", 15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    start(run_rank, parser.parse_args())
 
 
 if __name__ == "__main__":
