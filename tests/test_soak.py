@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_ways import eager, split
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -29,18 +30,6 @@ def stage(compiled: bool) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], nn
     module = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)).double()
     apply, params, buffers = fs.functionalize(module)
     return fs.compile(apply, backend="aten") if compiled else apply, params, buffers, module
-
-
-def split(apply: Any, params: Any, buffers: Any, x: Tensor) -> list[Tensor]:
-    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
-    (dx,), weight_pullback = pullback(torch.ones_like(output))
-    return [output, dx, *weight_pullback().values()]
-
-
-def eager(module: nn.Module, x: Tensor) -> list[Tensor]:
-    leaf = x.clone().requires_grad_()
-    output = module(leaf)
-    return [output.detach(), *torch.autograd.grad(output.sum(), [leaf, *module.parameters()])]
 
 
 @ENGINES

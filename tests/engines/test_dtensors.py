@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_ways import ENGINES, stage_of
 from pipeline_ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,12 +36,6 @@ from torch.nn import functional as F
 import funcstage as fs
 
 pytestmark = pytest.mark.timeout(600)
-
-ENGINES = ("uncompiled", "aten")
-
-
-def stage_of(apply: Callable[..., Any], engine: str) -> Callable[..., Any]:
-    return apply if engine == "uncompiled" else fs.compile(apply, backend=engine)
 
 
 def full(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_ways import ENGINES, stage_of
 from pipeline_ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +26,6 @@ from funcstage._torch import fsdp
 
 pytestmark = pytest.mark.timeout(600)
 
-ENGINES = ("uncompiled", "aten")
 WIDTH = 4
 
 
@@ -211,7 +211,7 @@ def split(rank: int, group: Any, kind: str, engine: str) -> int:
     xs = [batch(data_rank), batch(data_rank + 10)]
     apply, params, buffers = fs.functionalize(module)
     assert all(isinstance(p, DTensor) for n, p in params.items()) == (kind != "one unit")
-    stage = apply if engine == "uncompiled" else fs.compile(apply, backend=engine)
+    stage = stage_of(apply, engine)
     forwards = [fs.stage_vjp(stage, params, buffers, x) for x in xs]
     pending = []
     expected = {}
@@ -287,7 +287,7 @@ def trained(rank: int, group: Any, engine: str) -> int:
     with torch.no_grad():
         module(batch(rank))
     apply, params, buffers = fs.functionalize(module)
-    stage = apply if engine == "uncompiled" else fs.compile(apply, backend=engine)
+    stage = stage_of(apply, engine)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (module, twin)]
     for step in range(3):
         x = batch(10 * step + rank)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import both_ways
 import pytest
 import torch
 import torch.nn.functional as F
+from both_ways import eager, stage_of
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -41,16 +43,7 @@ class Attention(nn.MultiheadAttention):
 
 def split(module: nn.Module, x: Tensor, compiled: bool) -> list[Tensor]:
     apply, params, buffers = fs.functionalize(module)
-    apply = fs.compile(apply, backend="aten") if compiled else apply
-    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
-    (dx,), weight_pullback = pullback(torch.ones_like(output))
-    return [output, dx, *weight_pullback().values()]
-
-
-def eager(module: nn.Module, x: Tensor) -> list[Tensor]:
-    leaf = x.clone().requires_grad_()
-    output = module(leaf)
-    return [output.detach(), *torch.autograd.grad(output.sum(), [leaf, *module.parameters()])]
+    return both_ways.split(stage_of(apply, "aten" if compiled else "uncompiled"), params, buffers, x)
 
 
 WITH_GAPS: dict[str, Callable[[Tensor], Tensor]] = {
