@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 def is_sharded(module: nn.Module) -> bool:
     """Tell whether FSDP shards parameters of a module or its submodules."""
+    return next(sharded_parts(module), None) is not None
+
+
+def sharded_parts(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the submodules that `fully_shard` has worked on; of the module itself that is ""."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return kind is not None and any(isinstance(part, kind) for part in module.modules())
+    if kind is not None:  # what is not loaded has no instances
+        yield from (name for name, part in module.named_modules() if isinstance(part, kind))
 
 
 _told: ContextVar[Callable[[bool], AbstractContextManager[Any]]] = ContextVar("told", default=nullcontext)

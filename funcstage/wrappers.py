@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from funcstage.errors import StructureError
+from funcstage.gathered import sharded_parts
 
 _UNWRAP = "Pass the module inside of it (`.module`)"
 _BEFORE = "Its parameters are shards that only its own forward puts together: use `fully_shard` instead"
@@ -36,11 +37,10 @@ def check_unwrapped(module: nn.Module) -> None:
     for name, part in module.named_modules():
         for kind, wrapper, way_out in kinds:
             if isinstance(part, kind):
-                where = f"its submodule {name!r}" if name else "it"
                 raise StructureError(
-                    f"{type(module).__name__}: {where} is wrapped by {wrapper}, whose hooks would not see "
-                    f"gradients that are no work of autograd. {way_out}, and average the gradients that W "
-                    "returns over the replicas (torch.distributed.all_reduce), or give a "
+                    f"{type(module).__name__}: {_place(name)} is wrapped by {wrapper}, whose hooks would not "
+                    f"see gradients that are no work of autograd. {way_out}, and average the gradients that "
+                    "W returns over the replicas (torch.distributed.all_reduce), or give a "
                     "FunctionalPipelineStage `data_parallel=`, which does that once a step."
                 )
 
@@ -51,16 +51,17 @@ def check_unsharded(module: nn.Module) -> None:
     Raises:
         StructureError: names the submodule.
     """
-    kind: type = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", type(None))
-    for name, part in module.named_modules():
-        if isinstance(part, kind):
-            where = f"its submodule {name!r}" if name else "it"
-            raise StructureError(
-                f"{type(module).__name__}: {where} was given to fully_shard, which a schedule gathers and "
-                "reduces in the midst of a step; a FunctionalPipelineStage does not take part in that. Pass "
-                "the module as it was before, and average over replicas with data_parallel=, or split it "
-                "without a schedule: functionalize takes it."
-            )
+    for name in sharded_parts(module):
+        raise StructureError(
+            f"{type(module).__name__}: {_place(name)} was given to fully_shard, which a schedule gathers and "
+            "reduces in the midst of a step; a FunctionalPipelineStage does not take part in that. Pass "
+            "the module as it was before, and average over replicas with data_parallel=, or split it "
+            "without a schedule: functionalize takes it."
+        )
+
+
+def _place(name: str) -> str:
+    return f"its submodule {name!r}" if name else "it"
 
 
 def _loaded() -> Iterator[tuple[type, str, str]]:
