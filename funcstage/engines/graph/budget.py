@@ -11,14 +11,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
-from torch import Tensor
 from torch.fx import Node
 
-from funcstage._torch.shapes import hint
-from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.cost import cost
 from funcstage.engines.graph.crossing import Choice, Division, crossing
 from funcstage.engines.graph.joint import is_random
+from funcstage.engines.graph.mincut import nbytes_together
 from funcstage.engines.graph.nodes import is_view
 
 
@@ -32,25 +30,19 @@ def within(division: Division, share: float) -> tuple[int, Choice]:
     Returns:
         How many bytes F may hand on, and the choice.
     """
-    least, most = (_held(crossing(division, remat).after_forward) for remat in ("full", "none"))
+    least, most = (nbytes_together(crossing(division, remat).after_forward) for remat in ("full", "none"))
     budget = int(least + share * (most - least))
     best = crossing(division, "min_cut").after_forward
-    if _held(best) <= budget:
+    if nbytes_together(best) <= budget:
         return budget, "min_cut"
     saved: set[Node] = set()
     left = budget - least  # what is held for "full" and what is saved suffice, so no more is held than these
     for group in _ranked(best):
-        size = _held(group)
+        size = nbytes_together(group)
         if size <= left:
             saved.update(group)
             left -= size
     return budget, saved.__contains__
-
-
-def _held(nodes: Iterable[Node]) -> int:
-    """Bytes that some values keep alive, memory that several share counted once."""
-    values = [value for node in nodes if isinstance(value := node.meta["val"], Tensor)]
-    return sum({memory_of(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
 
 
 def _ranked(values: Iterable[Node]) -> list[list[Node]]:
@@ -69,7 +61,7 @@ def _ranked(values: Iterable[Node]) -> list[list[Node]]:
                 if source not in between and source not in saved and _maker(source) not in saved:
                     between.add(source)
                     stack.append(source)
-        return sum(map(cost, between)) / max(_held(groups[maker]), 1)
+        return sum(map(cost, between)) / max(nbytes_together(groups[maker]), 1)
 
     return [groups[maker] for maker in sorted(groups, key=worth, reverse=True)]
 

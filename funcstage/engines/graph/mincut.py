@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import networkx as nx  # type: ignore[import-untyped]
 from networkx.algorithms.flow import boykov_kolmogorov  # type: ignore[import-untyped]
@@ -11,12 +11,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from funcstage._torch.shapes import hint
+from funcstage._torch.tensors import memory_of
 
 
 def nbytes(node: Node) -> int:
     """Bytes that saving a node's value keeps alive: all of the memory that a view looks into."""
     value = node.meta["val"]
     return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+
+
+def nbytes_together(nodes: Iterable[Node]) -> int:
+    """Bytes that saving the values of nodes keeps alive, memory that several share counted once."""
+    values = {memory_of(node.meta["val"]): node for node in nodes if isinstance(node.meta["val"], Tensor)}
+    return sum(map(nbytes, values.values()))
 
 
 def min_cut(

@@ -59,7 +59,6 @@ def partition(joint: Joint, remat: Remat, sites: bool = False) -> Partition:
             (everything, from the stage's inputs; W still gets matrix products from I), a policy that
             tells of a node whether its value is to be saved, or a budget: the share of the bytes between
             what "full" and "none" hold after F. Random operations never run twice.
-
         sites: whether W must sum all gradients itself, which I may do for it otherwise.
 
     Returns:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 from torch.fx import GraphModule
 
 from funcstage import report
-from funcstage._torch.shapes import hint
-from funcstage._torch.tensors import memory_of
 from funcstage.engines.graph.cost import flops
 from funcstage.engines.graph.extract import Program
 from funcstage.engines.graph.joint import Joint
+from funcstage.engines.graph.mincut import nbytes_together
 from funcstage.engines.graph.nodes import is_view
 from funcstage.engines.graph.partition import Partition
 
@@ -145,8 +144,7 @@ def plan_of(stage: str, joint: Joint, partition: Partition) -> Plan:
     after_forward = set(partition.after_forward)
 
     def size(names: Iterable[str]) -> int:
-        values = [nodes[name].meta["val"] for name in names]
-        return sum({memory_of(value): hint(value.untyped_storage().nbytes()) for value in values}.values())
+        return nbytes_together(nodes[name] for name in names)
 
     handed_on = {*partition.after_forward, *partition.from_input}
     done: set[str] = set()

@@ -249,12 +249,8 @@ class Programs:
             values = [node for site in found for node in (*site.views, *site.inputs)]
             kept = self.kept(backward)
             seen = self._step(cut_out(program, values, {}), kept)
-            rest = [*kept, *(site.cotangent for site in found)]
-            self._made[key] = (
-                seen,
-                found,
-                tuple(self._step(s.program, rest, lower=run_as_python) for s in found),
-            )
+            steps = [self._step(s.program, [*kept, s.cotangent], lower=run_as_python) for s in found]
+            self._made[key] = seen, found, tuple(steps)
         return self._made[key]
 
     def summed(self, backward: Backward) -> list[int]:
@@ -287,7 +283,7 @@ class Programs:
             return constants
         if "constants" not in self._made:
             self._made["constants"] = sizes.function([constants[i] for i in symbolic])
-        numbers = self._made["constants"](*state[len(state) - len(sizes) :])
+        numbers = self._made["constants"](*sizes.among(state))
         return {**constants, **dict(zip(symbolic, numbers, strict=True))}
 
     def strides(self, backward: Backward, state: Sequence[Any]) -> Sequence[tuple[int, ...]]:
@@ -297,7 +293,7 @@ class Programs:
             return strides
         if "strides" not in self._made:
             self._made["strides"] = sizes.function([number for each in strides for number in each])
-        numbers = iter(self._made["strides"](*state[len(state) - len(sizes) :]))
+        numbers = iter(self._made["strides"](*sizes.among(state)))
         return [tuple(itertools.islice(numbers, len(each))) for each in strides]
 
     def is_noted(self, backward: Backward) -> bool:
@@ -332,8 +328,7 @@ class Programs:
         if sizes is None or (n_guards := sizes.n_guards()) == sizes.n_traced:
             return lambda state: run
         python = run_as_python(program.module, ())
-        n = len(sizes)
-        return lambda state: run if sizes.hold(state[len(state) - n :], n_guards) else python
+        return lambda state: run if sizes.hold(sizes.among(state), n_guards) else python
 
     def _backward(self, absent: tuple[int, ...]) -> Backward:
         parts, joint = self.partition, self.joint
@@ -350,7 +345,7 @@ class Programs:
         return Backward(
             input_grad,
             weight_grad,
-            tuple(zip(joint.cotangents, map(_strides, values), strict=True)),
+            tuple((leaf, value.stride()) for leaf, value in zip(joint.cotangents, values, strict=True)),
             len(input_grad.results) - len(parts.from_input),
             tuple(i for i, name in enumerate(parts.after_forward) if name in needed),
             tuple(i for i, name in enumerate(parts.from_input) if name in needed),
@@ -363,10 +358,6 @@ def _constants(program: Program) -> list[Tensor]:
     """The tensors that a program has captured."""
     found = [getattr(program.module, n.target) for n in program.module.graph.find_nodes(op="get_attr")]
     return [value for value in found if isinstance(value, Tensor)]
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    return value.stride()
 
 
 def unshared(

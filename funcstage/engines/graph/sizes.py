@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import SymInt, Tensor
@@ -35,12 +36,11 @@ class Sizes:
 
     def __init__(self, tensors: Sequence[Tensor], open_dims: Open) -> None:
         self.env = shapes.environment()
-        self._open = {i: dims for i, dims in open_dims.items() if dims}
-        self._places = [(i, dim) for i, dims in sorted(self._open.items()) for dim in dims]
-        self.names = [f"tensor {i}, dimension {dim}" for i, dim in self._places]
+        self._open = open_dims
+        self._places = [(i, dim) for i, dims in sorted(open_dims.items()) for dim in dims]
         self.symbols: list[SymInt] = [
-            shapes.symbol(self.env, tensors[i].shape[dim], name)
-            for (i, dim), name in zip(self._places, self.names, strict=True)
+            shapes.symbol(self.env, tensors[i].shape[dim], f"tensor {i}, dimension {dim}")
+            for i, dim in self._places
         ]
         self.n_traced = 0
         self._checks: dict[int, Callable[..., tuple[Any, ...]]] = {}
@@ -50,8 +50,7 @@ class Sizes:
 
     def geometry(self, i: int, tensor: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
         """The shape and strides of a tensor, symbolic where they are open."""
-        dims = self._open.get(i)
-        if dims is None:
+        if i not in self._open:
             return tensor.shape, tensor.stride()
         numbers = dict(zip(self._places, self.symbols, strict=True))
         shape = [numbers.get((i, dim), size) for dim, size in enumerate(tensor.shape)]
@@ -81,6 +80,10 @@ class Sizes:
         """The open sizes of a call's tensors."""
         return [tensors[i].shape[dim] for i, dim in self._places]
 
+    def among(self, state: Sequence[Any]) -> Sequence[int]:
+        """The sizes among parameters, buffers and sizes, of which they are the last."""
+        return state[len(state) - len(self) :]
+
     def n_guards(self) -> int:
         """How much was assumed of them so far."""
         return len(self.env.guards)
@@ -107,17 +110,11 @@ def among_tensors(open_dims: Open, leaves: Sequence[Any]) -> Open:
     return {places.index(i): dims for i, dims in open_dims.items()}
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class Inside:
     """A stride that steps over all of another dimension, as in a tensor without gaps."""
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Inside) and self.dim == other.dim
-
-    def __hash__(self) -> int:
-        return hash((Inside, self.dim))
+    dim: int
 
     def __repr__(self) -> str:
         return f"over dimension {self.dim}"

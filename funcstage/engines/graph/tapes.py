@@ -191,15 +191,9 @@ class WeightTape(OnList):
         self.shared = True  # what sites show must not be overwritten by W
         step, found, steps = programs.sites(backward)
         values = iter(step(self.state, self.residuals))
-        n_names = len(programs.kept(backward))
 
         def vjp_of(k: int, views: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-            given: list[Any] = [*self.residuals, *[None] * len(found)]
-            value = restored(cotangent, views, found[k].views)
-            for i, other in enumerate(found, n_names):  # sites of two products may have one cotangent
-                if other.cotangent == found[k].cotangent:
-                    given[i] = value
-            return list(steps[k](self.state, given))
+            return list(steps[k](self.state, [*self.residuals, restored(cotangent, views, found[k].views)]))
 
         for k, site in enumerate(found):
             views: list[Any] = [*islice(values, len(site.views))]
