@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", "--output", default=Path("timeline.png"), type=Path, metavar="FILE", help="picture to write"
     )
+    demo.add_argument(
+        "--scalars",
+        default=Path("runs"),
+        type=Path,
+        metavar="FOLDER",
+        help="where the scalars of each step go, if tensorboard is installed",
+    )
     demo.set_defaults(command=_demo)
     for command in (plan, check, timeline):
         command.add(commands)

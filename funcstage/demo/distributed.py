@@ -19,8 +19,15 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from funcstage import trees
 from funcstage.demo import model
 from funcstage.functional import functionalize
-from funcstage.pipelining import FunctionalPipelineStage, Order, ScheduleName, pipeline_value_and_grad
+from funcstage.pipelining import (
+    FunctionalPipelineStage,
+    Order,
+    ScheduleName,
+    logged,
+    pipeline_value_and_grad,
+)
 from funcstage.pipelining.local import ValueAndGrad
+from funcstage.pipelining.logged import Log
 from funcstage.trees import Buffers, Params
 
 RANK = int(os.environ.get("RANK", 0))
@@ -44,20 +51,29 @@ class Pipeline(NamedTuple):
     gather: Callable[[Sequence[Any]], list[Any]]
 
 
-def pipeline(order: Order, modules: Sequence[nn.Module], device: torch.device) -> Pipeline:
-    """Make the pipeline of all stages in this one process, or of those that torchrun's rank is to train."""
+def pipeline(
+    order: Order, modules: Sequence[nn.Module], device: torch.device, log: Log | None = None
+) -> Pipeline:
+    """Make the pipeline of all stages in this one process, or of those that torchrun's rank is to train.
+
+    Args:
+        order: which schedule, and of how many stages and microbatches.
+        modules: all stages.
+        device: where they are.
+        log: takes the scalars of each step.
+    """
     if WORLD_SIZE > 1:
-        return _spread(order, modules, device)
+        return _spread(order, modules, device, log)
     step = pipeline_value_and_grad(
         [functionalize(module) for module in modules],
         model.loss_fn,
         schedule=cast(ScheduleName, order.schedule),
         num_microbatches=order.num_microbatches,
     )
-    return Pipeline(list(range(len(modules))), step, list)
+    return Pipeline(list(range(len(modules))), step if log is None else logged(step, log), list)
 
 
-def _spread(order: Order, modules: Sequence[nn.Module], device: torch.device) -> Pipeline:
+def _spread(order: Order, modules: Sequence[nn.Module], device: torch.device, log: Log | None) -> Pipeline:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     indices = order.stages_of(RANK)
@@ -70,6 +86,7 @@ def _spread(order: Order, modules: Sequence[nn.Module], device: torch.device) ->
     schedule = schedule_class(
         stages[0] if one_stage else stages, order.num_microbatches, loss_fn=stages[-1].loss_fn
     )
+    run = schedule.step if log is None else logged(schedule, log)
     first, last = stages[0].is_first, order.rank_of_stages()[-1]
 
     def step(
@@ -78,7 +95,7 @@ def _spread(order: Order, modules: Sequence[nn.Module], device: torch.device) ->
         for stage, values in zip(stages, params, strict=True):
             stage.submod.load_state_dict(values, strict=False)
         losses: list[Tensor] = []
-        schedule.step(*([inputs] if first else []), target=targets, losses=losses, return_outputs=False)
+        run(*([inputs] if first else []), target=targets, losses=losses, return_outputs=False)
         loss = torch.stack(losses).mean() if losses else torch.zeros((), device=device)
         dist.broadcast(loss, last)
         grads = [stage.grads for stage in stages]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 import funcstage as fs
-from funcstage.demo import adamw, distributed, measure, model, report, text, train
+from funcstage.demo import adamw, distributed, measure, model, report, scalars, text, train
 from funcstage.errors import StageError
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining import (
@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     microbatches: int
     seed: int
     output: Path
+    scalars: Path
 
 
 def run(settings: Settings) -> None:
@@ -64,7 +65,8 @@ def run(settings: Settings) -> None:
     whole = model.build_model(settings.stages).to(device)
     modules = model.cut_evenly(whole, settings.stages)
     stages = [fs.functionalize(module) for module in modules]
-    pipeline = distributed.pipeline(order, modules, device)
+    log = scalars.to_tensorboard(settings.scalars / f"rank{distributed.RANK}" if spread else settings.scalars)
+    pipeline = distributed.pipeline(order, modules, device, log)
     source = text.standard_library(settings.seed)
     batch = settings.microbatches * _SEQUENCES_PER_MICROBATCH
     batches = (
@@ -89,15 +91,7 @@ def run(settings: Settings) -> None:
     _, _, grads = pipeline.step(params, buffers, inputs, targets)
     grads = pipeline.gather(grads)
     error = measure.relative_error(whole, inputs, targets, grads) if grads else 0.0
-    if not error <= _TOLERANCE:
-        raise StageError(
-            f"The pipeline's gradients differ from plain eager backward by {error:.1e} relative, more than "
-            f"{_TOLERANCE:.0e}. They are wrong: please report this with the command line."
-        )
-    console.print(
-        f"check: all gradients equal those of plain eager backward of the whole model; "
-        f"largest relative error {error:.1e}"
-    )
+    console.print(_checked(error))
 
     optimizer = adamw.adamw(adamw.warmed_up(3e-3, settings.steps))
     with report.progress(console, settings.steps, inputs.numel()) as advance:
@@ -118,6 +112,8 @@ def run(settings: Settings) -> None:
     plot_timeline(timeline, settings.output)
     console.print(f"bubble of a step under these times: {_bubbles(timeline)}")
     console.print(f"picture of the step on a clock: {settings.output}")
+    if log is not None:
+        console.print(f"scalars of each step: tensorboard --logdir {settings.scalars}")
 
     x, y = text.windows(source.held_out, 128, model.CONTEXT)
     validation = train.evaluate(stages, x.to(device), y.to(device))
@@ -127,6 +123,18 @@ def run(settings: Settings) -> None:
         f"train loss {_nats(sum(recent) / len(recent))}, validation loss {_nats(validation)}, "
         f"unigram entropy {_nats(source.unigram_entropy)}",
         soft_wrap=not console.is_terminal,  # a terminal breaks it between words
+    )
+
+
+def _checked(error: float) -> str:
+    if not error <= _TOLERANCE:
+        raise StageError(
+            f"The pipeline's gradients differ from plain eager backward by {error:.1e} relative, more than "
+            f"{_TOLERANCE:.0e}. They are wrong: please report this with the command line."
+        )
+    return (
+        f"check: all gradients equal those of plain eager backward of the whole model; "
+        f"largest relative error {error:.1e}"
     )
 
 

@@ -11,6 +11,7 @@ plot_timeline(timeline, "timeline.png")
 from funcstage.pipelining.capture import CapturedSchedule, captured
 from funcstage.pipelining.cut import CutError, cut
 from funcstage.pipelining.local import pipeline_value_and_grad
+from funcstage.pipelining.logged import logged
 from funcstage.pipelining.measure import measure_costs
 from funcstage.pipelining.stage import FunctionalPipelineStage
 from funcstage.schedules import (
@@ -59,6 +60,7 @@ __all__ = [
     "cut",
     "find_schedule",
     "interactive_timeline",
+    "logged",
     "measure_costs",
     "peak_memory",
     "pipeline_order",

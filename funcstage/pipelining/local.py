@@ -16,7 +16,7 @@ from funcstage.batches import microbatches
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.pipelining.ranges import range_of
+from funcstage.pipelining.ranges import leaves_behind, range_of
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.orders import Action, ScheduleName, pipeline_order
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -81,7 +81,8 @@ def pipeline_value_and_grad(
     functions = [_stage_function(i, stage) for i, stage in enumerate(stages)]
     if not callable(loss_fn):
         raise StructureError(f"loss_fn must be a function of output and target, got {describe(loss_fn)}.")
-    actions = pipeline_order(schedule, len(functions), num_microbatches).in_turn()
+    order = pipeline_order(schedule, len(functions), num_microbatches)
+    actions = order.in_turn()
 
     def value_and_grad(
         params: Sequence[Params], buffers: Sequence[Buffers], inputs: PyTree, targets: PyTree
@@ -100,6 +101,7 @@ def pipeline_value_and_grad(
             step.run(action)
         return torch.stack(step.losses).mean(), step.buffers, step.grads
 
+    value_and_grad.order = order  # type: ignore[attr-defined]  # which `logged` simulates
     return value_and_grad
 
 
@@ -161,6 +163,7 @@ class Step:
             *(given if _spreads(given) else (given,)),
             argnums=() if stage == 0 else None,  # nobody waits for the gradient of the batch itself
         )
+        leaves_behind(pullback)
         self.forwards[stage, microbatch] = _Forward(pullback, Meta.of(output), _spreads(output))
         if stage < len(self.functions) - 1:
             self.activations[stage + 1, microbatch] = output
@@ -188,7 +191,9 @@ class Step:
         if cotangent is None and single is not None:
             # Nothing behind depends on the output; to a pullback, None alone would mean one.
             cotangent = torch.zeros(single.shape, dtype=single.dtype, device=single.device)
-        input_grads, self.weight_pullbacks[stage, microbatch] = pullback(cotangent)
+        input_grads, weight_pullback = pullback(cotangent)
+        leaves_behind(weight_pullback)
+        self.weight_pullbacks[stage, microbatch] = weight_pullback
         if stage > 0:
             self.cotangents[stage - 1, microbatch] = input_grads
 

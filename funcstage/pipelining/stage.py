@@ -26,7 +26,7 @@ from funcstage.pipelining.examples import LossFunction, StageFunction, any_requi
 from funcstage.pipelining.folded_loss import FoldedLoss, Pending
 from funcstage.pipelining.microbatch import Call, Forward
 from funcstage.pipelining.preparations import Preparations
-from funcstage.pipelining.ranges import in_range, range_of
+from funcstage.pipelining.ranges import in_range, leaves_behind, range_of
 from funcstage.pipelining.refusals import (
     check_group,
     check_loss,
@@ -315,6 +315,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         if full_backward:
             self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=True)
         else:
+            leaves_behind(weight_pullback)
             self._weight_pullbacks[bwd_chunk_id] = weight_pullback
 
     @in_range("W")
@@ -357,6 +358,7 @@ class FunctionalPipelineStage(AccumulatingStage):
                 output, new_buffers, pullback = stage_vjp(
                     apply, self._params, self._buffers, *args, argnums=argnums, **kwargs
                 )
+                leaves_behind(pullback)
                 self._forwards[call.chunk] = Forward.of(pullback, output, call.args if self.is_first else ())
         except Exception as error:
             error.add_note(f"This was {self._name}, in F of microbatch {call.chunk}.")

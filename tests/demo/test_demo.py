@@ -45,6 +45,33 @@ def test_the_demo_trains_checks_and_reports(tmp_path: Path) -> None:
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def read_scalars(folder: Path) -> dict[str, list[int]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_demo_writes_scalars_for_tensorboard_where_it_is_installed(tmp_path: Path, ranks: int) -> None:
+    pytest.importorskip("tensorboard")
+    options = ["--steps", 2, "--microbatches", 4, "--scalars", "runs"]
+    done = command_line("demo", *options, folder=tmp_path, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "tensorboard --logdir runs" in done.stdout
+    folder = tmp_path / "runs"
+    read = [read_scalars(folder / f"rank{r}" if ranks > 1 else folder) for r in range(ranks)]
+    assert {name for each in read for name in each} == {
+        "loss",
+        "seconds",
+        "bubble",
+        "residual_bytes",
+        *(f"{kind}_seconds/stage_{s}" for kind in "FIW" for s in range(4)),
+        *(f"residual_bytes/stage_{s}" for s in range(4)),
+    }
+    assert all(steps == [0, 1, 2] for each in read for steps in each.values())  # 0 is the check
+
+
 @pytest.mark.parametrize(("schedule", "stages"), [("1F1B", 3), ("Interleaved1F1B", 4), ("DualPipeV", 2)])
 def test_the_demo_runs_under_other_schedules_and_cuts(schedule: str, stages: int, tmp_path: Path) -> None:
     options = ["--schedule", schedule, "--stages", stages, "--steps", 1, "--microbatches", 4, "--seed", 3]
