@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from situation import Around, Situation
 from torch import Tensor, nn
@@ -81,15 +83,36 @@ TRANSFORMS: dict[str, Callable[[Energy, Tensor], Tensor]] = {
 """What a forward may make of an energy, a function from a tensor to a scalar, at some point."""
 
 
-class _Transforming(Around):
-    """Scales its output by what a transform makes of the module inside."""
+class _Counter:
+    """Counts its calls."""
 
-    def __init__(self, inner: nn.Module, kind: str) -> None:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def random(self) -> float:
+        self.calls += 1
+        return self.calls / 4
+
+
+KEPT: dict[str, Callable[[], Any]] = {
+    "python's generator": lambda: random.Random(0),
+    "numpy's generator": lambda: numpy.random.default_rng(0),
+    "a counter": _Counter,
+}
+"""What a module may keep that answers differently in every call."""
+
+
+class _Transforming(Around):
+    """Scales its output by what a transform makes of the module inside, and by what else it keeps."""
+
+    def __init__(self, inner: nn.Module, kind: str, kept: str) -> None:
         super().__init__(inner)
         self.kind = kind
+        self.kept = KEPT[kept]() if kept else None
         self.gain = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        factor = 1 if self.kept is None else self.kept.random()
         leaves, spec = trees.flatten(args)
         places = [
             i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
@@ -107,7 +130,7 @@ class _Transforming(Around):
 
             gradient = TRANSFORMS[self.kind](energy, leaves[place])
             output = super().forward(*args, **kwargs)
-        scale = 1 + gradient.sum().tanh()
+        scale = 1 + gradient.sum().tanh() * factor
         return trees.map_leaves(lambda t: t * scale.to(t.dtype) if trees.is_differentiable(t) else t, output)
 
 
@@ -126,7 +149,8 @@ class Transformed(Situation):
     """The forward takes a gradient, a product or a map of the module."""
 
     kind: str
+    kept: str = ""
     refusable = ("aten",)  # where what is transformed reads values, which a trace lacks
 
     def build(self, module: nn.Module) -> nn.Module:
-        return _Transforming(module, self.kind)
+        return _Transforming(module, self.kind, self.kept)

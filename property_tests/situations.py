@@ -26,7 +26,7 @@ from of_modules import (
     Wrapped,
 )
 from of_surroundings import CAPTURED, SHARED, Captured, Shared
-from of_transforms import TRANSFORMS, Transformed
+from of_transforms import KEPT, TRANSFORMS, Transformed
 from situation import VERBS, Situation
 
 SITUATIONS: dict[str, tuple[Situation, ...]] = {
@@ -59,6 +59,7 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "argument": tuple(map(Carried, CARRIERS)),
     "filled argument": tuple(Filled(kind, detached) for kind in FILLED for detached in (False, True)),
     "transform": tuple(map(Transformed, TRANSFORMS)),
+    "transform and draw": tuple(Transformed("gradient penalty within", kept) for kept in KEPT),
     "type": tuple(map(Returned, PACKS)),
     "draw": (Draws(),),
     "error": (Raised(),),
@@ -82,5 +83,5 @@ def situations(draw: st.DrawFn, kind: str, most: int = 3) -> tuple[Situation, ..
         kinds = {name: None for name in kinds if name in ("copy", "mode", "write", "argument", "transform")}
     # A type of the user's is what the outermost wrapper returns; within a transform, what a module
     # keeps or fills is dead in eager too.
-    ordered = sorted(kinds, key=lambda name: (name == "type", name != "transform"))
+    ordered = sorted(kinds, key=lambda name: (name == "type", not name.startswith("transform")))
     return tuple(draw(st.sampled_from(SITUATIONS[name])) for name in ordered)

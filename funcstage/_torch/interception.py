@@ -130,6 +130,9 @@ class _Patches:
                 return run(*args, **kwargs)
             call = _PARAMETERS.bind(*args, **kwargs)
             call.apply_defaults()
+            stops_early = torch.utils.checkpoint._enable_checkpoint_early_stop  # set_checkpoint_early_stop
+            if stops_early is not None:
+                call.arguments["early_stop"] = stops_early
             return interceptor.checkpoint(call)
 
         return asked

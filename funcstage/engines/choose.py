@@ -52,14 +52,24 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
         return levels.linearize(call)
     if not _is_known(call.apply):
         with locked(call.module):
-            before = Before.of(call.module, call.leaves, getattr(call.apply, "contents", None))
+            before = Before.of(call.apply, call.module, call.leaves)
             try:
                 return levels.linearize(call, held=before.held)
             except TakesGradients:
                 before.restore()
+                for iterator in before.moved_iterators():
+                    raise StageError(
+                        "The stage takes gradients inside its forward. That is seen in the middle of a first "
+                        f"run, and it would run again; but its module holds an iterator ({_type(iterator)}), "
+                        "which has gone on or may have. Keep a list and the place in it instead."
+                    ) from None
         with suppress(TypeError):  # some callables cannot be remembered
             _TAKING.add(call.apply)
     return tape.linearize(call)
+
+
+def _type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _is_known(apply: Callable[..., Any]) -> bool:

@@ -115,6 +115,22 @@ def of_process() -> Iterator[Generator]:
         yield Generator("numpy.random", numpy.get_state, numpy.set_state)
 
 
+def among(objects: Iterable[Any]) -> Iterator[Generator]:
+    """The generators among objects, and those whose methods are among them; torch's default one left out."""
+    numpy = sys.modules.get("numpy.random")
+    for each in objects:
+        owner = getattr(each, "__self__", each) if callable(each) else each
+        if isinstance(owner, random.Random) and not isinstance(owner, random.SystemRandom):
+            yield Generator("random.Random", owner.getstate, owner.setstate)
+        elif isinstance(owner, torch.Generator) and owner is not torch.default_generator:
+            yield Generator("torch.Generator", owner.get_state, owner.set_state)
+        elif numpy is not None and isinstance(owner, numpy.RandomState):
+            yield Generator("numpy.random.RandomState", owner.get_state, owner.set_state)
+        elif numpy is not None and isinstance(owner, (numpy.Generator, numpy.BitGenerator)):
+            bits = getattr(owner, "bit_generator", owner)
+            yield Generator("numpy.random", partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+
+
 def _comparable(state: Any) -> tuple[Any, ...]:
     return tuple(tuple(part.tolist()) if hasattr(part, "tolist") else part for part in state)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcstage._torch import functorch as ft
-from funcstage.state.ambient import RandomState, of_process, of_torch
+from funcstage.state.ambient import RandomState, among, of_process, of_torch
 from funcstage.state.contents import Contents, Held
-from funcstage.state.kept import State, objects_among
+from funcstage.state.kept import State, objects_among, reached
+from funcstage.state.shared import NOTHING_SHARED, Shared, names_of
 
 
 class Before(NamedTuple):
@@ -19,36 +20,43 @@ class Before(NamedTuple):
 
     Attributes:
         generators: the random generators that all share: torch's, Python's and NumPy's.
-        held: what the module held, if there is one.
-        handed: what objects among the arguments held.
+        held: what the module held, and its code can get at, if there is one.
+        handed: what objects among the arguments held, and what the stage's function closes over.
+        shared: what the code of the stage's function can get at, if that is no module's.
     """
 
     generators: RandomState
     held: Held | None
     handed: State
+    shared: Shared
 
     @classmethod
-    def of(cls, module: Any, leaves: Sequence[Any], contents: Any = None) -> Before:
-        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices.
-
-        `contents` are the module's, where something is known of them.
-        """
+    def of(cls, apply: Callable[..., Any], module: Any, leaves: Sequence[Any]) -> Before:
+        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices."""
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         if devices and torch.cuda.is_current_stream_capturing():
             devices.clear()
         held = None
         if isinstance(module, nn.Module):
+            contents: Any = getattr(apply, "contents", None)
             known = isinstance(contents, Contents) and not ft.current_level()  # whose tensors die with it
             held = (contents if known else Contents(module)).now()
+        handed = objects_among(leaves) if held is not None else [*objects_among(leaves), apply]
         return cls(
-            RandomState((*of_torch(devices), *of_process())),
+            RandomState((*of_torch(devices), *of_process(), *among(reached(handed)))),
             held,
-            State(None, objects_among(leaves)),
+            State(None, handed),
+            NOTHING_SHARED if held is not None else Shared(names_of([apply])),
         )
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back but iterators."""
         self.generators.restore()
         if self.held is not None:
             self.held.restore()
         self.handed.restore()
+        self.shared.restore()
+
+    def moved_iterators(self) -> list[Any]:
+        """Iterators that the module holds and that have gone on, or may have."""
+        return [] if self.held is None else self.held.moved_iterators()

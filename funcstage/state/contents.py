@@ -13,15 +13,17 @@ import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, compress, islice
-from operator import attrgetter, call, is_, itemgetter, not_
+from operator import attrgetter, call, is_, itemgetter, length_hint, not_
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from funcstage.registration import holds_tensor
+from funcstage.state.ambient import RandomState, among
 from funcstage.state.cells import held_by
 from funcstage.state.kept import INERT, differs, holders, refill, replace_in
+from funcstage.state.shared import NOTHING_SHARED, Shared, names_of
 
 
 class Contents:
@@ -85,6 +87,9 @@ class Held:
         self.seen = seen
         self.loose = loose
         self._copies = walk.copies()
+        self._generators = RandomState(walk.generators)
+        self._shared = Shared(walk.names) if walk.names else NOTHING_SHARED
+        self._left = [length_hint(each, -1) for each in walk.iterators]
 
     def replace_changed(self, of: Callable[[Any], Any]) -> None:
         """Replace tensors, and tuples of them, in what has changed since."""
@@ -97,6 +102,13 @@ class Held:
                 refill(container, before)
         for container in self.walk.empty:
             container.clear()
+        self._generators.restore()
+        self._shared.restore()
+
+    def moved_iterators(self) -> list[Any]:
+        """Those that have gone on since, or of which that is not known."""
+        pairs = zip(self.walk.iterators, self._left, strict=True)
+        return [each for each, left in pairs if left == -1 or left != length_hint(each, -1)]
 
 
 class _Walk:
@@ -110,6 +122,9 @@ class _Walk:
         loose_holders: those of them that are loose.
         empty: those of all containers on the way that hold nothing.
         filled: the others, dicts first.
+        generators: random generators on the way.
+        iterators: iterators on the way, which cannot be put back.
+        names: what the code of its modules can get at besides.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -117,6 +132,9 @@ class _Walk:
         self.holders = [*holders(module, passed)]
         self._passed = [each for each in passed if not isinstance(each, (Tensor, *_CONTAINERS))]
         self._parts = [each for each in self._passed if isinstance(each, nn.Module)]
+        self.generators = [*among(self._passed)]
+        self.iterators = [each for each in self._passed if isinstance(each, Iterator) and not _is_file(each)]
+        self.names = names_of({*map(type, self._parts)})
         own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]
         of_partials = [each.keywords for each in self._passed if isinstance(each, functools.partial)]
         self._found = {id(each): each for each in (*self.holders, *own, *of_partials)}
@@ -236,6 +254,10 @@ class _Walk:
             for each, size in zip(firm, compress(self._sizes, map(not_, self._is_loose)), strict=True)
             if [*map(id, islice(before, size))] != [*map(id, _values(each))]
         }
+
+
+def _is_file(value: Any) -> bool:
+    return type(value).__module__ == "_io"
 
 
 def _values(container: Any) -> Any:

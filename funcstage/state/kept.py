@@ -173,6 +173,14 @@ def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
                 push((inside,))
 
 
+def reached(roots: Iterable[Any]) -> list[Any]:
+    """The same, and all that lies on the way."""
+    passed: list[Any] = []
+    for root in roots:
+        deque(holders(root, passed), maxlen=0)
+    return passed
+
+
 def _is_of_torch(value: Any) -> bool:
     return type(value).__module__.startswith("torch.")
 

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import linecache
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -32,7 +33,11 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 pytestmark = [pytest.mark.versions, pytest.mark.filterwarnings("ignore:.*CUDA")]
 
@@ -365,6 +370,23 @@ def regions() -> None:
     for selective in (False, True):
         for engine in (None, "aten"):
             assert_split_as_eager(Region(selective), ROWS, engine=engine)
+
+    def region(x: Tensor) -> Tensor:
+        return x.tanh() + random.random()
+
+    def apply(params: Tensor, buffers: Any, x: Tensor) -> Any:
+        return checkpoint(region, x * params, use_reentrant=False), buffers
+
+    import funcstage as fs
+
+    for stops_early in (False, True):
+        random.seed(0)
+        with set_checkpoint_early_stop(stops_early):
+            _, _, pullback = fs.stage_vjp(apply, ROWS, (), ROWS)
+        pullback(ROWS)
+        left = random.random()
+        random.seed(0)
+        assert left == [random.random() for _ in range(3)][1 if stops_early else 2]
 
 
 @stands_on("_torch/custom.py", "_torch/interception.py", "_torch/operators.py")

@@ -76,7 +76,7 @@ def _has_other_ranks() -> bool:
 def _error_of(call: StageCall) -> Exception | None:
     """What the uncompiled stage raises."""
     args, kwargs = trees.map_leaves(lambda leaf: leaf, (call.args, call.kwargs))  # may be written into
-    before = Before.of(call.module, call.leaves)
+    before = Before.of(call.apply, call.module, call.leaves)
     try:
         uncompiled(replace(call, args=args, kwargs=kwargs))
     except Exception as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from funcstage.engines.graph.code import is_library, loads_of
 from funcstage.state.cells import closed_over
+from funcstage.state.code import is_library, loads_of
 from funcstage.state.content import parts_of
 
 

@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functionalized
-from funcstage.engines.graph.code import is_library, loads_of, nested_codes
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.cells import closed_over
+from funcstage.state.code import is_library, loads_of, nested_codes
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
 
 

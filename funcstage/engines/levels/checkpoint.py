@@ -31,11 +31,11 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage._torch.operators import OpOverload, TorchDispatchMode, writes
+from funcstage.engines.levels.first_run import Numbers, Operations
 from funcstage.errors import StageError
-from funcstage.state.ambient import AmbientState, RandomState, of_torch
+from funcstage.state.ambient import AmbientState, RandomState, among, of_process, of_torch
 from funcstage.state.cells import closed_over
-from funcstage.state.kept import undone
+from funcstage.state.kept import reached, undone
 from funcstage.state.module import locked, put_back, state_of, swapped
 
 
@@ -111,6 +111,7 @@ class Region:
         self._owner = owner
         self._modules = state_of(modules)
         self._operations = Operations() if call.early_stop and not call.reentrant else None
+        self._numbers = None if call.reentrant else Numbers()
         inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self._ambient = AmbientState.now()
         devices = (tensor.device for tensor in inputs)
@@ -120,8 +121,13 @@ class Region:
     def run(self) -> Any:
         """Run the function as it was called."""
         args, kwargs = trees.unflatten(self._spec, self._leaves)
-        noted = nullcontext() if self._operations is None else self._operations.noted()
-        with self._first, noted, torch.set_grad_enabled(not self._reentrant):
+        with ExitStack() as stack:
+            stack.enter_context(self._first)
+            if self._operations is not None:
+                stack.enter_context(self._operations.noted())
+            stack.enter_context(torch.set_grad_enabled(not self._reentrant))
+            if self._numbers is not None:
+                stack.enter_context(self._numbers.noted())
             return self._function(*args, **kwargs)
 
     def run_again(self, stand_ins: Sequence[Any]) -> Any:
@@ -137,8 +143,11 @@ class Region:
                     stack.enter_context(swapped(self._modules))
                     stack.enter_context(self._second)
                     if self._operations is not None:
-                        stack.enter_context(self._operations.cut_short())
+                        generators = *of_process(), *among(reached(owners))
+                        stack.enter_context(self._operations.cut_short(generators))
                     stack.enter_context(StandIns(functools.partial(self.stand_in, stand_ins)))
+                    if self._numbers is not None:
+                        stack.enter_context(self._numbers.passed_again())
                     return self._function(*args, **kwargs)
             except BaseException:
                 put_back(before)  # an interrupt may come between leaving and what that does
@@ -206,88 +215,6 @@ class StandIns(TorchFunctionMode):
     ) -> Any:
         args, kwargs = trees.map_leaves(self.of, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-
-class Operations:
-    """The operations of a region's first run, of which the last need not be computed again.
-
-    Nothing reads what comes after the last tensor that was saved for the backward: the outcome of a last
-    linear layer, for one. Torch's own recomputation stops there. Here these operations still take their
-    places on the tapes, but what they return is memory that nobody has written.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[tuple[Any, _Look | None]] = []  # views left out, as trackers of modules make some
-        self._needed = 0
-
-    def saved(self) -> None:
-        """Note that something was saved for the backward."""
-        self._needed = len(self._found)
-
-    def noted(self) -> TorchDispatchMode:
-        """Note the operations of the first run."""
-
-        def run(op: Any, args: Any, kwargs: Any) -> Any:
-            result = op(*args, **kwargs)
-            if not _is_view(op):
-                self._found.append((op, _Look.of(op, result)))
-            return result
-
-        return _Dispatched(run)
-
-    def cut_short(self) -> TorchDispatchMode:
-        """Leave out the last operations of the second run."""
-        needed = self._needed
-        if any(torch.Tag.data_dependent_output in getattr(op, "tags", ()) for op, _ in self._found[needed:]):
-            needed = len(self._found)  # what is read there would not be the same
-        left = iter(self._found[needed:])
-        count = 0
-
-        def run(op: Any, args: Any, kwargs: Any) -> Any:
-            nonlocal count
-            if not _is_view(op):
-                count += 1
-                noted, look = next(left, (None, None)) if count > needed else (None, None)
-                if op is noted and look is not None:
-                    return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device=look.device)
-            return op(*args, **kwargs)
-
-        return _Dispatched(run)
-
-
-def _is_view(op: Any) -> bool:
-    return isinstance(op, OpOverload) and op.is_view
-
-
-class _Look(NamedTuple):
-    """What a new tensor, the one result of an operation, looks like."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, op: Any, result: Any) -> _Look | None:
-        is_new = isinstance(op, OpOverload) and not writes(op)
-        if not is_new or type(result) is not Tensor or result.layout is not torch.strided:
-            return None
-        return cls(result.shape, result.stride(), result.dtype, result.device)
-
-
-class _Dispatched(TorchDispatchMode):
-    """Sends every operation through a function."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
-        super().__init__()
-        self._run = run
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._run(func, args, kwargs or {})
 
 
 class Rerun:

@@ -1,0 +1,152 @@
+"""What a stage's functions can get at besides their module and arguments: globals, and attributes of classes.
+
+Their code says which. A run that is given up must leave these too as it found them: generators, counters,
+lists in which something is noted. Long containers, and what lies deeper, are not looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from funcstage.state.ambient import RandomState, among
+from funcstage.state.code import is_library, loads_of, nested_codes
+from funcstage.state.kept import INERT, differs, refill
+
+
+class Name(NamedTuple):
+    """A name among the globals of a module, or the attributes of a class.
+
+    Attributes:
+        owner: the globals, or the class.
+        key: the name.
+        is_assigned: whether a function assigns it.
+    """
+
+    owner: Any
+    key: str
+    is_assigned: bool
+
+    def value(self) -> Any:
+        """What it stands for now; itself where that is nothing."""
+        return (vars(self.owner) if isinstance(self.owner, type) else self.owner).get(self.key, self)
+
+    def assign(self, value: Any) -> None:
+        """Let it stand for something else, or for nothing if that is itself."""
+        if isinstance(self.owner, type):
+            setattr(self.owner, self.key, value)
+        elif value is self:
+            del self.owner[self.key]
+        else:
+            self.owner[self.key] = value
+
+
+class Shared:
+    """What some names stand for at a moment, and what is in it."""
+
+    def __init__(self, names: Sequence[Name]) -> None:
+        values = [name.value() for name in names]
+        self._assigned = [pair for pair in zip(names, values, strict=True) if pair[0].is_assigned]
+        containers = [found for value in values if (found := _container(value)) is not None]
+        self._contents = [(container, copy.copy(container)) for container in containers]
+        inside = (each.values() if isinstance(each, dict) else each for each in containers)
+        self._generators = RandomState(among(chain(values, *inside)))
+
+    def restore(self) -> None:
+        """Put back what has changed since."""
+        for name, value in self._assigned:
+            if name.value() is not value:
+                name.assign(value)
+        for container, contents in self._contents:
+            if differs(container, contents):
+                refill(container, contents)
+        self._generators.restore()
+
+
+def names_of(roots: Iterable[type | Callable[..., Any]]) -> list[Name]:
+    """What classes and functions, and functions that these call, can get at."""
+    return [name for root in roots for name in _names_of(root)]
+
+
+def _container(value: Any) -> Any:
+    """In what a value keeps what can be changed; None where there is nothing, or much."""
+    if isinstance(value, (dict, list, set, deque)):
+        return value if len(value) <= _LONG else None
+    inside = getattr(value, "__dict__", None)
+    if type(inside) is not dict or isinstance(value, (type, *_FIXED)) or is_library(type(value).__module__):
+        return None
+    return inside
+
+
+def _names_of(root: Any) -> list[Name]:
+    try:
+        if root not in _KNOWN:
+            _KNOWN[root] = [*_search(root)]
+        return _KNOWN[root]
+    except TypeError:  # it cannot be remembered
+        return [*_search(root)]
+
+
+def _search(root: Any) -> Iterator[Name]:
+    stack, seen = [root], set()
+    while stack:
+        found = stack.pop()
+        found = found.func if isinstance(found, partial) else found
+        found = getattr(found, "__func__", getattr(found, "__wrapped__", found))
+        if id(found) in seen or _is_library(found):
+            continue
+        seen.add(id(found))
+        for name in _names_in(found):
+            value = name.value()
+            if isinstance(value, (FunctionType, type)):
+                stack.append(value)
+            if name.is_assigned or not (type(value) in INERT or isinstance(value, (*_FIXED, Name))):
+                yield name
+        if isinstance(found, type):
+            stack += found.__mro__[1:]
+
+
+def _names_in(found: Any) -> Iterator[Name]:
+    if isinstance(found, type):
+        methods = [method for method in vars(found).values() if isinstance(method, FunctionType)]
+        assigned = {key for method in methods for key in _stored("STORE_ATTR", method.__code__)}
+        yield from (Name(found, key, key in assigned) for key in vars(found) if not key.startswith("__"))
+    elif isinstance(found, FunctionType):
+        space = found.__globals__
+        for code in _codes(found.__code__):
+            loads, assigned = loads_of(code), _stored("STORE_GLOBAL", code)
+            yield from (Name(space, key, key in assigned) for key in loads.globals | assigned)
+            for module in map(space.get, loads.globals):
+                if isinstance(module, ModuleType) and not is_library(module.__name__):
+                    keys = loads.attributes & vars(module).keys()
+                    yield from (Name(vars(module), key, is_assigned=False) for key in keys)
+
+
+def _stored(operation: str, code: CodeType) -> set[str]:
+    return {step.argval for step in dis.get_instructions(code) if step.opname == operation}
+
+
+def _is_library(found: Any) -> bool:
+    name = getattr(found, "__module__", None)
+    return is_library(name) or str(name).startswith("torch.")
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for nested in nested_codes(code):
+        yield from _codes(nested)
+
+
+NOTHING_SHARED = Shared(())
+_FIXED = (FunctionType, MethodType, type, ModuleType, property, classmethod, staticmethod, Tensor, nn.Module)
+_KNOWN: WeakKeyDictionary[Any, list[Name]] = WeakKeyDictionary()
+_LONG = 1000

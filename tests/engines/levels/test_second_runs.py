@@ -1,0 +1,89 @@
+"""The second run of a checkpointed region computes with the numbers of the first, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import funcstage as fs
+from tests.support.both_ways import eager, split
+
+WIDTH = 16
+
+
+class Counting(nn.Module):
+    """Scales inside a checkpointed region by a number that changes from run to run."""
+
+    def __init__(self, number: Callable[[], float]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.number = number
+
+    def region(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh() * self.number() + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.region, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_numbers_are_those_of_the_forward_as_in_eager(early_stop: bool) -> None:
+    """Autograd keeps what an operation was called with first."""
+    module = Counting(random.Random(0).random)
+    twin = copy.deepcopy(module)
+    twin.number, module.number = random.Random(0).random, random.Random(0).random
+    x = torch.randn(6, WIDTH)
+    stage = fs.functionalize(module)
+    with set_checkpoint_early_stop(early_stop):
+        for _ in range(3):
+            torch.testing.assert_close(split(*stage, x), eager(twin, x))
+
+
+def test_numbers_of_the_process_are_drawn_as_often_as_by_eager() -> None:
+    module = Counting(random.random)
+    x = torch.randn(6, WIDTH)
+    random.seed(0)
+    expected = [eager(module, x) for _ in range(3)]
+    random.seed(0)
+    torch.testing.assert_close([split(*fs.functionalize(module), x) for _ in range(3)], expected)
+
+
+def test_a_second_run_that_takes_another_branch_is_refused() -> None:
+    runs = iter([True, False])
+
+    def region(x: Tensor) -> Tensor:
+        return x.tanh() if next(runs) else x.sigmoid()
+
+    def apply(params: Tensor, buffers: Any, x: Tensor) -> Any:
+        return checkpoint(region, x * params, use_reentrant=False), buffers
+
+    _, _, pullback = fs.stage_vjp(apply, torch.randn(3), (), torch.randn(3))
+    with pytest.raises(fs.StageError, match=r"called tanh when it ran first and sigmoid when"):
+        pullback(torch.ones(3))
+
+
+def test_a_second_run_may_find_a_cache_filled() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.mask: Tensor | None = None
+
+        def region(self, x: Tensor) -> Tensor:
+            if self.mask is None:
+                self.mask = torch.ones(6, WIDTH).tril().logical_not()
+            return self.linear(x).masked_fill(self.mask, 0.0).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.region, x, use_reentrant=False)
+
+    module = Masked()
+    x = torch.randn(6, WIDTH)
+    torch.testing.assert_close(split(*fs.functionalize(module), x), eager(copy.deepcopy(module), x))
