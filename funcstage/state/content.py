@@ -246,7 +246,10 @@ def _reference(value: weakref.ref[Any]) -> Parts:
 
 
 def _variable(value: contextvars.ContextVar[Any]) -> Parts:
-    return Same(value), (("get()", value.get(None)),)
+    try:
+        return Same(value), (("get()", value.get()),)
+    except LookupError:
+        return Same(value), ()
 
 
 def _local(value: threading.local) -> Parts:
@@ -306,10 +309,6 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     types.BuiltinMethodType: _builtin,
     types.MethodWrapperType: _builtin,
     slice: _slice,
-    **dict.fromkeys(
-        (types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType), _same
-    ),
-    **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType), _same),
     **dict.fromkeys((property, classmethod, staticmethod, functools.cached_property), _descriptor),
     functools.partial: _partial,
     list: _list,
@@ -324,8 +323,7 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     threading.local: _local,
     type(os.environ): _environment,
     types.CellType: _cell,
-    **dict.fromkeys((types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType), _opaque),
-    **dict.fromkeys((types.FrameType, types.TracebackType, types.GenericAlias, types.UnionType), _same),
+    **dict.fromkeys((types.CoroutineType, types.AsyncGeneratorType), _opaque),
 }
 if "numpy" in sys.modules:
     import numpy

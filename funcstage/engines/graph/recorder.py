@@ -10,8 +10,10 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from threading import get_ident
-from types import BuiltinMethodType, CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -114,7 +116,7 @@ class Recorder(TorchFunctionMode):
         for function in given:
             if isinstance(function, FunctionType):
                 self._read(function)  # a hook, which runs with the backward
-        own_code = isinstance(func, _WITHOUT_CALLBACKS) or is_library(getattr(func, "__module__", "") or "?")
+        own_code = isinstance(func, _WITHOUT_CALLBACKS) or is_library(getattr(func, "__module__", None))
         if given or not own_code:
             return func(*args, **kwargs)
         own = sys.getprofile()
@@ -363,14 +365,14 @@ class Recorder(TorchFunctionMode):
         seen = set(self.known)
         while pending:
             value, label = pending.pop()
-            if is_plain(value) or id(value) in seen or isinstance(value, (type, ModuleType)):
+            if is_plain(value) or id(value) in seen:
                 continue
             seen.add(id(value))
             if is_opaque(value):
                 yield label, value
-            is_container = isinstance(value, _CONTAINERS)
+            is_container, entered = isinstance(value, _CONTAINERS), isinstance(value, _NAMELESS)
             for name, part in parts_of(value):
-                if is_container or not isinstance(name, str) or name in self._names or name[:2] == "__":
+                if entered or not isinstance(name, str) or name in self._names or name[:2] == "__":
                     pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
 
 
@@ -400,6 +402,10 @@ def _is_data(value: Any, most: int = 1000) -> bool:
 
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+
+
+_NAMELESS = (*_CONTAINERS, partial, weakref.ref, ContextVar, CellType)
+"""Types of what is entered without naming what is in it."""
 
 
 _DRAWING = ("random", "secrets", "uuid")

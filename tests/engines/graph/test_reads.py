@@ -10,6 +10,7 @@ import array
 import contextvars
 import cProfile
 import dataclasses
+import datetime
 import enum
 import functools
 import gc
@@ -20,6 +21,7 @@ import random
 import re
 import sys
 import threading
+import time
 import types
 import warnings
 import weakref
@@ -227,6 +229,11 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any],
     ),
     "an array.array": (lambda: array.array("d", [1.0]), lambda v: v[0], lambda v: v.__setitem__(0, 5.0)),
     "a bytearray": (lambda: bytearray(b"\1"), lambda v: float(v[0]), lambda v: v.__setitem__(0, 5)),
+    "a slice": (
+        lambda: [slice(0, 1)],
+        lambda v: sum([1.0, 4.0][v[0]]),
+        lambda v: v.__setitem__(0, slice(0, 2)),
+    ),
     "a partial": (lambda: functools.partial(sum, [1.0]), lambda v: v(), lambda v: v.args[0].append(5.0)),
     "a namespace": (
         lambda: SimpleNamespace(scale=1.0),
@@ -390,6 +397,32 @@ def test_a_function_put_in_place_of_another_is_seen(monkeypatch: pytest.MonkeyPa
     check_change(stage, lambda: monkeypatch.setattr(name, lambda: 3.0), torch.randn(2, 4))
 
 
+def test_a_function_of_torchs_put_in_place_of_another_is_seen_where_only_torchs_layer_calls_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = compiled(nn.Sequential(nn.Linear(4, 4), nn.Softplus()))
+    name = "torch.nn.functional.softplus"
+    check_change(stage, lambda: monkeypatch.setattr(name, lambda x, *_: x.sin()), torch.randn(2, 4))
+
+
+class OfOneNumber(nn.Module):
+    """Has an activation of one element at hand where it makes a number of a tensor from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y.sum().sin() * float(SETTING) * y
+
+
+def test_a_number_of_a_tensor_is_read_beside_activations_of_one_element() -> None:
+    number = torch.ones(1)
+    set_global(number)
+    check_change(compiled(OfOneNumber()), lambda: number.fill_(5.0), torch.randn(2, 4))
+
+
 def test_a_method_put_in_place_of_another_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = compiled(Reading(lambda: 2.0, float))
 
@@ -490,8 +523,17 @@ UNWATCHED: dict[str, tuple[Callable[[], Any], str]] = {
     "random's integers": (lambda: random.randint(1, 9), "random number"),
     "NumPy's numbers": (lambda: np.random.rand(), "random number"),
     "a generator of NumPy's": (lambda: GENERATOR.random(), "GENERATOR"),
+    "random bytes": (lambda: os.urandom(1)[0], "random number"),
+    "an iterator in an object": (lambda: next(HOLDER.table["count"]), "count"),
+    "an iterator in a dict": (lambda: next(COUNTS["count"]), "count"),
+    "an iterator in a partial": (lambda: NEXT(), "count"),
+    "an iterator in a variable of the context": (lambda: next(OF_CONTEXT.get()), "count"),
+    "an iterator behind a weak reference": (lambda: next(WEAK().table["count"]), "count"),
 }
 COUNT = itertools.count(1)
+COUNTS, NEXT, HOLDER = {"count": COUNT}, functools.partial(next, COUNT), Config(table={"count": COUNT})
+WEAK = weakref.ref(HOLDER)
+OF_CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("of_context", default=COUNT)
 
 
 @pytest.mark.parametrize("name", UNWATCHED)
@@ -515,11 +557,17 @@ def test_a_refused_draw_leaves_the_generator_as_it_was(draw: Callable[[], float]
     assert draw() == wanted
 
 
-def test_a_clock_is_noted() -> None:
-    import time
+CLOCKS: dict[str, Callable[[], float]] = {
+    "time.time": lambda: time.time(),
+    "datetime.now": lambda: datetime.datetime.now().year,
+    "date.today": lambda: datetime.date.today().year,
+}
 
-    stage = compiled(Reading(lambda: time.time() * 0 + 1.0, float))
-    with pytest.warns(UserWarning, match="time.time"):
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_clock_is_noted(clock: str) -> None:
+    stage = compiled(Reading(lambda: CLOCKS[clock]() * 0 + 1.0, float))
+    with pytest.warns(UserWarning, match=clock):
         check(stage, torch.randn(2, 4))
 
 
