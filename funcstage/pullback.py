@@ -164,9 +164,8 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         )
 
     def _one(self) -> Tensor:
-        meta = self._output_metas[0]
-        single = len(self._output_metas) == 1 and meta is not None and meta.shape.numel() == 1
-        if not single or meta is None or meta.dtype.is_complex:
+        meta = self._output_metas[0] if len(self._output_metas) == 1 else None
+        if meta is None or meta.shape.numel() != 1 or meta.dtype.is_complex:
             outputs = ", ".join("no tensor gradient" if m is None else str(m) for m in self._output_metas)
             raise LeafError(
                 f"output_grads of {self.stage} may be left out only where the output is one real scalar; "

@@ -55,8 +55,6 @@ def loads_of(code: CodeType) -> Loads:
 def is_library(module: object) -> bool:
     """Tell whether a module's functions keep no settings of the user's, other than those that are watched."""
     name = module if isinstance(module, str) else ""  # of Cython's metaclass it is a descriptor
-    if name.startswith("namedtuple_"):  # the constructors of named tuples
-        return True
     if name.startswith("torch.nn.modules.") and not name.endswith(".module"):
         return False
     return name.partition(".")[0] in _LIBRARIES

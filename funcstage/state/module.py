@@ -187,9 +187,6 @@ class Fingerprint:
 
     def glance(self) -> Glance:
         """The same in a form that is made and compared faster, but not made to be kept."""
-        sizes = [*map(len, self._namespaces)]
-        if sizes != self._sizes:
-            self._collect()
         others: list[Hashable] = []
         if self._others:
             seen = set(self._ids)
@@ -203,14 +200,13 @@ class Fingerprint:
         hooked = self._hooks_matter and any_hooked(parameters)
         kinds = [*map(type, self._parts), *map(type, parameters)]
         hooks = chain.from_iterable(self._hooks) if any(self._hooks) else ()
-        return Glance(plain, [*sizes, *hooks, *others, hooked], kinds)
+        return Glance(plain, [*map(len, self._namespaces), *hooks, *others, hooked], kinds)
 
     def _collect(self) -> None:
         parts = [part for module in self._modules for part in module.modules()]
         self._parts, self._ids = parts, [*map(id, parts)]
         self._parameters = [part._parameters for part in parts if part._parameters]
         self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
-        self._sizes = [*map(len, self._namespaces)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
         self._readers: list[Callable[[Any], Any]] = []
         self._read_from: list[dict[str, Any]] = []
@@ -220,7 +216,7 @@ class Fingerprint:
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]
             plain = [name for name in own if is_plain(attributes[name])]
             if "training" in attributes:  # a compiled module has its original's
-                plain.insert(0, "training")
+                plain.append("training")
             for namespace, names in ((attributes, plain), (part._modules, [*part._modules])):
                 if names:  # the first one twice, as a getter of one item returns no tuple
                     self._readers.append(itemgetter(names[0], *names))

@@ -29,7 +29,7 @@ def is_raised_by_stage(error: BaseException) -> bool:
     while last.tb_next is not None:
         last = last.tb_next
     code = last.tb_frame.f_code.co_code
-    raised = last.tb_lasti >= 0 and dis.opname[code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    raised = dis.opname[code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
     return raised and is_of_stage(last.tb_frame)
 
 

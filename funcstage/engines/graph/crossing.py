@@ -44,9 +44,8 @@ class Division:
         for_inputs: what the input gradients depend on.
         urgent: what I must compute.
         deferred: what W must compute.
-        early: all but what is deferred, in graph order.
         movable: what I may compute for W.
-        cheap: of `early`, what may run twice at little cost.
+        cheap: what may run twice at little cost.
     """
 
     joint: Joint
@@ -56,7 +55,6 @@ class Division:
     for_inputs: set[Node]
     urgent: set[Node]
     deferred: set[Node]
-    early: list[Node]
     movable: set[Node]
     cheap: set[Node]
 
@@ -75,11 +73,10 @@ class Division:
             if node.target is operator.getitem and node.args[0] in urgent:
                 urgent.add(node)  # an entry of a result is at hand where the result is, which cannot be saved
         deferred = (late & ancestors(param_grads)) - urgent - set(cotangents)
-        early = [node for node in graph.nodes if node not in deferred and node.op != "output"]
         movable = _movable(graph, deferred) if urgent and not sites else set()
-        cheap = {node for node in early if is_cheap(node)}
+        cheap = {node for node in graph.nodes if is_cheap(node)}
         needed = ancestors((*outputs, *new_buffers))
-        return cls(joint, state, late, needed, for_inputs, urgent, deferred, early, movable, cheap)
+        return cls(joint, state, late, needed, for_inputs, urgent, deferred, movable, cheap)
 
 
 class Crossing(NamedTuple):
@@ -98,10 +95,11 @@ class Crossing(NamedTuple):
 
 def crossing(division: Division, remat: Choice) -> Crossing:
     """Choose what crosses; `remat` is that of `partition`, without budgets."""
-    early, late, urgent, cheap = division.early, division.late, division.urgent, division.cheap
+    nodes = division.joint.module.graph.nodes
+    late, urgent, cheap = division.late, division.urgent, division.cheap
     _, _, input_grads, param_grads = division.joint.results
     again_in_weight, again_in_input = cheap, cheap
-    unsaved = {node for node in early if node.meta.get(CHECKPOINTED) and not is_random(node)}
+    unsaved = {node for node in nodes if node.meta.get(CHECKPOINTED) and not is_random(node)}
     if remat == "none":
         views = {node for node in cheap if is_view(node)}
         again_in_input = views | (cheap - division.needed)
@@ -110,12 +108,12 @@ def crossing(division: Division, remat: Choice) -> Crossing:
     elif remat != "min_cut":
         save = remat if callable(remat) else lambda node: False
         unsaved |= {
-            node for node in early if node.op == "call_function" and not is_random(node) and not save(node)
+            node for node in nodes if node.op == "call_function" and not is_random(node) and not save(node)
         }
         again_in_input = set()
         again_in_weight = cheap & unsaved
-    free = _free(early, division.state, cheap)
-    held = {node for node in early if node.meta.get(CHECKPOINTED) is False}
+    free = _free(nodes, division.state, cheap)
+    held = {node for node in nodes if node.meta.get(CHECKPOINTED) is False}
     again_in_input = (again_in_input | unsaved) - held
     # What I has to compute again is at hand for W; the rest is computed again in W alone.
     for_weight_alone = unsaved - late - behind(_reads(urgent, input_grads), again_in_input)

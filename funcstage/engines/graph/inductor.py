@@ -166,6 +166,7 @@ def _write_parts_in_place(graph: Graph) -> None:
         reads_once = all(map(_is_mapped, parts)) and set.intersection(*map(_sources, parts))
         if reads_once and not any(map(_is_mapped, _beyond_views(node))):
             node.target = torch.ops.funcstage.cat.default
+            node.args = (parts, *(node.args[1:] or (0,)))
 
 
 def _is_mapped(node: Node) -> bool:
@@ -193,18 +194,18 @@ def _sources(node: Node) -> set[Node]:
 
 
 @torch.library.custom_op("funcstage::cat", mutates_args=())
-def cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+def cat(parts: list[Tensor], dim: int) -> Tensor:
     """`torch.cat`, whose parts Inductor computes where they belong in the result."""
     return torch.cat(parts, dim)
 
 
 @cat.register_fake
-def _(parts: list[Tensor], dim: int = 0) -> Tensor:
+def _(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
 @register_lowering(torch.ops.funcstage.cat.default)
-def _(parts: list[Any], dim: int = 0) -> Any:
+def _(parts: list[Any], dim: int) -> Any:
     return TensorBox(ConcatKernel.create(parts, dim % len(parts[0].get_size())))
 
 

@@ -13,7 +13,6 @@ from funcstage.engines.graph.crossing import Division, crossing
 from funcstage.engines.graph.extract import Program, extract
 from funcstage.engines.graph.joint import Joint, is_random
 from funcstage.engines.graph.mincut import nbytes
-from funcstage.engines.graph.nodes import is_view
 
 Remat: TypeAlias = Literal["none", "min_cut", "full"] | float | Callable[[Node], bool]
 
@@ -32,7 +31,6 @@ class Partition:
         nbytes: the bytes that each residual keeps alive.
         linear: the residuals and inputs of the backward that it is linear in: cotangents and what I
             made of them.
-        recomputed: what is computed in more than one program.
         summed: what I hands on of gradients that it has summed for W.
         budget: how many bytes F may hand on, where that was asked for.
     """
@@ -45,7 +43,6 @@ class Partition:
     for_weight: tuple[str, ...]
     nbytes: dict[str, int]
     linear: frozenset[str]
-    recomputed: tuple[str, ...]
     summed: frozenset[str]
     budget: int | None = None
 
@@ -72,12 +69,12 @@ def partition(joint: Joint, remat: Remat, sites: bool = False) -> Partition:
     after_forward, from_input, for_weight = crossing(division, remat)
     outputs, new_buffers, input_grads, param_grads = joint.results
     placeholders = joint.placeholders
-    state, late, early, deferred = division.state, division.late, division.early, division.deferred
+    state, late, deferred = division.state, division.late, division.deferred
     constants = [node for node in state if node.op == "get_attr"]
     given = placeholders[: joint.n_state]
     end = joint.n_state + joint.n_args
     args, cotangents = placeholders[joint.n_state : end], placeholders[end:]
-    anywhere = set(early) | deferred
+    anywhere = {*joint.module.graph.nodes}
     draws = [node for node in joint.module.graph.nodes if is_random(node) and node not in late]
     forward = extract(
         joint, constants, [*given, *args], anywhere, [*outputs, *new_buffers, *after_forward], draws
@@ -86,11 +83,6 @@ def partition(joint: Joint, remat: Remat, sites: bool = False) -> Partition:
         joint, constants, [*given, *after_forward, *cotangents], late, [*input_grads, *from_input]
     )
     weight_grad = extract(joint, constants, [*given, *for_weight], deferred, param_grads, own=True)
-    counts: dict[str, int] = {}
-    for program in (forward, input_grad, weight_grad):
-        for node in program.module.graph.nodes:
-            if node.op == "call_function" and not is_view(node):
-                counts[node.name] = counts.get(node.name, 0) + 1
     return Partition(
         forward,
         input_grad,
@@ -100,7 +92,6 @@ def partition(joint: Joint, remat: Remat, sites: bool = False) -> Partition:
         tuple(node.name for node in for_weight),
         {node.name: nbytes(node) for node in (*after_forward, *from_input)},
         frozenset(node.name for node in (*cotangents, *from_input) if node in late),
-        tuple(name for name, n in counts.items() if n > 1),
         frozenset(node.name for node in from_input if node in deferred),
         budget,
     )

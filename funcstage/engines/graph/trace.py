@@ -121,7 +121,6 @@ def trace(
     check_recorded(call.apply, traced)
     _drop_aliases(traced.graph)
     run.regions.mark(traced.graph, forward)
-    traced.graph.eliminate_dead_code()
     traced.recompile()
     return run.joint(traced)
 
