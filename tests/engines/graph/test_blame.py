@@ -156,6 +156,14 @@ def test_anomaly_mode_is_named_where_it_stops_a_trace() -> None:
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.randn(2, 4))
 
 
+def test_a_layer_of_torchs_that_cannot_be_traced_is_not_taken_for_anomaly_mode() -> None:
+    apply, params, buffers = fs.functionalize(nn.AdaptiveLogSoftmaxWithLoss(4, 5, [2]))
+    with pytest.raises(fs.TraceError, match="cannot be traced: it reads the value of a tensor"):
+        fs.stage_vjp(
+            fs.compile(apply, backend="aten"), params, buffers, torch.randn(2, 4), torch.tensor([0, 4])
+        )
+
+
 class NaN(nn.Module):
     """Gives gradients that are not finite: of weights, and of inputs where it is asked to."""
 

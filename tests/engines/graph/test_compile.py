@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcstage as fs
 from funcstage.engines.graph import CompiledStage, compile
+from funcstage.engines.graph.compile import WARN_SIGNATURES
 from funcstage.errors import TraceError
 from funcstage.testing import check_stage
 
@@ -447,6 +448,7 @@ def test_many_signatures_are_warned_of_once_with_the_reasons() -> None:
         for n in range(1, 12):
             fast(params, buffers, torch.randn(n, 8))
     (warning,) = [w for w in caught if "signatures" in str(w.message)]
+    assert f"traced for {WARN_SIGNATURES + 1} signatures" in str(warning.message)
     assert "[8, 8]" in str(warning.message)
 
 

@@ -204,6 +204,11 @@ def seeds_the_default_itself(m: Drawing, x: Tensor) -> Tensor:
     return x * torch.rand(16)
 
 
+def seeds_the_default_itself_as_before(m: Drawing, x: Tensor) -> Tensor:
+    torch.default_generator.manual_seed(7)
+    return x * torch.rand(16)
+
+
 def reads_the_seed(m: Drawing, x: Tensor) -> Tensor:
     return x * (m.generator.initial_seed() + torch.initial_seed() + 2)
 
@@ -242,7 +247,7 @@ GENERATOR = torch.Generator()
 STATE = torch.Generator().manual_seed(4).get_state()
 UNRECORDED = [
     *(seeds, puts_back, forks, makes_a_generator, seeds_its_own, seeds_without_drawing, puts_its_own_back),
-    *(seeds_a_global, seeds_the_default_itself, reads_the_seed),
+    *(seeds_a_global, seeds_the_default_itself, seeds_the_default_itself_as_before, reads_the_seed),
     *(
         seeds_by_partial,
         seeds_its_own_by_partial,
@@ -259,6 +264,7 @@ def test_what_a_graph_does_not_record_of_generators_is_refused_and_works_uncompi
     apply, params, buffers = fs.functionalize(module)
     compared(apply, module, params, buffers)
     torch.manual_seed(7)
+    torch.rand(3)
     kept = torch.default_generator, module.generator, GENERATOR
     before = [generator.get_state() for generator in kept]
     with pytest.raises(fs.TraceError, match="generator"):

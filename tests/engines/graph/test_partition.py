@@ -105,6 +105,56 @@ def test_the_programs_mutate_nothing() -> None:
         assert not any(target._schema.is_mutable for target in targets if hasattr(target, "_schema"))
 
 
+def planned(module: nn.Module, x: Tensor, remat: Any) -> Any:
+    apply, params, buffers = fs.functionalize(module)
+    return fs.compile(apply, backend="aten", remat=remat).plan(params, buffers, x)
+
+
+def test_where_i_computes_everything_again_w_is_given_its_matrix_products() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    plan = planned(module, torch.randn(2, 4), "full")
+    assert plan.input_grad.recomputed_flops > 0
+    assert plan.weight_grad.recomputed_flops == 0
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_a_constant_that_a_forward_makes_is_no_residual() -> None:
+    assert planned(Weighted(), torch.randn(2, 4), "none").forward_to_input == 0
+
+
+class DropoutInAttention(nn.Module):
+    """Attention that draws in its kernel, whose backward is given the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.5)[0]
+        return attended
+
+
+def test_attention_with_dropout_runs_in_f_and_its_backward_in_i() -> None:
+    apply, params, buffers = fs.functionalize(DropoutInAttention().to("meta"))
+    x = torch.empty(2, 8, 16, device="meta")
+    programs = fs.compile(apply, backend="aten").programs(params, buffers, x)
+    found = [
+        [node.target for node in program.graph.nodes if "attention" in str(node.target)]
+        for program in programs
+    ]
+    forward = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    assert found == [[forward], [torch.ops.aten._scaled_dot_product_efficient_attention_backward.default], []]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_inductors_programs_agree_with_eager(training: bool) -> None:
     module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))

@@ -264,6 +264,18 @@ def test_a_write_into_a_parameter_that_was_made_is_torchs_error_as_in_eager(
     assert type(ours.value) is type(eagers.value)
 
 
+def test_an_activation_written_into_a_parameter_that_was_made_is_eagers_or_refused() -> None:
+    def case(s: Layers, x: Tensor) -> Tensor:
+        made = nn.Parameter(torch.empty(3, dtype=x.dtype), requires_grad=False)
+        return s.proj(x) * made.copy_(s.proj(x).sum(0))
+
+    module, x = made(case)
+    assert_as_eager(module, x, "aten", None)
+    apply, params, buffers = staged(module, "closures")
+    with pytest.raises(fs.PurityError, match=r"copy_.*a parameter that it made itself \(float64\[3\]"):
+        fs.stage_vjp(apply, params, buffers, x)
+
+
 def assigns_data(s: Layers, x: Tensor) -> Tensor:
     s.proj.weight.data = s.proj.weight.data * 2
     return s.proj(x)
