@@ -60,6 +60,9 @@ NOT_ENTERED: Signs = (
 RANK_LOST: Signs = ("gloo", "Connection closed", "Timed out", "pair closure", "reset by peer", "Broken pipe")
 """Gloo, and the store: another rank does not answer. What NCCL raises has a class, gloo's has none."""
 
+STORE_EMPTY: Signs = ("ait timeout",)
+"""Nobody has written at a place in a store in time. What a file store raises has no class."""
+
 
 def says(error: BaseException | str, signs: Signs) -> bool:
     """Tell whether an error, or a part of its message, is one of these."""

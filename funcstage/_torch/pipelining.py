@@ -25,7 +25,7 @@ every rank it reaches raises the same error instead of waiting for a message tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -81,6 +81,8 @@ class ExchangingStage(PipelineStage):
     _cause: Exception | None = None
     _input_examples: Examples = ()
     _output_examples: Examples = ()
+    examples_of: Mapping[int, Mapping[str, Any]]
+    """Examples of each microbatch, by the names of the attributes, where those of a step differ."""
 
     def infer(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[Examples, Examples]:
         """Say what the stage sends for what it receives.
@@ -109,7 +111,9 @@ class ExchangingStage(PipelineStage):
         return self._failure is not None
 
     def prepare_again(self) -> None:
-        """Forget what torch 2.11 has noted of shapes, where a stage has found that they do not fit."""
+        """Forget what is known of shapes, which are to be found out again."""
+        stage: Any = self
+        stage.grad_send_info = None
         if EVERY_INPUT_RETURNS_A_GRADIENT:
             self.inputs_meta: Any = None
             self._outputs_meta: Any = None
@@ -126,6 +130,7 @@ class ExchangingStage(PipelineStage):
 
     def _infer(self, received: Any, kwargs: dict[str, Any] | None) -> Failure | Examples:
         self._failure = self._cause = None
+        self.examples_of = {}
         if isinstance(received, Failure):
             self._failure = received
         else:

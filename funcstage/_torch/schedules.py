@@ -6,10 +6,12 @@ schedules takes a second, as they load Dynamo and FSDP, so it waits until somebo
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,11 +91,60 @@ KEPT_BY_SCHEDULES = (
 """Attributes of torch's schedules, containers, which are empty between steps; not all schedules have all."""
 
 
+_signature = functools.cache(inspect.signature)
+
+
+class Microbatches(NamedTuple):
+    """The microbatches of a step on one rank.
+
+    Attributes:
+        args: the positional arguments of each, on the rank with the first stage.
+        kwargs: the keyword arguments of each.
+        targets: the target of each, if there are any.
+        rest: what else belongs to the step.
+        trains: whether there is a backward.
+    """
+
+    args: list[Any]
+    kwargs: list[Any]
+    targets: list[Any] | None
+    rest: dict[str, Any]
+    trains: bool
+
+    @classmethod
+    def of(cls, schedule: Any, *args: Any, **kwargs: Any) -> Microbatches:
+        """Read what a schedule is called with, which torch checks."""
+        given = _signature(type(schedule)._step_microbatches).bind(schedule, *args, **kwargs).arguments
+        names = ("arg_mbs", "kwarg_mbs", "target_mbs", "losses")
+        checked = schedule._check_inputs(*map(given.get, names))
+        rest = {"loss_kwargs": given.get("loss_kwargs")}
+        return cls(*checked, given.get("target_mbs"), rest, trains(schedule))
+
+
+def prepare(schedule: Any, microbatches: Microbatches, i: int) -> None:
+    """Let a schedule find out what its stages send and receive, if it has not, for microbatch `i`."""
+    several = hasattr(schedule, "_initialize_stages")
+    method = schedule._initialize_stages if several else schedule._initialize_stage
+    known = _signature(method.__func__).parameters
+    target = None if microbatches.targets is None else microbatches.targets[i]
+    rest = {"target": target, **microbatches.rest}
+    found = {name: value for name, value in rest.items() if name in known}
+    method(microbatches.args[i], microbatches.kwargs[i], **found)
+
+
 def prepare_again(schedule: Any) -> None:
-    """Let a schedule find out in its next step what its stages send; torch 2.11 takes a failure for done."""
-    for name in ("_stage_forward_initialized", "_stages_forward_initialized"):
+    """Let a schedule find out again what its stages send."""
+    for name in _PREPARED:
         if hasattr(schedule, name):
             setattr(schedule, name, False)
+
+
+_PREPARED = (
+    "_stage_forward_initialized",
+    "_stages_forward_initialized",
+    "_stage_backward_initialized",
+    "_stages_backward_initialized",
+)
 
 
 def is_schedule(value: object) -> bool:

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from funcstage._torch.pipelining import ExchangingStage
-from funcstage._torch.schedules import KEPT_BY_SCHEDULES, prepare_again, stages_of
+from funcstage._torch.schedules import KEPT_BY_SCHEDULES
 
 
 def forget(schedule: Any) -> None:
@@ -20,11 +19,6 @@ def forget(schedule: Any) -> None:
         kept = getattr(schedule, name, None)
         if kept:
             kept.clear()
-    ours = [stage for stage in stages_of(schedule) if isinstance(stage, ExchangingStage)]
-    if any(stage.cannot_run for stage in ours):
-        prepare_again(schedule)
-        for stage in ours:
-            stage.prepare_again()
 
 
 @dataclass(slots=True, eq=False)

@@ -245,6 +245,11 @@ class ModuleStage(ExchangingStage):
             output, _ = self._eager(params, buffers, *args, **kwargs)
         return output
 
+    def _turn_to(self, chunk: int) -> None:
+        """Expect what a microbatch looks like, where those of the step differ."""
+        if self.examples_of:
+            vars(self).update(self.examples_of[chunk])
+
     def _check_call(self, call: Call) -> None:
         if self.is_first:
             self._check_microbatch(call, "input", tensors(call.args), self._input_examples)
@@ -263,8 +268,8 @@ class ModuleStage(ExchangingStage):
         if not alike(found, expected):
             raise LeafError(
                 f"{self._name}: the {what} of microbatch {call.chunk} is {looks(found)}, but the stages "
-                f"were prepared for {looks(expected)}. Microbatches must be alike: let their number divide "
-                "the batch."
+                f"were prepared for {looks(expected)}. What stages send each other may change only with the "
+                "shapes of what the first stage is given: give it, too, what this depends on."
             )
 
     @property

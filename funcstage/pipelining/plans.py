@@ -1,8 +1,8 @@
 """What the ranks of a pipeline must agree about, compared before the first step of each schedule.
 
 Each rank writes down its plan (which schedule, how many stages and microbatches), and compares it with those
-of the others. From then on the schedule is watched: what a step of it fails with is shared with the others.
-
+of the others. From then on the schedule is watched: what a step of it fails with is shared with the others,
+and so is what its microbatches look like (`lengths`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from funcstage._torch.schedules import is_schedule, num_microbatches, stages_of, trains
+from funcstage._torch.distributed import timeout_of
+from funcstage._torch.pipelining import ExchangingStage
+from funcstage._torch.schedules import Microbatches, is_schedule, num_microbatches, stages_of, trains
 from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps
 from funcstage.pipelining.failures import check_unbroken, key, share, store, written
+from funcstage.pipelining.lengths import Agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Plan:
         scales: whether gradients are divided by the number of microbatches.
         trains: whether there is a loss.
         stages: those of this rank.
+        torchs: those of them that are torch's own.
     """
 
     schedule: str
@@ -42,6 +46,7 @@ class Plan:
     scales: bool
     trains: bool
     stages: tuple[int, ...]
+    torchs: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, schedule: Any) -> Plan:
@@ -54,6 +59,7 @@ class Plan:
             bool(getattr(schedule, "scale_grads", True)),
             trains(schedule),
             tuple(sorted(stage.stage_index for stage in stages)),
+            tuple(sorted(s.stage_index for s in stages if not isinstance(s, ExchangingStage))),
         )
 
     def disagreement(self, other: Plan) -> str:
@@ -121,8 +127,33 @@ def check_agreement(
         )
 
 
-_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""The schedules that are watched, and how many there were in their group before."""
+def strangers(group: dist.ProcessGroup | None, number: int, plan: Plan) -> list[int]:
+    """The ranks that have stages of torch's own, as far as is known: those that wrote no plan among them."""
+    rank, found = dist.get_rank(group), []
+    for r in range(dist.get_world_size(group)):
+        text = written(plan_key(group, number, r)) if r != rank else pickle.dumps(plan)
+        if not text or pickle.loads(text).torchs:
+            found.append(r)
+    return found
+
+
+def _agreement(stage: Any, number: int, plan: Plan) -> Agreement:
+    """What the ranks of a schedule know of its microbatches, before its first step."""
+    group, first = stage.group, stage.stage_index_to_group_rank[0]
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    return Agreement(
+        group,
+        first,
+        lambda step, of: key(group, f"microbatches of step {step} of {number} for {of}"),
+        partial(strangers, group, number, plan),
+        [r for r in range(world) if r != rank],
+        True if world == 1 or written(plan_key(group, number, first)) else None,
+        timeout_of(group, stage.device),
+    )
+
+
+_WATCHED: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
+"""The schedules that are watched."""
 
 _COUNTS: dict[str, int] = {}
 
@@ -145,7 +176,9 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
     if schedule is None:
         return None
     failed_steps.forget(schedule)
-    if schedule in _NUMBERS:
+    if schedule in _WATCHED:
+        if any(getattr(each, "cannot_run", False) for each in stages_of(schedule)):
+            _WATCHED[schedule].forget()
         return schedule
     name = key(stage.group, "")
     number = _COUNTS.get(name, 0)
@@ -157,12 +190,13 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
         except BaseException:
             store().set(plan_key(stage.group, number, rank), b"")
             raise
-    _NUMBERS[schedule] = number
+    agreement = _WATCHED[schedule] = _agreement(stage, number, plan)
     _COUNTS[name] = number + 1
     kind, weak = type(schedule), weakref.ref(schedule)
 
     def step_microbatches(*args: Any, **kwargs: Any) -> Any:
         try:
+            agreement.before_step(weak(), Microbatches.of(weak(), *args, **kwargs))
             return kind._step_microbatches(weak(), *args, **kwargs)
         except BaseException as error:
             failed_steps.note_gradients(error, stages_of(weak()))

@@ -13,7 +13,10 @@ from typing import Any
 
 from funcstage._torch.pipelining import PREPARED_BY_TORCH
 
-PREPARED = (*PREPARED_BY_TORCH, "_input_examples", "_output_examples", "_output", "_prepared_for", "_fitting")
+OF_THE_NEXT_MICROBATCH = ("_input_examples", "_output_examples", "_output")
+"""Attributes of a stage that may be others for each microbatch."""
+
+PREPARED = (*PREPARED_BY_TORCH, *OF_THE_NEXT_MICROBATCH, "examples_of", "_prepared_for", "_fitting")
 """Attributes of a stage that a preparation sets."""
 
 

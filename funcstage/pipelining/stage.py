@@ -151,6 +151,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._replicas = None if data_parallel is None else replicas_of(data_parallel)
             self._parameters: dict[str, Any] = {}
             self._fitting: Binding | None = None
+            self.examples_of = {}
             self._progress = failed_steps.Progress()
             self._preparations = Preparations(self)
             self._bind()
@@ -238,6 +239,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             LeafError: if the microbatch does not look like the one that the stages were prepared for.
         """
         self.raise_failure()
+        self._turn_to(fwd_chunk_id)
         self.keep_output(fwd_chunk_id, ())
         if not self._forwards and not self._weight_pullbacks:
             self._find_shared()  # all stages have read their states by now
@@ -301,6 +303,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         if not self.has_backward:
             return
         self._check_chunk_id(bwd_chunk_id)
+        self._turn_to(bwd_chunk_id)
         self.drop_output(bwd_chunk_id)
         if self.is_last:
             self._backward_of_loss(bwd_chunk_id, loss)

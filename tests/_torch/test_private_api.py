@@ -779,7 +779,7 @@ def steps_that_fail_and_schedules_in_turn() -> None:
                 FunctionalPipelineStage(module, i, len(modules), "cpu") for i, module in enumerate(modules)
             ]
             driven = [kind(stages[0] if single else stages, n, loss_fn=failing) for n in (2, 4)]
-            for schedule, rows in ((driven[0], 4), (driven[1], 12), (driven[0], 4)):
+            for schedule, rows in ((driven[0], 4), (driven[1], 12), (driven[0], 4), (driven[0], 8)):
                 x = torch.randn(rows, 4)
                 failures = [KeyError("of the loss")]
                 with contextlib.suppress(KeyError):
@@ -791,7 +791,8 @@ def steps_that_fail_and_schedules_in_turn() -> None:
                 grads = [parameter.grad for module in modules for parameter in module.parameters()]
                 torch.testing.assert_close(grads, [parameter.grad for parameter in whole.parameters()])
                 kept = KEPT_BY_SCHEDULES[:1] if single else KEPT_BY_SCHEDULES
-                for name in (*kept, initialized):
+                both = initialized, initialized.replace("forward", "backward")
+                for name in (*kept, *both, "_check_inputs"):
                     assert hasattr(schedule, name), f"a {kind.__name__} has no {name}"
             for name in {*PREPARED_BY_TORCH} - absent:
                 assert hasattr(stages[0], name), f"a stage has no {name} after a step"

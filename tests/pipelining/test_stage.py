@@ -509,18 +509,6 @@ def test_a_stage_whose_shapes_depend_on_values_needs_an_example_of_its_output() 
     run(2, trains_with, case, {1: {"output_args": torch.zeros(2, 3, dtype=torch.float64)}})
 
 
-def uneven_batch(num_stages: int, batch: int) -> Model:
-    model = uneven(num_stages, batch)
-    return model._replace(inputs=(model.inputs[0][:-1],), target=model.target[:-1])
-
-
-def test_a_batch_that_does_not_divide_evenly_is_refused() -> None:
-    answers = ranks(2).run(trains_with, Case("GPipe", 2, 4, uneven_batch), {}, group_seconds=15)
-    assert "LeafError" in answers[0].kinds
-    assert "let their number divide the batch" in answers[0].message
-    assert isinstance(answers[1], Raised)
-
-
 def test_a_number_of_microbatches_that_torch_refuses_is_refused() -> None:
     for case in (Case("1F1B", 2, 1), Case("Interleaved1F1B", 4, 5)):
         for answer in ranks(2).run(trains_with, case, {}):
