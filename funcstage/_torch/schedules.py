@@ -116,9 +116,23 @@ class Microbatches(NamedTuple):
         """Read what a schedule is called with, which torch checks."""
         given = _signature(type(schedule)._step_microbatches).bind(schedule, *args, **kwargs).arguments
         names = ("arg_mbs", "kwarg_mbs", "target_mbs", "losses")
-        checked = schedule._check_inputs(*map(given.get, names))
+        of_args, of_kwargs = schedule._check_inputs(*map(given.get, names))
         rest = {"loss_kwargs": given.get("loss_kwargs")}
-        return cls(*checked, given.get("target_mbs"), rest, trains(schedule))
+        return cls(of_args, of_kwargs, given.get("target_mbs"), rest, trains(schedule))
+
+
+def split(schedule: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Microbatches:
+    """The microbatches of a call of a schedule's `step` or `eval`."""
+    known = _signature(type(schedule).step).parameters
+    rest = {name: value for name, value in kwargs.items() if name not in known}
+    trained = method == "step" and trains(schedule)
+    if hasattr(schedule, "_get_microbatch_inputs"):
+        given = map(kwargs.get, ("target", "arg_mbs", "kwarg_mbs", "target_mbs"))
+        found = schedule._get_microbatch_inputs(args, rest, *given)
+    else:
+        found = *schedule._split_inputs(args, rest), None
+    of_args, of_kwargs = schedule._check_inputs(*found)
+    return Microbatches(of_args, of_kwargs, found[2], {}, trained)
 
 
 def prepare(schedule: Any, microbatches: Microbatches, i: int) -> None:
@@ -134,17 +148,19 @@ def prepare(schedule: Any, microbatches: Microbatches, i: int) -> None:
 
 def prepare_again(schedule: Any) -> None:
     """Let a schedule find out again what its stages send."""
-    for name in _PREPARED:
-        if hasattr(schedule, name):
-            setattr(schedule, name, False)
+    _set_prepared(schedule, forward=False, backward=False)
 
 
-_PREPARED = (
-    "_stage_forward_initialized",
-    "_stages_forward_initialized",
-    "_stage_backward_initialized",
-    "_stages_backward_initialized",
-)
+def prepared(schedule: Any, backward: bool) -> None:
+    """Let a schedule take its stages for prepared, for a backward too or not."""
+    _set_prepared(schedule, forward=True, backward=backward)
+
+
+def _set_prepared(schedule: Any, **done: bool) -> None:
+    for of in ("_stage", "_stages"):
+        for what, value in done.items():
+            if hasattr(schedule, f"{of}_{what}_initialized"):
+                setattr(schedule, f"{of}_{what}_initialized", value)
 
 
 def is_schedule(value: object) -> bool:

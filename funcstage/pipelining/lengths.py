@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,11 +24,11 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch.messages import STORE_EMPTY, says
 from funcstage._torch.pipelining import ExchangingStage
-from funcstage._torch.schedules import Microbatches, prepare, prepare_again, stages_of
+from funcstage._torch.schedules import Microbatches, prepare, prepare_again, prepared, stages_of
 from funcstage.errors import LeafError, StructureError
 from funcstage.pipelining import failures
 from funcstage.pipelining.examples import looks, tensors
-from funcstage.pipelining.preparations import OF_THE_NEXT_MICROBATCH
+from funcstage.pipelining.preparations import OF_THE_NEXT_MICROBATCH, copied, copies
 
 _UNHEARD = 16
 """Steps after which a rank that has none of our stages is told nothing more."""
@@ -49,6 +50,9 @@ class Agreement:
         prepared: whether the stages have been prepared for anything.
         now: what they are prepared for.
         described: how the first rank describes microbatches, those of the last step.
+        ahead: what was agreed about the step that is to come, if that was done ahead.
+        keep: how many preparations to keep, so that going back to one takes no messages.
+        kept: what was prepared for what; the same on all ranks.
     """
 
     group: dist.ProcessGroup | None
@@ -62,6 +66,9 @@ class Agreement:
     prepared: bool = False
     now: bytes | None = None
     described: tuple[Any, bytes] | None = None
+    ahead: bytes | None = None
+    keep: int = 0
+    kept: dict[bytes, list[dict[str, Any]]] = field(default_factory=dict)
 
     def before_step(self, schedule: Any, microbatches: Microbatches) -> None:
         """Let all ranks have their stages prepared for the microbatches of a step.
@@ -69,8 +76,28 @@ class Agreement:
         Raises:
             LeafError: if the microbatches look other than before, and some stages cannot follow.
         """
-        rank = dist.get_rank(self.group)
-        told, done = None, False
+        known = self.ahead is not None
+        told, begun = (self.ahead, False) if known else self._agreed(schedule, microbatches)
+        if told != self.now:
+            self._prepare_for(schedule, microbatches, told or b"", begun)
+
+    def agree_ahead(self, schedule: Any, microbatches: Microbatches) -> tuple[bytes, bool]:
+        """Agree about a step that not all ranks may run as it is.
+
+        Returns:
+            What the microbatches look like, and whether all ranks can prepare for them without messages.
+        """
+        self.ahead = self._agreed(schedule, microbatches)[0]
+        return self.ahead, not self.ahead or self.ahead in self.kept
+
+    def forget(self) -> None:
+        """Prepare anew in the next step."""
+        self.now = None
+        self.kept.clear()
+
+    def _agreed(self, schedule: Any, microbatches: Microbatches) -> tuple[bytes, bool]:
+        """What the first rank tells of a step, and whether the stages are prepared for its first kind."""
+        rank, begun = dist.get_rank(self.group), False
         if rank == self.first:
             now = looks_of(microbatches), microbatches.trains
             if self.described is None or self.described[0] != now:
@@ -82,30 +109,40 @@ class Agreement:
             told = self._hear(rank) if self.listens else b""
         else:
             self._prepare(schedule, microbatches, 0)  # with messages that came from the first rank
-            told, done = failures.written(self.place(self.step, rank)) or b"", True
+            told, begun = failures.written(self.place(self.step, rank)) or b"", True
             self.listens = bool(told)
         self.step += 1
-        if told != self.now:
-            self._prepare_for(schedule, microbatches, told, done)
+        return told, begun
 
-    def forget(self) -> None:
-        """Prepare anew in the next step."""
-        self.now = None
-
-    def _prepare_for(self, schedule: Any, microbatches: Microbatches, told: bytes, done: bool) -> None:
+    def _prepare_for(self, schedule: Any, microbatches: Microbatches, told: bytes, begun: bool) -> None:
         self.now = None  # until all is well
-        kinds = pickle.loads(told)[1] if told else ()
-        kept: list[dict[int, Any]] = [{} for _ in stages_of(schedule)]
+        stages = stages_of(schedule)
+        if told in self.kept:
+            for stage, found in zip(stages, self.kept[told], strict=True):
+                vars(stage).update(copies(found))
+            prepared(schedule, microbatches.trains)
+        else:
+            self._prepare_kinds(schedule, microbatches, pickle.loads(told)[1] if told else (), begun)
+            if self.keep and told:
+                self.kept[told] = [*map(copied, stages)]
+                if len(self.kept) > self.keep:  # the same one on all ranks
+                    del self.kept[next(iter(self.kept))]
+        self.now = told
+
+    def _prepare_kinds(
+        self, schedule: Any, microbatches: Microbatches, kinds: Sequence[int], begun: bool
+    ) -> None:
+        stages = stages_of(schedule)
+        found: list[dict[int, Any]] = [{} for _ in stages]
         for kind in dict.fromkeys(kinds or (0,)):
-            if not (done and kind == 0):
+            if not (begun and kind == 0):
                 self._prepare(schedule, microbatches, kind)
             if any(kinds):
-                for stage, prepared in zip(stages_of(schedule), kept, strict=True):
-                    prepared |= {i: _prepared(stage, i) for i, each in enumerate(kinds) if each == kind}
+                for stage, of_stage in zip(stages, found, strict=True):
+                    of_stage |= {i: _prepared(stage, i) for i, each in enumerate(kinds) if each == kind}
         if any(kinds):
-            for stage, prepared in zip(stages_of(schedule), kept, strict=True):
-                _take(stage, prepared)
-        self.now = told
+            for stage, of_stage in zip(stages, found, strict=True):
+                _take(stage, of_stage)
 
     def _prepare(self, schedule: Any, microbatches: Microbatches, kind: int) -> None:
         """Let the stages find out what they send and receive, as if all microbatches were of one kind."""
@@ -169,6 +206,34 @@ def _is_there(store: Any, place: str, seconds: float) -> bool:
     return True
 
 
+AGREEMENTS: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
+"""By schedule."""
+
+_KEEPING: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def keep_for(schedule: Any, number: int) -> None:
+    """Keep what a schedule's stages are prepared for, so that going back to it takes no messages."""
+    _KEEPING[schedule] = number
+    agreement = AGREEMENTS.get(schedule)
+    if agreement is not None:
+        agreement.keep = number
+        agreement.forget()
+
+
+def looks_of_last(schedule: Any) -> bytes:
+    """What the microbatches of the last step looked like."""
+    agreement = AGREEMENTS.get(schedule)
+    return b"" if agreement is None or not agreement.others else agreement.now or b""
+
+
+def watch(schedule: Any, agreement: Agreement) -> Agreement:
+    """Let ranks agree about the microbatches of a schedule from now on."""
+    agreement.keep = _KEEPING.get(schedule, 0)
+    AGREEMENTS[schedule] = agreement
+    return agreement
+
+
 def looks_of(microbatches: Microbatches) -> list[Any]:
     """What each microbatch of a step looks like."""
     return [_look(both) for both in zip(microbatches.args, microbatches.kwargs, strict=True)]
@@ -178,8 +243,7 @@ def described(found: Sequence[Any], trains: bool) -> bytes:
     """What microbatches look like, and which are of one kind: the first of it, for each."""
     first: dict[Any, int] = {}
     kinds = tuple(first.setdefault(look, i) for i, look in enumerate(found))
-    # Between training and evaluation torch prepares again by itself, but for one kind of microbatches.
-    text = repr(([*first], trains if any(kinds) else None))
+    text = repr(([*first], trains))
     return pickle.dumps((hashlib.sha256(text.encode()).digest(), kinds))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +20,11 @@ import torch.distributed as dist
 
 from funcstage._torch.distributed import timeout_of
 from funcstage._torch.pipelining import ExchangingStage
-from funcstage._torch.schedules import Microbatches, is_schedule, num_microbatches, stages_of, trains
+from funcstage._torch.schedules import Microbatches, is_schedule, num_microbatches, split, stages_of, trains
 from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps
 from funcstage.pipelining.failures import check_unbroken, key, share, store, written
-from funcstage.pipelining.lengths import Agreement
+from funcstage.pipelining.lengths import AGREEMENTS, Agreement, watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,6 @@ def _agreement(stage: Any, number: int, plan: Plan) -> Agreement:
     )
 
 
-_WATCHED: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
-"""The schedules that are watched."""
-
 _COUNTS: dict[str, int] = {}
 
 
@@ -176,9 +174,9 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
     if schedule is None:
         return None
     failed_steps.forget(schedule)
-    if schedule in _WATCHED:
+    if schedule in AGREEMENTS:
         if any(getattr(each, "cannot_run", False) for each in stages_of(schedule)):
-            _WATCHED[schedule].forget()
+            AGREEMENTS[schedule].forget()
         return schedule
     name = key(stage.group, "")
     number = _COUNTS.get(name, 0)
@@ -190,7 +188,7 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
         except BaseException:
             store().set(plan_key(stage.group, number, rank), b"")
             raise
-    agreement = _WATCHED[schedule] = _agreement(stage, number, plan)
+    agreement = watch(schedule, _agreement(stage, number, plan))
     _COUNTS[name] = number + 1
     kind, weak = type(schedule), weakref.ref(schedule)
 
@@ -206,6 +204,32 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
     schedule._step_microbatches = step_microbatches
     check_agreement(stage.group, number, plan, stage.stage_index_to_group_rank)
     return schedule
+
+
+@contextmanager
+def agreed_ahead(
+    schedule: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[bytes, bool]]:
+    """Agree with the other ranks about a step which some of them may not run as it is.
+
+    Yields:
+        What its microbatches look like, and whether all ranks are prepared for them: otherwise all of them
+        must run it as it is.
+    """
+    agreement = AGREEMENTS.get(schedule)
+    if agreement is None or not agreement.others:
+        yield b"", True
+        return
+    try:
+        found = agreement.agree_ahead(schedule, split(schedule, method, args, kwargs))
+    except BaseException as error:
+        stage: Any = next(each for each in stages_of(schedule) if isinstance(each, ExchangingStage))
+        share(stage, stage.all_groups(), error)
+        raise
+    try:
+        yield found
+    finally:
+        agreement.ahead = None
 
 
 def _calling_schedule() -> Any:

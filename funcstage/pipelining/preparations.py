@@ -28,7 +28,7 @@ class Preparations:
     """
 
     def __init__(self, stage: Any) -> None:
-        self._unprepared = _copied(stage)
+        self._unprepared = copied(stage)
         self._of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self._current: weakref.ref[Any] | None = None
 
@@ -39,14 +39,16 @@ class Preparations:
         if before is not schedule and before is not None:
             self._of[before] = {name: getattr(stage, name) for name in self._unprepared}
             found = self._of.pop(schedule, None)
-            vars(stage).update(_copies(self._unprepared) if found is None else found)
+            vars(stage).update(copies(self._unprepared) if found is None else found)
         if hasattr(schedule, "stage_index_to_group_rank"):  # a later schedule's constructor has set its own
             stage.stage_index_to_group_rank = schedule.stage_index_to_group_rank
 
 
-def _copied(stage: Any) -> dict[str, Any]:
-    return _copies({name: getattr(stage, name) for name in PREPARED if hasattr(stage, name)})
+def copied(stage: Any) -> dict[str, Any]:
+    """What a stage is prepared for."""
+    return copies({name: getattr(stage, name) for name in PREPARED if hasattr(stage, name)})
 
 
-def _copies(attributes: dict[str, Any]) -> dict[str, Any]:
+def copies(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The same for a stage to go on with, which writes into its containers."""
     return {name: copy.copy(value) for name, value in attributes.items()}

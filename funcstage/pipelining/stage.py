@@ -51,7 +51,7 @@ class FunctionalPipelineStage(AccumulatingStage):
     The module keeps its parameters and buffers: gradients are added into `.grad`, and buffers are updated in
     place, microbatch after microbatch, so optimizers, gradient clipping and state dicts work as usual. Fake
     tensors determine what the stages send each other before the first microbatch runs, and stages that do not
-    fit together raise an error there.
+    fit together raise an error there. Microbatches may look other in each step, and within one.
 
     An error in the middle of a step says which microbatches are in `.grad`. It leaves messages in flight, so
     no rank can go on in a group of several: make a new group, or let the process end. With gloo the other
@@ -204,7 +204,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         if self._replicas is not None:
             self._replicas.drop(self)
         try:
-            schedule = plans.watch_caller(self, self._all_groups)
+            schedule = plans.watch_caller(self, self.all_groups)
             if schedule is not None:
                 self._preparations.turn_to(schedule, self)
             self._read_state()
@@ -212,7 +212,7 @@ class FunctionalPipelineStage(AccumulatingStage):
                 self._check_still_fits()
                 self._fitting = self._binding
         except BaseException as error:
-            failures.share(self, self._all_groups(), error)
+            failures.share(self, self.all_groups(), error)
             raise
         if self.has_backward:
             self._hooks_of_accumulators = with_hooks_on_accumulators(self._parameters)
@@ -385,5 +385,6 @@ class FunctionalPipelineStage(AccumulatingStage):
             return torch.zeros(example.shape, dtype=example.dtype, device=self.device)
         return None
 
-    def _all_groups(self) -> set[dist.ProcessGroup | None]:
+    def all_groups(self) -> set[dist.ProcessGroup | None]:
+        """The process groups that messages of this stage go through."""
         return self._groups() | (set() if self._replicas is None else {self._replicas.group})

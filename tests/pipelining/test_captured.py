@@ -18,6 +18,7 @@ from pipeline_cases import (
     V_SHAPED,
     Case,
     growing,
+    uneven,
     with_everything,
 )
 from torch import Tensor, nn
@@ -65,6 +66,14 @@ def stages_for(schedule: str) -> int:
 def test_training_is_the_same_to_the_last_bit(schedule: str, compile: Any, group: Any) -> None:
     case = Case(schedule, stages_for(schedule), 4, compile=compile, folded=True)
     assert assert_same(case, group, TRAINING).replays == 3
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B"])
+def test_each_length_has_a_graph(schedule: str, group: Any) -> None:
+    case = Case(schedule, stages_for(schedule), 4, uneven, compile=ATEN)
+    doing = ["step", "clear", "longer", "clear"] * 5 + ["eval", "longer", "clear"] * 3
+    recorder = assert_same(case, group, doing)
+    assert recorder.replays >= 4
 
 
 def test_an_order_from_a_file_is_captured(group: Any) -> None:

@@ -29,6 +29,8 @@ from torch.nn import functional
 from funcstage._torch.pipelining import EVERY_INPUT_RETURNS_A_GRADIENT
 from funcstage.errors import LeafError
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
+from funcstage.pipelining.lengths import keep_for
+from funcstage.pipelining.plans import agreed_ahead
 
 ATEN = {"backend": "aten"}
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -172,6 +174,38 @@ def test_all_stages_in_one_process_take_any_length(compile: Any) -> None:
     case = Case("Interleaved1F1B", 3, 4, mixing, compile=compile)
     with one_process() as group:
         assert_same(runs(0, group, case, CALLS), expected(case, CALLS), **CLOSE)
+
+
+# What is agreed ahead of a step, as where some ranks may replay a graph of it.
+
+
+def runs_ahead(
+    rank: int, group: dist.ProcessGroup, case: Case, calls: Calls
+) -> tuple[list[Step], list[bool]]:
+    model = case.build()
+    stages = make_stages(case, model, rank, group)
+    mine = [stage.stage_index for stage in stages]
+    schedule = make_schedule(case, stages, model.loss_fn)
+    keep_for(schedule, 2)
+    found, known = [], []
+    for method, shapes in calls:
+        x, target = map(torch.cat, batch(shapes, model))
+        with agreed_ahead(schedule, method, (x,) if 0 in mine else (), {"target": target}) as agreed:
+            known.append(agreed[1])
+            found.append(call(schedule, method, shapes, model, mine))
+    return found, known
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
+def test_going_back_to_a_length_that_was_kept_takes_no_messages(schedule: str) -> None:
+    a, b, c = (("step", alike(length)) for length in (5, 7, 6))
+    calls: Calls = [a, b, a, ("eval", alike(5)), a, c, b, a]
+    case = Case(schedule, stages_for(schedule, 2), 4, mixing)
+    answers = run(2, runs_ahead, case, calls)
+    assert_same(gathered([steps for steps, _ in answers]), expected(case, calls), **CLOSE)
+    # Two are kept: a and b; b and a's evaluation; that and a, once more; a and c; c and b; b and a.
+    for _, known in answers:
+        assert known == [True, False, True, False, False, False, False, False]
 
 
 # What is refused, on every rank.

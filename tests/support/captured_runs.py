@@ -55,6 +55,12 @@ class Run:
             seen += losses
             if not self.capture:
                 self.optimizer.step()
+        elif what == "longer":
+            inputs = tuple(torch.cat([x, x + 1]) for x in inputs)
+            target = torch.cat([self.model.target] * 2)
+            seen.append(self.schedule.step(*inputs, target=target, **self.model.kwargs))
+            if not self.capture:
+                self.optimizer.step()
         elif what == "eval":
             seen.append(self.schedule.eval(*inputs, target=self.model.target, **self.model.kwargs))
         elif what == "clear":

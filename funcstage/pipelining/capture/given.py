@@ -32,6 +32,11 @@ class Signature(NamedTuple):
     leaves: tuple[Hashable, ...]
     ambient: AmbientState
     deterministic: bool
+    looks: bytes = b""
+
+    def agreed(self, looks: bytes) -> Signature:
+        """The same, with what the ranks have agreed about its microbatches."""
+        return self._replace(looks=looks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

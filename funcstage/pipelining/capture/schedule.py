@@ -24,6 +24,8 @@ from funcstage.pipelining.capture.gradients import Gradients, pattern_of
 from funcstage.pipelining.capture.graphs import Graphs, Recorder
 from funcstage.pipelining.capture.rehearsal import rehearse
 from funcstage.pipelining.capture.watchdog import Watchdog
+from funcstage.pipelining.lengths import keep_for, looks_of_last
+from funcstage.pipelining.plans import agreed_ahead
 from funcstage.trees import describe
 
 MAX_GRAPHS = 8
@@ -111,7 +113,7 @@ class CapturedSchedule:
         self._calls = 0
         self._changes = 0
         self._recorded = False
-        self._prepared_for = ""
+        self._prepared_for: Entry | None = None
         self._agreeing = self._ranks > 1
         self._given_up = ""
         self._warned: set[str] = set()
@@ -177,7 +179,15 @@ class CapturedSchedule:
             raise TypeError(f"losses must be a list but got a {type(losses)}")
         step = Step(method, (args, kwargs), losses is not None)
         self._calls += 1
-        found, output = self._result(step) if self._recorder is not None else self._once(step, step.arguments)
+        if self._recorder is None:
+            found, output = self._once(step, step.arguments)
+        else:
+            if self._calls == 1:
+                keep_for(self.schedule, 2 * MAX_GRAPHS)
+            with agreed_ahead(self.schedule, step.method, *step.arguments) as agreed:
+                found, output = self._result(step, *agreed)
+            if self._calls == 1 and self._entries:  # by now the ranks have agreed about it
+                self._entries[0].signature = self._entries[0].signature.agreed(looks_of_last(self.schedule))
         if losses is not None and found:
             losses[:] = found
         return output
@@ -195,13 +205,13 @@ class CapturedSchedule:
         output = getattr(self.schedule, step.method)(*args, losses=losses, **kwargs)
         return losses, output
 
-    def _result(self, step: Step) -> tuple[list[Any] | None, Any]:
+    def _result(self, step: Step, looks: bytes, prepared: bool) -> tuple[list[Any] | None, Any]:
         entry, graph, reason = None, None, ""
         try:
             given = Given.of(step[::2], step.arguments, self._device)
-            entry = self._entry(given.signature)
-            graph, reason = entry.graph, entry.refused
-            if graph is None and entry.is_warm and not reason:
+            entry = self._entry(given.signature.agreed(looks))
+            graph, reason = entry.graph if prepared else None, entry.refused
+            if graph is None and entry.is_warm and prepared and not reason:
                 graph = self._record(entry, step, given)
         except CannotCaptureError as error:
             reason = str(error)
@@ -280,7 +290,7 @@ class CapturedSchedule:
             self._rehearse(step)
         with self._recorder.prepared():
             result = self._once(step, step.arguments)
-        self._prepared_for = step.method
+        self._prepared_for = entry
         entry.expected = pattern_of(entry.parameters)
         change = entry.baked.change()
         entry.runs += 1
@@ -304,9 +314,9 @@ class CapturedSchedule:
 
     def _record(self, entry: Entry, step: Step, given: Given) -> Graph:
         assert self._recorder is not None
-        if self._prepared_for != step.method:
-            self._rehearse(step)  # torch from 2.12 on prepares again for the backward, with messages
-            self._prepared_for = step.method
+        if self._prepared_for is not entry:
+            self._rehearse(step)  # which prepares the stages for it again
+            self._prepared_for = entry
         recording = partial(record, entry, given, partial(self._once, step), self._recorder)
         entry.graph = recording(self._own, self._gradients, not self._recorded)
         self._recorded = True
