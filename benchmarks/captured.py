@@ -1,7 +1,8 @@
-"""A training step in a pipeline of two GPUs as one CUDA graph: torch's stages and funcstage's, captured
+"""A training step in a pipeline of several GPUs as one CUDA graph: torch's stages and funcstage's, captured
 alike.
 
     python -m benchmarks.captured --sizes M,L --microbatches 4,8
+    python -m benchmarks.captured --ranks 4 --sizes M,L --microbatches 4,8,16
 
 The model and the stages are those of `benchmarks.pipeline`; both are captured by
 `funcstage.pipelining.captured`. Step times are medians by the host's clock around finished work, the slower
@@ -20,26 +21,29 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from benchmarks.pipeline import (
-    SIZES,
+    FOUND,
     System,
+    alone,
     batch,
-    blocks,
     chosen,
-    loss_of,
+    is_possible,
+    order_of,
     ours,
     parser_of,
+    placed,
     reference_gradients,
     save,
+    schedule_of,
+    size_of,
     start,
     theirs,
     theirs_compiled,
     told,
 )
 from benchmarks.split import relative_error
-from funcstage.pipelining import captured, pipeline_order
+from funcstage.pipelining import Order, captured
 
 
 class Contestant(NamedTuple):
@@ -71,28 +75,25 @@ def contestants() -> list[Contestant]:
     interleaved = System("torch Interleaved1F1B, compiled", "Interleaved1F1B", 2, theirs_compiled)
     eager = System("torch ZBVZeroBubble, eager", "ZBVZeroBubble", 2, theirs)
     split = System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, compiled)
+    others = [
+        System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, compiled),
+        System("funcstage DualPipeV", "DualPipeV", 2, compiled),
+        System("funcstage, found", FOUND, 2, compiled),
+    ]
     found = [Contestant(system, False) for system in (one, interleaved, split)]
-    return found + [Contestant(system, True) for system in (one, interleaved, eager, split)]
+    return found + [Contestant(system, True) for system in (one, interleaved, eager, split, *others)]
 
 
 def measure(
-    contestant: Contestant, size: Any, microbatches: int, repeats: int, device: torch.device, expected: Any
+    contestant: Contestant, size: Any, order: Order, repeats: int, device: torch.device, expected: Any
 ) -> Result:
     """Time a training step; every rank calls this."""
-    system, rank, world = contestant.system, dist.get_rank(), dist.get_world_size()
-    n = world * system.chunks
-    per_stage = size.layers // n
-    order = pipeline_order(system.schedule, n, microbatches, num_ranks=world)
-    modules = [
-        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device)) for i in order.stages_of(rank)
-    ]
+    system, world, n = contestant.system, dist.get_world_size(), order.num_stages
+    modules = placed(system, size, order, device)
     stages = [system.stage(module, i, n, device) for i, module in modules]
-    schedule_class: Any = get_schedule_class(system.schedule)
-    schedule = schedule_class(
-        stages if system.chunks > 1 else stages[0], n_microbatches=microbatches, loss_fn=loss_of(stages)
-    )
+    schedule = schedule_of(system, order, stages)
     runs = captured(schedule) if contestant.captured else schedule
-    x, target = batch(size, microbatches, device)
+    x, target = batch(size, order.num_microbatches, device)
     has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
 
     def step() -> None:
@@ -172,19 +173,23 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
     warnings.filterwarnings("ignore", message=".*was traced for")
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": []}
     for key in options.sizes.split(","):
-        size = SIZES[key]
+        size = size_of(key, world)
+        searched = any(chosen(each.name, options) and each.system.schedule == FOUND for each in contestants())
+        costs = alone(size, 2 * world, device) if searched and rank == 0 else []
         for microbatches in map(int, options.microbatches.split(",")):
             expected = None
             if rank == 0:
                 expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
             results = []
             for contestant in contestants():
-                if not chosen(contestant.name, options):
+                possible = is_possible(contestant.system, microbatches, world)
+                if not (possible and chosen(contestant.name, options)):
                     continue
                 torch._dynamo.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
-                results.append(measure(contestant, size, microbatches, options.repeats, device, expected))
+                order = order_of(contestant.system, microbatches, costs, comm=0.0)
+                results.append(measure(contestant, size, order, options.repeats, device, expected))
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:

@@ -1,9 +1,11 @@
-"""A training step in a pipeline of two GPUs: torch's stages and funcstage's, under torch's schedules.
+"""A training step in a pipeline of several GPUs: torch's stages and funcstage's, under torch's schedules.
 
     python -m benchmarks.pipeline --sizes L,M --microbatches 4,8
-    python -m benchmarks.pipeline --device cpu --sizes XS --repeats 3
+    python -m benchmarks.pipeline --ranks 4 --microbatches 4,8,16
+    python -m benchmarks.pipeline --device cpu --sizes XS --repeats 3 --ranks 4 --microbatches 4
 
-Eight Llama-style blocks in bfloat16, one sequence a microbatch, mean-squared loss, one process a device.
+Llama-style blocks in bfloat16, eight of them or two a rank if that is more, one sequence a microbatch,
+mean-squared loss, one process a device. "Found" is what `find_schedule` makes of the measured costs.
 What torch refuses (a compiled stage under a schedule that splits the backward) is left out. Step times are
 medians by the host's clock around finished work; memory is that of the fuller rank; the bubble fraction is
 the part of the step that lies outside the stages' actions, by device events, of the mean rank. "Simulated" is
@@ -30,11 +32,21 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 
 import funcstage as fs
 from benchmarks.split import Block, Clock, Size, relative_error
-from funcstage.pipelining import Costs, FunctionalPipelineStage, measure_costs, pipeline_order, simulate
+from funcstage.pipelining import (
+    Costs,
+    FunctionalPipelineStage,
+    Order,
+    ScheduleError,
+    find_schedule,
+    measure_costs,
+    pipeline_order,
+    simulate,
+    write_order,
+)
 
 SIZES = {
     "L": Size(4096, 11008, 8, 1, 4096, 32),
@@ -43,12 +55,15 @@ SIZES = {
 }
 
 
+FOUND = "found"
+
+
 class System(NamedTuple):
     """A kind of stage under a schedule.
 
     Attributes:
         name: for the table.
-        schedule: torch's name of it.
+        schedule: torch's name of it; `FOUND` for one that is searched.
         chunks: stages a rank.
         stage: makes a stage of (module, index, number of stages, device).
         simulated: whether its step is simulated too.
@@ -103,11 +118,19 @@ def systems(device: str, size: Size) -> list[System]:
         System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, plain, True),
         System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, plain, True),
         System("funcstage Interleaved1F1B", "Interleaved1F1B", 2, plain, True),
+        System("funcstage DualPipeV", "DualPipeV", 2, plain, True),
+        System("funcstage, found", FOUND, 2, plain, True),
     ]
     if device == "cuda" and size.width < 2048:  # what a large stage has in flight would not fit in pools
         found.append(System("funcstage ZBVZeroBubble, graphs", "ZBVZeroBubble", 2, graphs))
         found.append(System("funcstage Interleaved1F1B, graphs", "Interleaved1F1B", 2, graphs))
     return found
+
+
+def size_of(key: str, world: int) -> Size:
+    """A size, with a block for each of two stages a rank at least."""
+    size = SIZES[key]
+    return size._replace(layers=max(size.layers, 2 * world))
 
 
 def blocks(size: Size, of: range, device: torch.device) -> nn.Sequential:
@@ -161,27 +184,50 @@ class Timed:
         return found
 
 
+def order_of(system: System, microbatches: int, costs: list[Costs], comm: float) -> Order:
+    """The order of a system's actions; every rank calls this, and rank 0 knows the costs."""
+    world = dist.get_world_size()
+    if system.schedule != FOUND:
+        return pipeline_order(system.schedule, world * system.chunks, microbatches, num_ranks=world)
+    found = [find_schedule(costs, world, microbatches, comm=comm) if costs else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def placed(system: System, size: Size, order: Order, device: torch.device) -> list[tuple[int, nn.Module]]:
+    """This rank's parts of the model, by their places."""
+    per_stage = size.layers // order.num_stages
+    indices = order.stages_of(dist.get_rank())
+    return [(i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device)) for i in indices]
+
+
+def schedule_of(system: System, order: Order, stages: list[Any]) -> Any:
+    """The schedule of stages."""
+    options = {"n_microbatches": order.num_microbatches, "loss_fn": loss_of(stages)}
+    if system.schedule != FOUND:
+        schedule_class: Any = get_schedule_class(system.schedule)
+        return schedule_class(stages if system.chunks > 1 else stages[0], **options)
+    schedule = _PipelineScheduleRuntime(stages, **options)
+    with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+        write_order(order, file.name)
+        schedule._load_csv(file.name)
+    return schedule
+
+
 def measure(
-    system: System, size: Size, microbatches: int, repeats: int, device: torch.device, expected: Tensor | None
+    system: System, size: Size, order: Order, repeats: int, device: torch.device, expected: Tensor | None
 ) -> Result:
     """Time a training step of one system; every rank calls this."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    n = world * system.chunks
-    per_stage = size.layers // n
+    world, n = dist.get_world_size(), order.num_stages
     clock = Clock(device.type)
-    order = pipeline_order(system.schedule, n, microbatches, num_ranks=world)
-    modules = [
-        (i, blocks(size, range(i * per_stage, (i + 1) * per_stage), device)) for i in order.stages_of(rank)
-    ]
+    modules = placed(system, size, order, device)
     stages = [system.stage(module, i, n, device) for i, module in modules]
     timed = Timed(clock)
     for stage in stages:
         timed.watch(stage)
-    schedule_class: Any = get_schedule_class(system.schedule)
-    schedule = schedule_class(
-        stages if system.chunks > 1 else stages[0], n_microbatches=microbatches, loss_fn=loss_of(stages)
-    )
-    x, target = batch(size, microbatches, device)
+    schedule = schedule_of(system, order, stages)
+    x, target = batch(size, order.num_microbatches, device)
     has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
 
     def step() -> None:
@@ -230,12 +276,6 @@ def measure(
     mine.peak_mib = max(r.peak_mib for r in everyone)
     mine.bubble = statistics.mean(r.bubble for r in everyone)
     return mine
-
-
-def simulated_ms(system: System, microbatches: int, costs: list[Costs], comm: float) -> float:
-    """A step on a clock."""
-    order = pipeline_order(system.schedule, len(costs), microbatches, num_ranks=len(costs) // system.chunks)
-    return simulate(order, costs, comm=comm).makespan * 1e3
 
 
 def alone(size: Size, n: int, device: torch.device) -> list[Costs]:
@@ -331,7 +371,7 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
     report: dict[str, Any] = {"device": f"{world} x {where}", "torch": torch.__version__, "runs": []}
     report["date"] = time.strftime("%Y-%m-%d")
     for key in options.sizes.split(","):
-        size = SIZES[key]
+        size = size_of(key, world)
         costs = alone(size, 2 * world, device) if rank == 0 else []
         comm = seconds_between(torch.randn(1, size.tokens, size.width, device=device, dtype=torch.bfloat16))
         if rank == 0:
@@ -342,15 +382,16 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 expected = reference_gradients(size, *batch(size, microbatches, device), microbatches)
             results = []
             for system in systems(options.device, size):
-                if not chosen(system.name, options):
+                if not (chosen(system.name, options) and is_possible(system, microbatches, world)):
                     continue
                 torch._dynamo.reset()
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
-                results.append(measure(system, size, microbatches, options.repeats, device, expected))
+                order = order_of(system, microbatches, costs, comm)
+                results.append(measure(system, size, order, options.repeats, device, expected))
                 if rank == 0 and system.simulated:
-                    results[-1].simulated_ms = simulated_ms(system, microbatches, costs, comm)
+                    results[-1].simulated_ms = simulate(order, costs, comm=comm).makespan * 1e3
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:
@@ -363,6 +404,16 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
 def chosen(name: str, options: argparse.Namespace) -> bool:
     """Whether a system is to run, by `--systems`."""
     return not options.systems or any(part in name for part in options.systems.split("|"))
+
+
+def is_possible(system: System, microbatches: int, world: int) -> bool:
+    """Whether the schedule takes so few microbatches."""
+    try:
+        if system.schedule != FOUND:
+            pipeline_order(system.schedule, world * system.chunks, microbatches, num_ranks=world)
+    except ScheduleError:
+        return False
+    return True
 
 
 def told(
