@@ -6,7 +6,8 @@ alike.
 
 The model and the stages are those of `benchmarks.pipeline`; both are captured by
 `funcstage.pipelining.captured`. Step times are medians by the host's clock around finished work, the slower
-rank's; memory is what the allocator has reserved after the last step, on the fuller rank.
+rank's; memory is what the allocator has reserved after the last step, on the fuller rank. "Simulated" is as
+there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.pipeline import (
     reference_gradients,
     save,
     schedule_of,
+    seconds_between,
     size_of,
     start,
     theirs,
@@ -43,7 +45,7 @@ from benchmarks.pipeline import (
     told,
 )
 from benchmarks.split import relative_error
-from funcstage.pipelining import Order, captured
+from funcstage.pipelining import Order, captured, simulate
 
 
 class Contestant(NamedTuple):
@@ -67,6 +69,7 @@ class Result:
     step_iqr_ms: float
     reserved_mib: float
     relative_error: float
+    simulated_ms: float | None = None
 
 
 def contestants() -> list[Contestant]:
@@ -134,10 +137,14 @@ def measure(
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| system | step, ms | IQR | reserved MiB | error |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| system | step, ms | IQR | simulated, ms | reserved MiB | error |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for r in results:
+        simulated = "" if r.simulated_ms is None else f"{r.simulated_ms:.2f}"
         lines.append(
-            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {r.reserved_mib:.0f} "
+            f"| {r.system} | {r.step_ms:.2f} | {r.step_iqr_ms:.2f} | {simulated} | {r.reserved_mib:.0f} "
             f"| {r.relative_error:.1e} |"
         )
     return "\n".join(lines)
@@ -174,8 +181,8 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": []}
     for key in options.sizes.split(","):
         size = size_of(key, world)
-        searched = any(chosen(each.name, options) and each.system.schedule == FOUND for each in contestants())
-        costs = alone(size, 2 * world, device) if searched and rank == 0 else []
+        costs = alone(size, 2 * world, device) if rank == 0 else []
+        comm = seconds_between(torch.randn(1, size.tokens, size.width, device=device, dtype=torch.bfloat16))
         for microbatches in map(int, options.microbatches.split(",")):
             expected = None
             if rank == 0:
@@ -188,8 +195,10 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
                 torch._dynamo.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
-                order = order_of(contestant.system, microbatches, costs, comm=0.0)
+                order = order_of(contestant.system, microbatches, costs, comm)
                 results.append(measure(contestant, size, order, options.repeats, device, expected))
+                if rank == 0 and contestant.system.name.startswith("funcstage"):
+                    results[-1].simulated_ms = simulate(order, costs, comm=comm).makespan * 1e3
                 if rank == 0:
                     print(f"{key} m={microbatches}: {results[-1]}", flush=True)
             if rank == 0:
