@@ -46,8 +46,8 @@ def main() -> None:
 def rows(ranks: int, microbatches: int, seconds: tuple[float, ...], comm: float, found: bool) -> None:
     """Print a row for each schedule."""
 
-    def find(costs: list[Costs], limit: int) -> Order:
-        return find_schedule(costs, ranks, microbatches, limit, comm=comm)
+    def find(costs: list[Costs], limit: int, pieces: int = 1) -> Order:
+        return find_schedule(costs, ranks, microbatches, limit, comm=comm, pieces=pieces)
 
     f, i, w = seconds
     one = [Costs(f, i, w, HELD, HELD // 2)] * ranks
@@ -63,6 +63,8 @@ def rows(ranks: int, microbatches: int, seconds: tuple[float, ...], comm: float,
             ("found, 1F1B's memory", lambda: find(one, ranks * HELD), one),
             ("found, twice that", lambda: find(one, 2 * ranks * HELD), one),
             ("found, two stages a rank", lambda: find(two, ranks * HELD), two),
+            ("found, two stages a rank, W in two pieces", lambda: find(two, ranks * HELD, 2), two),
+            ("found, two stages a rank, W in four pieces", lambda: find(two, ranks * HELD, 4), two),
         ]
     for name, make, costs in cases:
         start = time.perf_counter()

@@ -77,6 +77,12 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         raise NotImplementedError
 
 
+def held_together(pullbacks: Iterable[Linear[Any]]) -> int:
+    """Bytes that some pullbacks hold, memory that several share counted once."""
+    tapes = (pullback._tape for pullback in pullbacks)
+    return residuals.nbytes([leaf for tape in tapes if tape is not None for leaf in tape.leaves()])
+
+
 def _readable(n: int) -> str:
     size = float(n)
     for unit in ("B", "KiB", "MiB"):

@@ -18,7 +18,10 @@ from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
 from funcstage.pipelining.ranges import leaves_behind, range_of
 from funcstage.pullback import Pullback, stage_vjp
-from funcstage.schedules.orders import Action, ScheduleName, pipeline_order
+from funcstage.schedules.costs import Costs
+from funcstage.schedules.files import check_order
+from funcstage.schedules.orders import Action, Order, ScheduleError, ScheduleName, pipeline_order
+from funcstage.schedules.timeline import simulate
 from funcstage.trees import Buffers, Params, PyTree, describe
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
@@ -33,7 +36,7 @@ def pipeline_value_and_grad(
     stages: Sequence[StageFunction | FunctionalStage],
     loss_fn: LossFunction,
     *,
-    schedule: ScheduleName = "ZBVZeroBubble",
+    schedule: ScheduleName | Order = "ZBVZeroBubble",
     num_microbatches: int,
 ) -> ValueAndGrad:
     """Make a function that runs one step of a pipeline and returns its loss and gradients.
@@ -49,7 +52,7 @@ def pipeline_value_and_grad(
             output is the next one's argument; a plain tuple becomes several arguments.
         loss_fn: `loss_fn(output, target) -> loss`, a real scalar; `output` is the last stage's.
         schedule: one of torch's: GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble,
-            ZBVZeroBubble or DualPipeV.
+            ZBVZeroBubble or DualPipeV; or an order, such as `find_schedule` and `read_order` return.
         num_microbatches: into how many equal parts the batch is cut.
 
     Returns:
@@ -61,7 +64,8 @@ def pipeline_value_and_grad(
         microbatches in turn, as if each had been a batch.
 
     Raises:
-        ScheduleError: if the schedule is unknown, or torch's cannot run these numbers.
+        ScheduleError: if the schedule is unknown, or cannot run these numbers; if an order lacks an action,
+            or its ranks wait for each other.
         StructureError: if a stage is no stage function; by the returned function, if `params` or
             `buffers` are not one for each stage.
         LeafError: by the returned function, if a tensor cannot be cut into equal parts, or the loss is
@@ -81,7 +85,7 @@ def pipeline_value_and_grad(
     functions = [_stage_function(i, stage) for i, stage in enumerate(stages)]
     if not callable(loss_fn):
         raise StructureError(f"loss_fn must be a function of output and target, got {describe(loss_fn)}.")
-    order = pipeline_order(schedule, len(functions), num_microbatches)
+    order = _order(schedule, len(functions), num_microbatches)
     actions = order.in_turn()
 
     def value_and_grad(
@@ -96,6 +100,7 @@ def pipeline_value_and_grad(
             buffers,
             microbatches("inputs", inputs, num_microbatches),
             microbatches("targets", targets, num_microbatches),
+            order.pieces,
         )
         for action in actions:
             step.run(action)
@@ -124,6 +129,7 @@ class Step:
         buffers: Sequence[Buffers],
         inputs: list[PyTree],
         targets: list[PyTree],
+        pieces: int = 1,
     ) -> None:
         self.functions = functions
         self.params = params
@@ -136,6 +142,9 @@ class Step:
         self.cotangents: dict[tuple[int, int], tuple[PyTree, ...]] = {}
         self.forwards: dict[tuple[int, int], _Forward] = {}
         self.weight_pullbacks: dict[tuple[int, int], WeightPullback] = {}
+        # In how many pieces W is, and those that are left where one has run.
+        self.num_pieces = pieces
+        self.pieces: dict[tuple[int, int], list[WeightPullback | None]] = {}
         self.loss_pullbacks: dict[int, Pullback] = {}
 
         def loss_stage(params: Params, buffers: Buffers, output: PyTree, target: PyTree) -> Any:
@@ -146,6 +155,9 @@ class Step:
 
     def run(self, action: Action) -> None:
         """Run an action whose needs are done."""
+        if action.kind == "W" and self.num_pieces > 1:
+            self.backward_piece(action.stage, action.microbatch)
+            return
         with range_of(action.stage, action.kind, action.microbatch):
             if action.kind == "F":
                 self.forward(action.stage, action.microbatch)
@@ -200,6 +212,35 @@ class Step:
     def backward_weight(self, stage: int, microbatch: int) -> None:
         weight_pullback = self.weight_pullbacks.pop((stage, microbatch))
         self.grads[stage] = stage_backward_weight(weight_pullback, accumulate=self.grads[stage])
+
+    def backward_piece(self, stage: int, microbatch: int) -> None:
+        """Run the next piece of W, if the stage's has as many."""
+        key, count = (stage, microbatch), self.num_pieces
+        number = count + 1 - len(self.pieces.get(key, range(count)))
+        with range_of(stage, "W", microbatch, f", piece {number} of {count}"):
+            if number == 1:
+                divided = self.weight_pullbacks.pop(key).split(count)
+                self.pieces[key] = [*divided, *[None] * (count - len(divided))]
+            piece, *rest = self.pieces.pop(key)
+            if piece is not None:
+                self.grads[stage] = stage_backward_weight(piece, accumulate=self.grads[stage])
+            if rest:
+                self.pieces[key] = rest
+                leaves_behind(*(piece for piece in rest if piece is not None))
+
+
+def _order(schedule: ScheduleName | Order, num_stages: int, num_microbatches: int) -> Order:
+    if not isinstance(schedule, Order):
+        return pipeline_order(schedule, num_stages, num_microbatches)
+    if (schedule.num_stages, schedule.num_microbatches) != (num_stages, num_microbatches):
+        raise ScheduleError(
+            f"{schedule.schedule} is an order of {schedule.num_stages} stages and "
+            f"{schedule.num_microbatches} microbatches, but there are {num_stages} stages and "
+            f"num_microbatches={num_microbatches!r}. Make the order for these."
+        )
+    check_order(schedule)
+    simulate(schedule, [Costs(1, 1, 1)] * num_stages)  # refuses ranks that wait for each other
+    return schedule
 
 
 def _spreads(value: PyTree) -> bool:

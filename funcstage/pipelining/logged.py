@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch.schedules import is_schedule, loss_of, stages_of
 from funcstage.errors import StructureError
+from funcstage.linear import held_together
 from funcstage.pipelining.accumulating_stage import AccumulatingStage
 from funcstage.pipelining.capture import CapturedSchedule
 from funcstage.pipelining.ranges import HERE, named
@@ -172,7 +173,7 @@ class _Meter:
         self._device = device
         self._marks: list[tuple[Action, Any, Any, int]] = []
         self._step: list[Any] = []
-        self._pullback: Any = None
+        self._left: Sequence[Any] = ()
         self._own = 0.0  # seconds of the host for counting bytes
 
     @contextmanager
@@ -186,19 +187,19 @@ class _Meter:
         self._step.append(self._mark())
 
     @contextmanager
-    def action(self, stage: int, kind: str, microbatch: int) -> Iterator[None]:
-        with named(stage, kind, microbatch):
+    def action(self, stage: int, kind: str, microbatch: int, piece: str) -> Iterator[None]:
+        with named(stage, kind, microbatch, piece):
             start = self._mark()
             yield
             end = self._mark()
-        pullback, self._pullback = self._pullback, None
+        left, self._left = self._left, ()
         began = time.perf_counter()
-        held = 0 if pullback is None or kind in "WB" else pullback.nbytes
+        held = held_together(left)
         self._own += time.perf_counter() - began
         self._marks.append((Action(cast(Kind, kind), stage, microbatch), start, end, held))
 
-    def hold(self, pullback: Any) -> None:
-        self._pullback = pullback
+    def hold(self, pullbacks: Sequence[Any]) -> None:
+        self._left = pullbacks
 
     def read(self) -> tuple[float, list[_Span]]:
         """Return the seconds of the step, and its actions."""
@@ -221,10 +222,10 @@ class _Meter:
 
 
 def _mean_seconds(spans: Iterable[_Span]) -> dict[tuple[int, str], float]:
-    seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for span in spans:
-        seconds[span.action.stage, span.action.kind].append(span.seconds)
-    return {which: sum(each) / len(each) for which, each in seconds.items()}
+    seconds: dict[tuple[int, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for span in spans:  # of a W in pieces there are several
+        seconds[span.action.stage, span.action.kind][span.action.microbatch] += span.seconds
+    return {which: sum(each.values()) / len(each) for which, each in seconds.items()}
 
 
 def _by_stage(spans: list[_Span]) -> dict[str, float]:

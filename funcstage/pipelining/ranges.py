@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -19,10 +19,10 @@ _NOBODY_LISTENS: AbstractContextManager[Any] = nullcontext()
 class Meter(Protocol):
     """What measures the actions of a step, in the thread that runs them."""
 
-    def action(self, stage: int, kind: str, microbatch: int) -> AbstractContextManager[Any]:
+    def action(self, stage: int, kind: str, microbatch: int, piece: str) -> AbstractContextManager[Any]:
         """Measure what runs inside."""
 
-    def hold(self, pullback: Any) -> None:
+    def hold(self, pullbacks: Sequence[Any]) -> None:
         """Take note of what the running action leaves behind."""
 
 
@@ -34,24 +34,24 @@ HERE = _Here()
 """Where this thread's meter is while a step is measured."""
 
 
-def range_of(stage: int, kind: str, microbatch: int) -> AbstractContextManager[Any]:
+def range_of(stage: int, kind: str, microbatch: int, piece: str = "") -> AbstractContextManager[Any]:
     """Name what runs inside for `torch.profiler` and, under `emit_nvtx`, for NVTX; 0.2 us if none listens."""
     if HERE.meter is not None:
-        return HERE.meter.action(stage, kind, microbatch)
+        return HERE.meter.action(stage, kind, microbatch, piece)
     if not is_listening():
         return _NOBODY_LISTENS
-    return named(stage, kind, microbatch)
+    return named(stage, kind, microbatch, piece)
 
 
-def named(stage: int, kind: str, microbatch: int) -> AbstractContextManager[Any]:
-    """Make the range that profilers see."""
-    return record_function(f"stage {stage} {kind} mb {microbatch}")
+def named(stage: int, kind: str, microbatch: int, piece: str = "") -> AbstractContextManager[Any]:
+    """Make the range that profilers see; a piece of W is named as in "stage 2 W mb 5, piece 1 of 2"."""
+    return record_function(f"stage {stage} {kind} mb {microbatch}{piece}")
 
 
-def leaves_behind(pullback: Any) -> None:
-    """Tell whoever measures this action what it leaves behind: a pullback, or a weight pullback."""
+def leaves_behind(*pullbacks: Any) -> None:
+    """Tell whoever measures this action what it leaves behind: a pullback, or weight pullbacks."""
     if HERE.meter is not None:
-        HERE.meter.hold(pullback)
+        HERE.meter.hold(pullbacks)
 
 
 def in_range(kind: str) -> Callable[[_Method], _Method]:

@@ -27,18 +27,24 @@ class Costs(NamedTuple):
     held_after_forward: float = 0
     held_after_input: float = 0
 
-    def of(self, action: Action) -> float:
-        """Return the seconds that an action of the stage takes."""
-        backward = {"I": self.input, "W": self.weight, "B": self.input + self.weight}
+    def of(self, action: Action, pieces: int = 1) -> float:
+        """Return the seconds that an action of the stage takes, if W is in so many pieces."""
+        backward = {"I": self.input, "W": self.weight / pieces, "B": self.input + self.weight}
         return self.forward if action.kind == "F" else backward[action.kind]
 
-    def held(self, action: Action) -> float:
-        """Return by how many bytes an action changes what its rank holds once it is done."""
+    def held(self, action: Action, pieces: int = 1) -> float:
+        """Return by how many bytes an action changes what its rank holds once it is done.
+
+        Args:
+            action: of the stage.
+            pieces: if W is in so many, each frees its share; the result is in units of so many to a byte,
+                in which sums of whole numbers stay whole.
+        """
         if action.kind == "F":
-            return self.held_after_forward
+            return self.held_after_forward * pieces
         if action.kind == "I":
-            return self.held_after_input - self.held_after_forward
-        return -(self.held_after_forward if action.kind == "B" else self.held_after_input)
+            return (self.held_after_input - self.held_after_forward) * pieces
+        return -(self.held_after_forward * pieces if action.kind == "B" else self.held_after_input)
 
 
 def planned_costs(plan: Plan, *, flops_per_second: float, bytes_per_second: float) -> Costs:

@@ -22,7 +22,7 @@ from funcstage.schedules.files import check_order
 from funcstage.schedules.orders import Action, Kind, Order, ScheduleError
 from funcstage.schedules.timeline import Span, Timeline
 
-_RANGE = re.compile(r"stage (\d+) ([FIWB]) mb (\d+)")
+_RANGE = re.compile(r"stage (\d+) ([FIWB]) mb (\d+)(?:, piece (\d+) of (\d+))?")
 _MICRO = 1e-6
 
 
@@ -70,7 +70,8 @@ def read_trace(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
         ScheduleError: if a file is not such a trace, or has not all actions of a step.
     """
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found = [_spans(Path(path)) for path in files]
+    pieces: set[int] = set()
+    found = [_spans(Path(path), pieces) for path in files]
     by_rank = dict(enumerate(spans for _, spans in found))
     told = {rank: spans for rank, spans in found if rank is not None}
     if len(told) == len(found):
@@ -83,6 +84,7 @@ def read_trace(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
         1 + max(action.stage for action in actions),
         1 + max(action.microbatch for action in actions),
         tuple(tuple(span.action for span in spans) for spans in ranks),
+        max(pieces, default=1),
     )
     check_order(order)
     return Timeline(
@@ -122,8 +124,11 @@ def waits(timeline: Timeline) -> list[Wait]:
     return sorted(found, key=lambda wait: -wait.seconds)
 
 
-def _spans(path: Path) -> tuple[int | None, list[Span]]:
-    """The rank that a file tells, if it does, and the spans of its last step in seconds."""
+def _spans(path: Path, pieces: set[int]) -> tuple[int | None, list[Span]]:
+    """The rank that a file tells, if it does, and the spans of its last step in seconds.
+
+    Notes in how many pieces a W is.
+    """
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
             trace = json.load(file)
@@ -140,11 +145,13 @@ def _spans(path: Path) -> tuple[int | None, list[Span]]:
         )
     about = trace if isinstance(trace, dict) else {}
     base = about.get("baseTimeNanoseconds", 0) * 1e-9
-    runs: dict[Action, list[Span]] = defaultdict(list)
+    runs: dict[tuple[Action, str | None], list[Span]] = defaultdict(list)
     for match, event in _of_the_busiest(device) or found:
         action = Action(cast(Kind, match[2]), int(match[1]), int(match[3]))
         start = base + event["ts"] * _MICRO
-        runs[action].append(Span(action, start, start + event["dur"] * _MICRO))
+        runs[action, match[4]].append(Span(action, start, start + event["dur"] * _MICRO))
+        if match[5]:
+            pieces.add(int(match[5]))
     rank = about.get("distributedInfo", {}).get("rank")
     return rank, [max(spans, key=lambda span: span.start) for spans in runs.values()]
 
@@ -158,12 +165,12 @@ def _of_the_busiest(events: list[tuple[re.Match[str], dict[str, Any]]]) -> list[
 
 
 def _costs(spans: Iterable[Span], num_stages: int) -> tuple[Costs, ...]:
-    seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for action, start, end in spans:
-        seconds[action.stage, action.kind].append(end - start)
+    seconds: dict[tuple[int, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for action, start, end in spans:  # of a W in pieces there are several
+        seconds[action.stage, action.kind][action.microbatch] += end - start
 
     def of(stage: int, kind: str) -> float:
-        return statistics.median(seconds[stage, kind]) if seconds[stage, kind] else 0.0
+        return statistics.median(found.values()) if (found := seconds[stage, kind]) else 0.0
 
     return tuple(
         Costs(of(stage, "F"), of(stage, "I") or of(stage, "B"), of(stage, "W")) for stage in range(num_stages)

@@ -51,12 +51,24 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A schedule as a table: `ranks[r]` is what rank `r` does, one action after the other."""
+    """A schedule as a table: `ranks[r]` is what rank `r` does, one action after the other.
+
+    Attributes:
+        schedule: its name.
+        num_stages: over all ranks.
+        num_microbatches: of a step.
+        ranks: the actions of each rank.
+        pieces: in how many pieces W is; each is an action of its own, so that a W stands there so often.
+    """
 
     schedule: str
     num_stages: int
     num_microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
+    pieces: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("pieces", self.pieces)
 
     @property
     def num_ranks(self) -> int:
@@ -77,6 +89,7 @@ class Order:
             f"{self.schedule}: {self.num_stages} stages on {self.num_ranks} ranks, "
             f"{self.num_microbatches} microbatches"
         )
+        caption += f", W in {self.pieces} pieces" if self.pieces > 1 else ""
         rows = [(f"rank {rank}", " ".join(map(str, actions))) for rank, actions in enumerate(self.ranks)]
         return table(caption, ("", "actions: stage, kind, microbatch"), rows)
 

@@ -2,17 +2,19 @@
 
 Candidates are torch's schedules, ZB-H1, and a greedy heuristic after Qi et al., "Zero Bubble Pipeline
 Parallelism" (arXiv 2401.10241), section 3.1, run with several settings. Where the problem is small and
-scipy is installed, an integer program (the paper's appendix G) improves on the best of them.
+scipy is installed, an integer program (the paper's appendix G) improves on the best of them. In the end
+W is placed anew in the best order, whole or in pieces.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.exact import exact
-from funcstage.schedules.greedy import POLICIES, greedy
+from funcstage.schedules.greedy import PATIENCE, POLICIES, greedy, refilled
 from funcstage.schedules.orders import (
     SCHEDULES,
     Action,
@@ -68,6 +70,7 @@ def find_schedule(
     *,
     comm: float = 0.0,
     seconds: float = 10.0,
+    pieces: int = 1,
 ) -> Order:
     """Find an order of F, I and W that is fast for these costs and holds no more than a limit.
 
@@ -80,6 +83,9 @@ def find_schedule(
         comm: seconds until what one rank has computed is at hand on another.
         seconds: how long integer programming may take, if the problem is small and scipy is
             installed (the extra `schedules`); 0 leaves it out.
+        pieces: in how many pieces W may be (`WeightPullback.split`), each with its share of the time and of
+            the bytes: smaller ones fill smaller gaps. `pipeline_value_and_grad` runs such an order; torch's
+            own runtime has no action for a piece.
 
     Returns:
         The order with the least simulated makespan that was found, no worse than any built-in schedule
@@ -96,6 +102,7 @@ def find_schedule(
     """
     check_count("ranks", ranks)
     check_count("microbatches", microbatches)
+    check_count("pieces", pieces)
     if len(costs) not in (ranks, 2 * ranks):
         raise ScheduleError(
             f"{ranks} ranks need the costs of {ranks} stages, or of {2 * ranks} for a V; got {len(costs)}."
@@ -125,12 +132,18 @@ def find_schedule(
             if seconds > 0 and makespan > bound:
                 share = seconds / len(layouts)
                 yield from exact(placed, costs, microbatches, limit, comm, makespan, share)
+        least_of_all = min(_bound(placed, costs, microbatches, comm) for placed in layouts)
+        for parts, patience in itertools.product(sorted({1, pieces}), PATIENCE):
+            if makespan > least_of_all and best is not None:
+                anew = refilled(best, costs, limit, comm, patience, parts)
+                yield from [] if anew is None else [anew]
 
-    best, makespan = None, float("inf")
+    best: Order | None = None
+    makespan = float("inf")
     for order in candidates():
         if max(peak_memory(order, costs)) <= limit:
             taken = simulate(order, costs, comm=comm).makespan
-            if taken < makespan:
+            if taken < makespan * (1 - 1e-12):  # sums in another order are no gain
                 best, makespan = order, taken
     assert best is not None  # one microbatch after the other is within the limit
     return replace(best, schedule=f"found (based on {best.schedule})")

@@ -137,12 +137,13 @@ class Timeline:
             what it frees until its end.
         """
         held: float = 0
+        pieces = self.order.pieces
         curve = [(0.0, held)]
         columns = zip(self.order.ranks[rank], self.starts[rank], self.ends[rank], strict=True)
         for action, start, end in columns:
-            change = self.costs[action.stage].held(action)
+            change = self.costs[action.stage].held(action, pieces)
             held += change
-            curve.append((start if change > 0 else end, held))
+            curve.append((start if change > 0 else end, held if pieces == 1 else held / pieces))
         return curve
 
     @property
@@ -160,9 +161,11 @@ def peak_memory(order: Order, costs: Sequence[Costs]) -> list[float]:
     """
 
     def held(actions: Sequence[Action]) -> Iterator[float]:
-        return itertools.accumulate((costs[a.stage].held(a) for a in actions), initial=0)
+        return itertools.accumulate((costs[a.stage].held(a, pieces) for a in actions), initial=0)
 
-    return [max(held(actions)) for actions in order.ranks]
+    pieces = order.pieces
+    peaks = [max(held(actions)) for actions in order.ranks]
+    return peaks if pieces == 1 else [peak / pieces for peak in peaks]
 
 
 def simulate(order: Order, costs: Sequence[Costs], *, comm: float = 0.0) -> Timeline:
@@ -215,7 +218,7 @@ def simulate(order: Order, costs: Sequence[Costs], *, comm: float = 0.0) -> Time
                     end += comm
                 start = max(start, end)
             else:
-                clock = start + costs[stage].of(actions[i])
+                clock = start + costs[stage].of(actions[i], order.pieces)
                 starts[rank].append(start)
                 ends[rank].append(clock)
                 if kind != "W":
