@@ -6,6 +6,7 @@ nothing it is given; what a module would update in place comes back as a value.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -127,6 +128,7 @@ class ModuleFunction:
     """
 
     refuses_hooks = False
+    _gathers = True
 
     def __init__(self, module: nn.Module, params: Params, buffers: Buffers, frozen: frozenset[str]) -> None:
         self.__qualname__ = self.__name__ = type(module).__name__
@@ -172,7 +174,7 @@ class ModuleFunction:
         # In-place updates must land in copies; frozen parameters are never updated, so not copied.
         state = {name: b if name in self._frozen else b.clone() for name, b in buffers.items()}
         state.update(params)
-        if self.gathering.groups:
+        if self.gathering.groups and self._gathers:
             state = self.gathering.whole(self.__qualname__, state)
         for alias, name in self._aliases.items():
             state[alias] = state[name]
@@ -184,6 +186,12 @@ class ModuleFunction:
             output = self._parts.call_with(state, args, kwargs)
         # Buffers that the module has assigned anew are in `state` now.
         return output, {name: buffers[name] if name in self._frozen else state[name] for name in buffers}
+
+    def for_whole_parameters(self) -> ModuleFunction:
+        """The same function of parameters that somebody else has gathered."""
+        function = copy.copy(self)
+        function._gathers = False
+        return function
 
     def __repr__(self) -> str:
         return f"<stage function of {self.__qualname__}>"

@@ -7,7 +7,7 @@ loaded has no instances.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -45,19 +45,31 @@ def check_unwrapped(module: nn.Module) -> None:
                 )
 
 
-def check_unsharded(module: nn.Module) -> None:
-    """Refuse a module that, or a part of which, `fully_shard` has worked on, in a pipeline stage.
+def check_alone(module: nn.Module, asked: Mapping[str, object]) -> None:
+    """Refuse what a pipeline stage was asked for, and `fully_shard` does itself in its module.
+
+    Args:
+        module: of the stage.
+        asked: the stage's options, which must be None then.
 
     Raises:
-        StructureError: names the submodule.
+        StructureError: names the submodule that `fully_shard` has worked on, the option, and FSDP's own.
     """
     for name in sharded_parts(module):
-        raise StructureError(
-            f"{type(module).__name__}: {_place(name)} was given to fully_shard, which a schedule gathers and "
-            "reduces in the midst of a step; a FunctionalPipelineStage does not take part in that. Pass "
-            "the module as it was before, and average over replicas with data_parallel=, or split it "
-            "without a schedule: functionalize takes it."
-        )
+        for option, value in asked.items():
+            if value is not None:
+                raise StructureError(
+                    f"{type(module).__name__}: {_place(name)} was given to fully_shard (or replicate), which "
+                    f"does itself what {option}= asks for. Leave that out, and give {_INSTEAD[option]}."
+                )
+
+
+_INSTEAD = {
+    "data_parallel": "fully_shard a two-dimensional mesh, of replicas and shards",
+    "param_dtype": "fully_shard mp_policy=MixedPrecisionPolicy(param_dtype=...)",
+    "grad_dtype": "fully_shard mp_policy=MixedPrecisionPolicy(reduce_dtype=...); its gradients end up in the "
+    "parameters' dtype",
+}
 
 
 def _place(name: str) -> str:

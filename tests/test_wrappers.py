@@ -14,7 +14,9 @@ from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.functional import mse_loss
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import funcstage as fs
@@ -84,13 +86,29 @@ def test_a_wrapped_module_is_refused_by_name(wrapped: tuple[nn.Module, str], pla
 
 
 @pytest.mark.parametrize("wrap", [sharded, replicated_by_fsdp])
-def test_what_fully_shard_has_worked_on_is_taken_but_not_under_a_schedule_nor_copied(wrap: Any) -> None:
+def test_what_fully_shard_has_worked_on_is_taken_but_not_copied(wrap: Any) -> None:
     module = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
     assert len(fs.functionalize(module).params) == 4
-    with pytest.raises(fs.StructureError, match=r"'1' was given to fully_shard, .* functionalize takes it"):
-        FunctionalPipelineStage(module, 0, 1, "cpu")
+    FunctionalPipelineStage(module, 0, 1, "cpu")
     with pytest.raises(fs.StructureError, match="before fully_shard"):
         check_stage(module, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("option", ["data_parallel", "param_dtype", "grad_dtype"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_stage_does_not_do_what_fully_shard_does_a_second_time(option: str, when: str) -> None:
+    options = {option: mesh() if option == "data_parallel" else torch.bfloat16}
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def step() -> None:
+        stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
+        sharded(module[1])
+        ScheduleGPipe(stage, 1, loss_fn=mse_loss).step(torch.randn(2, 4), target=torch.randn(2, 4))
+
+    if when == "before":
+        sharded(module[1])
+    with pytest.raises(fs.StructureError, match=rf"'1' was given to fully_shard.* {option}= .* Leave that"):
+        step()
 
 
 @pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])

@@ -57,6 +57,22 @@ class Sharded(NamedTuple):
             return False
         return (tensor.placements, tensor.device_mesh) == (tuple(self.spec.placements), self.spec.mesh)
 
+    @property
+    def summed_in(self) -> torch.dtype:
+        """The dtype that FSDP sums the gradients of microbatches in."""
+        return _reduced_in(self, self.torchs.sharded_param.dtype, self.dtype)
+
+    def take(self, grad: Tensor) -> None:
+        """Let FSDP have the gradient of the whole parameter, as if autograd had left it there."""
+        whole = self.torchs._unsharded_param
+        if grad.dtype == whole.dtype:
+            whole.grad = grad
+        elif hasattr(FSDPParam, "unsharded_grad_dtype"):  # from torch 2.15 on
+            whole.grad_dtype = grad.dtype
+            whole.grad = grad
+        else:
+            self.torchs.unsharded_accumulated_grad = grad
+
 
 class Group(NamedTuple):
     """Parameters that FSDP gathers and reduces together.
@@ -129,6 +145,11 @@ class Group(NamedTuple):
             reduced[i] = wrapped(own.to(shard.dtype).clone(), spec_of(shard))
         return reduced
 
+    def await_reduction(self) -> None:
+        """Tell FSDP of torch 2.15 that there are gradients to reduce."""
+        if hasattr(self.torchs, "_post_backward_pending"):
+            self.torchs._post_backward_pending = True
+
     def _with(self, shards: Sequence[Any]) -> Iterator[tuple[Sharded, Any]]:
         return zip(self.parameters, shards, strict=True)
 
@@ -158,6 +179,20 @@ def with_shards(module: nn.Module) -> None:
     """Let FSDP put the shards where a forward has left whole parameters."""
     for unit in units_of(module):
         unit.reshard()  # type: ignore[operator]
+
+
+def gather_all(module: Any, trains: bool) -> None:
+    """Let FSDP gather all parameters of a module that are not yet whole.
+
+    Args:
+        module: the root.
+        trains: whether a backward follows, whose gradients a schedule reduces.
+    """
+    module._get_fsdp_state()._lazy_init()
+    if trains and hasattr(module, "set_manual_backward_finalization"):  # from torch 2.15 on
+        module.set_manual_backward_finalization(True)
+    for unit in units_of(module):
+        unit.unshard()  # type: ignore[operator]
 
 
 def groups_of(module: nn.Module) -> tuple[Group, ...]:

@@ -42,6 +42,7 @@ from funcstage.trees import is_differentiable
 __all__ = [
     "EVERY_INPUT_RETURNS_A_GRADIENT",
     "PREPARED_BY_TORCH",
+    "WAITS_FOR_REDUCTIONS",
     "Examples",
     "ExchangingStage",
     "OptimizedModule",
@@ -69,6 +70,10 @@ EVERY_INPUT_RETURNS_A_GRADIENT = not hasattr(torch_utils, "_StageForwardMeta")
 
 _CHUNKS_HAVE_STATES = hasattr(torch_stage, "_ForwardChunkState")
 """From torch 2.15 on what is to be sent lies there, and a receive buffer is taken once."""
+
+
+WAITS_FOR_REDUCTIONS = hasattr(PipelineStage, "wait_for_gradient_reduction")
+"""From torch 2.15 on FSDP reduces gradients beside other work, and the stage is told when to wait."""
 
 
 class ExchangingStage(PipelineStage):

@@ -195,3 +195,8 @@ OPTIONS = {
 def loss_of(schedule: Any) -> Any:
     """The function that computes a microbatch's loss, if there is one."""
     return schedule._loss_fn
+
+
+def keeps_gradients_back(schedule: object) -> bool:
+    """Whether a step leaves it to a later one to reduce the gradients that FSDP shards (torch 2.15)."""
+    return not getattr(schedule, "_finalize_gradients", True)

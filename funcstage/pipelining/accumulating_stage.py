@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from funcstage._torch.pipelining import WAITS_FOR_REDUCTIONS
+from funcstage._torch.schedules import keeps_gradients_back
 from funcstage.errors import StructureError
 from funcstage.pipelining import failed_steps, hooks
 from funcstage.pipelining.binding import read
@@ -22,6 +26,13 @@ class AccumulatingStage(ModuleStage):
     _hooks_of_accumulators: list[str]
     _progress: failed_steps.Progress
 
+    def _check_reduces(self, schedule: object) -> None:
+        if self._whole is not None and keeps_gradients_back(schedule):
+            raise StructureError(
+                f"{self._name}: with finalize_gradients=False FSDP would keep gradients back for later steps"
+                ", which this stage does not. Let one step have the microbatches of them all."
+            )
+
     def _find_shared(self) -> None:
         """Find the parameters that other stages of this process have as well.
 
@@ -34,13 +45,21 @@ class AccumulatingStage(ModuleStage):
                 "and `data_parallel` would average the gradients of both apart. Leave it out, and average "
                 "the gradients after the step."
             )
+        gathered = self._shared - self._own.keys()
+        if gathered:
+            raise StructureError(
+                f"{self._name}: {min(gathered)!r} is a parameter of another stage of this process too, but "
+                "FSDP reduces its gradients for each stage apart. Keep it out of fully_shard "
+                "(`ignored_params=`) in both stages, or give each stage a parameter of its own."
+            )
         if self.has_backward:
             seen = [*hooks.after_accumulation(self._parameters), *self._hooks_of_accumulators]
             hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
     def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
-        self._progress.add(chunk)
-        if self._hooks_of_accumulators or hooked(self._parameters.values()):
+        if self._own:  # what FSDP is to reduce is not in `.grad` yet
+            self._progress.add(chunk)
+        if self._hooks_of_accumulators or hooked(self._own.values()):
             self._accumulate_by_autograd(chunk, weight_pullback, whole)
         else:
             self._accumulate_directly(weight_pullback)
@@ -51,8 +70,8 @@ class AccumulatingStage(ModuleStage):
 
     def _accumulate_by_autograd(self, chunk: int, weight_pullback: WeightPullback, whole: bool) -> None:
         grads = weight_pullback()
-        own = {name: p for name, p in self._parameters.items() if whole and name not in self._shared}
-        rest = {name: p for name, p in self._parameters.items() if name not in own}
+        own = {name: p for name, p in self._own.items() if whole and name not in self._shared}
+        rest = {name: p for name, p in self._own.items() if name not in own}
         try:
             hooks.accumulate(own, grads)
             for name, grad in hooks.captured(rest, grads).items():
@@ -60,34 +79,52 @@ class AccumulatingStage(ModuleStage):
         except Exception as error:
             error.add_note(f"This was {self._name}, in the hooks of parameters in W of microbatch {chunk}.")
             raise
+        for name in self._parameters.keys() - self._own.keys():
+            grad, total = grads[name], self._total(name)
+            if grad is not None:
+                self._put(name, grad if total is None else total.add_(grad))
         idle = [*hooks.after_accumulation(rest), *(n for n in self._hooks_of_accumulators if n in rest)]
         if idle:
             hooks.warn_of_idle(self._name, idle)
 
     def _add(self, name: str, grad: Tensor) -> None:
-        parameter = self._parameters[name]
-        grad = grad.to(parameter.grad_dtype or grad.dtype)
-        if name in self._shared:
-            total = self._shared_grads.get(name)
-            self._shared_grads[name] = grad if total is None else total.add_(grad)
-        else:
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        grad, total = grad.to(self._parameters[name].grad_dtype or grad.dtype), self._total(name)
+        self._put(name, grad if total is None else total.add_(grad))
 
     def _accumulate_directly(self, weight_pullback: WeightPullback) -> None:
-        before = {
-            name: self._shared_grads.get(name) if name in self._shared else parameter.grad
-            for name, parameter in self._parameters.items()
-        }
+        before = {name: self._total(name) for name in self._parameters}
         sums = stage_backward_weight(weight_pullback, accumulate=before)
-        for name, parameter in self._parameters.items():
+        for name in self._parameters:
             grad = sums[name]
-            if grad is None or grad is before[name]:
-                continue
-            grad = grad.to(parameter.grad_dtype or grad.dtype)
-            if name in self._shared:
-                self._shared_grads[name] = grad
-            else:
-                parameter.grad = grad
+            if grad is not None and grad is not before[name]:
+                self._put(name, grad)
+
+    def _total(self, name: str) -> Tensor | None:
+        """The sum of a parameter's gradients so far, kept apart where others have to be done first."""
+        if self._whole is not None and name in self._whole.names:
+            return self._whole.total(name)
+        return self._shared_grads.get(name) if name in self._shared else self._parameters[name].grad
+
+    def _put(self, name: str, total: Tensor) -> None:
+        """Keep the sum of a parameter's gradients where the next microbatch is going to be added."""
+        if self._whole is not None and name in self._whole.names:
+            self._whole.take(name, total)
+            return
+        total = total.to(self._parameters[name].grad_dtype or total.dtype)
+        if name in self._shared:
+            self._shared_grads[name] = total
+        else:
+            self._parameters[name].grad = total
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The parameters whose gradients the stage accumulates itself, with their hooks.
+
+        FSDP reduces those of its own once a step, and runs then the hooks that it knows.
+        """
+        if self._whole is None:
+            return self._parameters
+        return {name: p for name, p in self._parameters.items() if name not in self._whole.names}
 
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Divide the gradients by a number, such as that of the microbatches whose losses are means.
@@ -109,10 +146,24 @@ class AccumulatingStage(ModuleStage):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             elif parameter.grad is not None and name not in self._shared:
                 parameter.grad.div_(grad_scale_factor)
-        self._progress.whole = bool(self._progress.added)
+        self._progress.whole = self._whole is not None or bool(self._progress.added)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce and divide the gradients at the end of a step; torch does not divide by one."""
+        if self._whole is not None:
+            self._whole.hand_over()
         super().perform_reduce_grad(grad_scale_factor)
+        if grad_scale_factor == 1 and not (self._whole is not None and WAITS_FOR_REDUCTIONS):
+            self.scale_grads(1)
+
+    def start_gradient_reduction(self) -> None:
+        """Start to reduce the gradients that FSDP shards; called by torch from 2.15 on."""
+        if self._whole is not None:
+            self._whole.hand_over()
+        super().start_gradient_reduction()  # type: ignore[misc]
+
+    def wait_for_gradient_reduction(self, grad_scale_factor: int) -> None:
+        """Wait for them and divide; torch does not divide by one."""
+        super().wait_for_gradient_reduction(grad_scale_factor)  # type: ignore[misc]
         if grad_scale_factor == 1:
             self.scale_grads(1)

@@ -20,6 +20,7 @@ from funcstage.dtensors import first_dtensor
 from funcstage.engines.graph import compile as compile_stage
 from funcstage.engines.graph.blame import is_raised_by_stage
 from funcstage.errors import LeafError, StructureError
+from funcstage.gathered import show_shards
 from funcstage.pipelining.binding import Binding, Structure, read, update
 from funcstage.pipelining.examples import (
     StageFunction,
@@ -37,10 +38,12 @@ from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
 from funcstage.pipelining.same_dtypes import SameDtypes
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
+from funcstage.pipelining.whole import WholeParameters, whole_parameters
 from funcstage.state.ambient import own_autocast_cache
 from funcstage.state.kept import untouched
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.wrappers import check_alone
 
 STAGES_OF: Any = WeakIdKeyDictionary()
 """The stages of this process that a parameter belongs to."""
@@ -63,16 +66,28 @@ class ModuleStage(ExchangingStage):
     _parameters: dict[str, Any]
     _fitting: Binding | None
     _replicas: Any
+    _whole: WholeParameters | None
 
     def _bind(self) -> None:
         """Read what the module is made of."""
+        check_alone(
+            self.submod,
+            {
+                "data_parallel": self._replicas,
+                "param_dtype": self._param_dtype,
+                "grad_dtype": self._grad_dtype,
+            },
+        )
         binding = Binding.of(self.submod)
+        whole = whole_parameters(self.submod, binding.apply)
         apply: StageFunction = binding.apply
         if self._param_dtype is not None:
             apply = computing_in(self._param_dtype, apply)
         self._eager = apply
+        apply = apply if whole is None else whole.apply
         self._apply = self._compiled(apply)
         self._apply_with_loss = self._compiled(with_loss(apply, self._loss)) if self._loss else None
+        self._whole = whole
         self._binding = binding  # last: if this was interrupted, the next step reads it all again
         self._read_tensors()
 
@@ -101,11 +116,16 @@ class ModuleStage(ExchangingStage):
 
     def _read_state(self) -> None:
         """Read what optimizers, `load_state_dict`, `to` and the like have made of the module."""
+        if isinstance(self.submod, nn.Module):
+            show_shards(self.submod)
         self._current()
         self._read_tensors()
 
     def _read_tensors(self) -> None:
-        parameters, constant = read(self._binding.trainable), read(self._binding.constant)
+        if self._whole is not None and self._whole.are_there:
+            self._read_values(read(self._binding.trainable))
+            return
+        parameters = read(self._binding.trainable)
         for name, parameter in self._parameters.items():
             if parameter is not parameters.get(name):
                 STAGES_OF.get(parameter, set()).discard(self)
@@ -115,22 +135,32 @@ class ModuleStage(ExchangingStage):
         for parameter in self._parameters.values() if self._grad_dtype is not None else ():
             if parameter.grad_dtype != self._grad_dtype:
                 parameter.grad_dtype = self._grad_dtype
-        self._params = {name: self._cast(tensor) for name, tensor in self._parameters.items()}
+        self._read_values(parameters)
+
+    def _read_values(self, parameters: dict[str, Any]) -> None:
+        """Read what the stage computes with, where FSDP shards the parameters the whole ones."""
+        constant = read(self._binding.constant)
+        self._params = {name: self._cast(tensor) for name, tensor in parameters.items()}
         # Clones, as the module's own are overwritten while earlier microbatches await their backward.
         self._buffers = {
             name: tensor.detach().clone() for name, tensor in read(self._binding.updated).items()
         }
         self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
+        places = {**self._binding.trainable, **self._binding.constant}
+        if self._whole is not None:  # FSDP puts shards and whole parameters there
+            places = {name: place for name, place in places.items() if name not in self._whole.names}
         self._snapshot = Snapshot.of(
-            self.submod,
-            self._binding.structure.parts,
-            {**self._binding.trainable, **self._binding.constant},
-            copied=self._param_dtype is not None,
+            self.submod, self._binding.structure.parts, places, copied=self._param_dtype is not None
         )
         self._owned = OwnedBuffers.of(self._binding.updated)
 
     def _look_again(self, chunk: int) -> None:
         """Notice what was done to the module since the last microbatch of the step."""
+        if self._whole is not None:
+            before = self._whole.are_there
+            self._whole.gather(self.has_backward)
+            if not before:
+                self._read_tensors()
         change = self._snapshot.change(self.submod)
         if change:
             raise StructureError(
@@ -138,7 +168,8 @@ class ModuleStage(ExchangingStage):
                 "steps, which take it up."
             )
         if self._owned.changed(self._binding.updated):
-            self._current()
+            if self._whole is None:
+                self._current()
             self._read_tensors()
         elif self._snapshot.written():
             self._read_tensors()
@@ -180,6 +211,11 @@ class ModuleStage(ExchangingStage):
     def _update_buffers(self, new: Buffers) -> None:
         before, self._buffers = self._buffers, new
         if update(self._binding.updated, before, new) or self._binding.buffers_registered():
+            if self._whole is not None:
+                raise StructureError(
+                    f"{self._name}: its forward has made other buffers in the midst of a step, where what "
+                    "FSDP shards cannot be read anew. Register buffers of their final shapes."
+                )
             self._bind()
             self._fitting = self._binding
         else:
@@ -275,12 +311,18 @@ class ModuleStage(ExchangingStage):
     @property
     def params(self) -> Params:
         """The trainable parameters by name, detached, as `functionalize` returns them."""
-        return {name: parameter.detach() for name, parameter in read(self._current().trainable).items()}
+        return {name: parameter.detach() for name, parameter in self._trained().items()}
 
     @property
     def grads(self) -> Params:
         """The gradients by name, with the structure of `params`; `None` where there is none."""
-        return {name: parameter.grad for name, parameter in read(self._current().trainable).items()}
+        return {name: parameter.grad for name, parameter in self._trained().items()}
+
+    def _trained(self) -> dict[str, Any]:
+        """The parameters to train; shards also where the module holds whole ones, in the midst of a step."""
+        if self._whole is not None and self._whole.are_there:
+            return self._parameters
+        return read(self._current().trainable)
 
     @property
     def _name(self) -> str:

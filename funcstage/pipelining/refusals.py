@@ -12,7 +12,7 @@ from funcstage._torch.pipelining import (
 from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.pipelining.examples import LossFunction, requires_grad
 from funcstage.trees import describe
-from funcstage.wrappers import check_unsharded, check_unwrapped
+from funcstage.wrappers import check_unwrapped
 
 
 def check_group(group: dist.ProcessGroup | None) -> None:
@@ -41,7 +41,6 @@ def check_module(module: nn.Module, device: torch.device) -> None:
                 "it was made from, and compile=True."
             )
     check_unwrapped(module)
-    check_unsharded(module)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         # Modules on the meta device get their memory later.
         same = tensor.device.type == device.type and device.index in (None, tensor.device.index)

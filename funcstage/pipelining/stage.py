@@ -201,6 +201,8 @@ class FunctionalPipelineStage(AccumulatingStage):
             left.clear()
         self._progress.begin()
         self._upstream.clear()
+        if self._whole is not None:
+            self._whole.begin()
         if self._replicas is not None:
             self._replicas.drop(self)
         try:
@@ -208,6 +210,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             if schedule is not None:
                 self._preparations.turn_to(schedule, self)
             self._read_state()
+            self._check_reduces(schedule)
             if self._fitting is not self._binding:  # has changed while another schedule drove the stage
                 self._check_still_fits()
                 self._fitting = self._binding
@@ -215,7 +218,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             failures.share(self, self.all_groups(), error)
             raise
         if self.has_backward:
-            self._hooks_of_accumulators = with_hooks_on_accumulators(self._parameters)
+            self._hooks_of_accumulators = with_hooks_on_accumulators(self._own)
 
     def forward_one_chunk(
         self,

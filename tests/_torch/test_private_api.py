@@ -579,6 +579,27 @@ def shards() -> None:
             assert [*params] == [*expected]
 
 
+@stands_on("_torch/fsdp.py", "_torch/pipelining.py", "_torch/schedules.py")
+def gathered_once_a_step() -> None:
+    from funcstage.pipelining import FunctionalPipelineStage
+
+    x = torch.randn(4, 4)
+    with one_process():
+        module, plain = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+        plain.load_state_dict(module.state_dict())
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        stage = FunctionalPipelineStage(module, 0, 1, "cpu")
+        schedule = torch_schedules.ScheduleGPipe(stage, 2, loss_fn=functional.mse_loss)
+        for _ in range(2):
+            schedule.step(x, target=x)
+            functional.mse_loss(plain(x), x).backward()
+        for shard, parameter in zip(module.parameters(), plain.parameters(), strict=True):
+            grad: Any = shard.grad
+            wanted: Any = parameter.grad
+            # The first gradient is divided again, as under torch's own stage.
+            torch.testing.assert_close(grad.full_tensor(), wanted / 2 * 1.5)
+
+
 @stands_on("_torch/shapes.py", "_torch/tracing.py")
 def open_sizes() -> None:
     import funcstage as fs

@@ -13,7 +13,7 @@ import torch
 from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.pipelining import ScheduleGPipe
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
@@ -586,6 +586,10 @@ def test_a_functional_stage_refuses_a_module_with_a_parameter_more_or_less(
 # Refusals.
 
 
+def offloaded(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)), offload_policy=CPUOffloadPolicy(False))
+
+
 @OPTIONS
 def test_a_module_that_is_wrapped_between_steps_is_refused_and_nothing_is_changed(
     options: dict[str, Any],
@@ -596,7 +600,7 @@ def test_a_module_that_is_wrapped_between_steps_is_refused_and_nothing_is_change
     schedule.step(x, target=x)
     plain = stage.submod
     for submod, said in (
-        (fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,))), "fully_shard"),
+        (offloaded(nn.Linear(4, 4)), "offload_policy"),
         (nn.DataParallel(nn.Linear(4, 4)), "DataParallel"),
         (torch.compile(nn.Linear(4, 4)), "torch.compile"),
         (functional.relu, "must be an nn.Module"),

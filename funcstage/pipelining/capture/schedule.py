@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from funcstage._torch.distributed import before_shutdown, timeout_of
+from funcstage._torch.pipelining import ExchangingStage
 from funcstage._torch.schedules import OPTIONS, is_schedule, loss_of, stages_of
 from funcstage.dtensors import first_dtensor
 from funcstage.errors import StructureError
+from funcstage.gathered import is_sharded
 from funcstage.pipelining import failures
 from funcstage.pipelining.capture.baked import Baked
 from funcstage.pipelining.capture.entry import WARM_UP, Entry, Graph, record
@@ -308,12 +310,17 @@ class CapturedSchedule:
     def _rehearse(self, step: Step) -> None:
         """Load and take beforehand what receiving ahead must not wait for; or prepare for another method."""
         parameters = self._parameters()
-        if first_dtensor(parameters) is not None and self._calls > 1:
+        if self._gathered() or (first_dtensor(parameters) is not None and self._calls > 1):
             return  # whose gathers the other ranks would have to take part in
         rehearse(self._own, parameters, partial(self._schedule_once, step, step.arguments))
 
     def _record(self, entry: Entry, step: Step, given: Given) -> Graph:
         assert self._recorder is not None
+        if self._gathered():
+            raise CannotCaptureError(
+                f"FSDP shards parameters of stage {self._gathered()[0]}, whose memory it takes and lets go "
+                "of in each step. Average over replicas by data_parallel= instead, if they fit."
+            )
         if self._prepared_for is not entry:
             self._rehearse(step)  # which prepares the stages for it again
             self._prepared_for = entry
@@ -321,6 +328,11 @@ class CapturedSchedule:
         entry.graph = recording(self._own, self._gradients, not self._recorded)
         self._recorded = True
         return entry.graph
+
+    def _gathered(self) -> list[int]:
+        """The stages of ours that FSDP gathers the parameters of."""
+        ours = [stage for stage in self._own if isinstance(stage, ExchangingStage)]
+        return [stage.stage_index for stage in ours if is_sharded(stage.submod)]
 
     def _drop(self, entry: Entry) -> None:
         self._entries.remove(entry)
