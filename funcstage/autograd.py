@@ -124,22 +124,49 @@ def stage_backward_input(
     ]
     values = _as_list(input_values)
     inputs = [value for value in values if _wants_grad(value)]
-    input_edges = {get_gradient_edge(value)[:2] for value in inputs}
-    roots = [get_gradient_edge(output) for output, _ in outputs]
-    param_groups = param_groups_of(roots, input_edges, [*_by_node(_as_list(weights))])
+    roots = [(get_gradient_edge(output), cotangent) for output, cotangent in outputs]
+    reached, param_groups = divided(roots, inputs, [*_by_node(_as_list(weights))])
+
+    gradients = {id(value): gradient for value, gradient in zip(inputs, reached, strict=True)}
+    for value in {id(value): value for value in inputs}.values():
+        if value.is_leaf or value.retains_grad:
+            # not in place: what is in `.grad` may be a cotangent that waits for its own W
+            value.grad = _add(value.grad, gradients[id(value)])
+    return tuple(gradients.get(id(value)) for value in values), param_groups
+
+
+def divided(
+    roots: Sequence[tuple[GradientEdge, torch.Tensor]],
+    inputs: Sequence[torch.Tensor | GradientEdge],
+    weights: Sequence[Node],
+) -> tuple[Gradients, list[dict[str, Any]]]:
+    """Run I over places of a tape: `stage_backward_input`, which accumulates nothing.
+
+    Args:
+        roots: where the tape begins, each with its cotangent.
+        inputs: where its input side ends.
+        weights: where its weight side does.
+
+    Returns:
+        The gradients of the inputs, and the `param_groups`.
+    """
+    edges = (get_gradient_edge(value) if isinstance(value, torch.Tensor) else value for value in inputs)
+    input_edges = {edge[:2] for edge in edges}
+    param_groups = param_groups_of([root for root, _ in roots], input_edges, weights)
 
     # An output that depends on weights only is a site, and has its cotangent already.
     sites = [site for group in param_groups for site in group["intermediates"]]
     weight_side = {site.node for site in sites if not site.weight_edges}
     cotangents: dict[Node, Gradients] = {}
-    above: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for (node, number, _), (output, cotangent) in zip(roots, outputs, strict=True):
+    above: list[tuple[GradientEdge, torch.Tensor]] = []
+    for root, cotangent in roots:
+        node, number, _ = root
         if node in weight_side and (node, number) not in input_edges:
             arrived = list(cotangents.get(node, (None,) * len(output_shapes(node))))
             arrived[number] = _add(arrived[number], cotangent)
             cotangents[node] = tuple(arrived)
         else:
-            above.append((output, cotangent))
+            above.append((root, cotangent))
 
     reached: Gradients = (None,) * len(inputs)
     if above and inputs:
@@ -148,20 +175,20 @@ def stage_backward_input(
             for site in sites:
                 if site.weight_edges:
                     handles.append(site.node.register_prehook(partial(cotangents.__setitem__, site.node)))
-            tensors, grad_outputs = zip(*above, strict=True)
-            reached = torch.autograd.grad(tensors, inputs, grad_outputs, retain_graph=True, allow_unused=True)
+            ends, grad_outputs = zip(*above, strict=True)
+            reached = torch.autograd.grad(
+                ends,
+                inputs,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both
+                grad_outputs,
+                retain_graph=True,
+                allow_unused=True,
+            )
         finally:
             for handle in handles:
                 handle.remove()
     for group in param_groups:
         group["grads"] = [cotangents.get(site.node) for site in group["intermediates"]]
-
-    gradients = {id(value): gradient for value, gradient in zip(inputs, reached, strict=True)}
-    for value in {id(value): value for value in inputs}.values():
-        if value.is_leaf or value.retains_grad:
-            # not in place: what is in `.grad` may be a cotangent that waits for its own W
-            value.grad = _add(value.grad, gradients[id(value)])
-    return tuple(gradients.get(id(value)) for value in values), param_groups
+    return reached, param_groups
 
 
 def stage_backward_weight(
@@ -202,30 +229,7 @@ def stage_backward_weight(
             if any(cotangent is not None for cotangent in cotangents):
                 arrived.append((site, cotangents))
 
-    # Where the weight side begins: the cotangent at each edge, summed over the sites.
-    begins: dict[Edge, torch.Tensor] = {}
-
-    def call_sites() -> None:
-        for site, cotangents in arrived:
-            gradients = call_node(site.node, cotangents)
-            for slot, edge in site.weight_edges:
-                begin(edge, gradients[slot], cotangents)
-
-    def begin(edge: Edge, gradient: torch.Tensor | None, cotangents: Gradients) -> None:
-        if gradient is not None:
-            conformed = conform(gradient, edge, not_sharing=cotangents)
-            begins[edge] = begins[edge] + conformed if edge in begins else conformed
-
-    for site, cotangents in arrived:
-        if not site.weight_edges:
-            for number, cotangent in enumerate(cotangents):
-                begin((site.node, number), cotangent, cotangents)
-    arrived = [(site, cotangents) for site, cotangents in arrived if site.weight_edges]
-    if arrived:
-        # one run for all sites: a checkpointed region is recomputed once per run
-        edges = [edge for site, _ in arrived for _, edge in site.weight_edges]
-        edges += [edge for site, _ in arrived for edge in edges_to_ask_for(site.node)]
-        during_backward(edges, call_sites)
+    begins = beginnings(arrived)
     if begins:
         torch.autograd.backward(
             tuple(GradientEdge(*edge) for edge in begins),
@@ -237,6 +241,39 @@ def stage_backward_weight(
         for group in param_groups:
             del group["intermediates"], group["grads"]
     return tuple(weight.grad for weight in weights)
+
+
+def beginnings(arrived: Sequence[tuple[Site, Gradients]]) -> dict[Edge, torch.Tensor]:
+    """Call sites: return the gradient at each edge where the weight side begins, summed over the sites.
+
+    Args:
+        arrived: the sites, each with a cotangent or `None` per output of its operation.
+    """
+    begins: dict[Edge, torch.Tensor] = {}
+
+    def call_sites() -> None:
+        for site, cotangents in arrived:
+            if site.weight_edges:
+                gradients = call_node(site.node, cotangents)
+                for slot, edge in site.weight_edges:
+                    begin(edge, gradients[slot], cotangents)
+
+    def begin(edge: Edge, gradient: torch.Tensor | None, cotangents: Gradients) -> None:
+        if gradient is not None:
+            conformed = conform(gradient, edge, not_sharing=cotangents)
+            begins[edge] = begins[edge] + conformed if edge in begins else conformed
+
+    for site, cotangents in arrived:
+        if not site.weight_edges:
+            for number, cotangent in enumerate(cotangents):
+                begin((site.node, number), cotangent, cotangents)
+    called = [site for site, _ in arrived if site.weight_edges]
+    if called:
+        # one run for all sites: a checkpointed region is recomputed once per run
+        edges = [edge for site in called for _, edge in site.weight_edges]
+        edges += [edge for site in called for edge in edges_to_ask_for(site.node)]
+        during_backward(edges, call_sites)
+    return begins
 
 
 def _flowing(output: Any, cotangent: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:

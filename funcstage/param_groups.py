@@ -35,7 +35,7 @@ def param_groups_of(
 ) -> list[dict[str, Any]]:
     """The connected components of sites and weight side below `roots`, in the weights' order."""
     roots = [root for root in roots if root[:2] not in inputs]
-    tape, owners = _walk(roots, inputs)
+    tape, owners = walk(roots, inputs)
     outermost, is_weight = {root.node for root in roots}, set(weights)
     input_side: set[Node] = set()
     weight_side: set[Node] = set()
@@ -66,7 +66,7 @@ def param_groups_of(
     return list(groups.values())
 
 
-def _walk(
+def walk(
     roots: Sequence[GradientEdge], stops: set[Edge]
 ) -> tuple[dict[Node, NumberedEdges], dict[Node, Node | None]]:
     """Each node's edges, a node after all that it leads to; and who keeps each Python node alive.

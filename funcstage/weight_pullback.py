@@ -105,8 +105,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         same kernels run. Operations that reach a parameter together are in one piece, and the pieces cost
         about the same. What several pieces need is freed with the last of them.
 
-        Of a compiled stage, what several pieces would have to compute and is not cheap runs at once: nothing
-        in most stages, the chain of cotangents where no argument is differentiated.
+        What several pieces would have to compute and is not cheap runs at once: nothing in most stages, the
+        chain of cotangents where no argument is differentiated.
 
         Args:
             parts: how many pieces at most, 1 or more. There are fewer where there is less to divide: at
@@ -157,7 +157,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     def sites(self) -> tuple[Site, ...]:
         """The sites of the stage that the output depends on, whose vjps sum up to what W computes.
 
-        Looking at them uses nothing up. Those of a compiled stage are read off its program W.
+        Looking at them uses nothing up. Those of a compiled stage are read off its program W. Where no
+        argument is differentiated, each look runs the chain of cotangents, and then W does.
 
         Raises:
             ConsumedError: if the weight pullback was used or split.

@@ -110,7 +110,7 @@ def test_nothing_has_grown_too_long(path: Path) -> None:
         (
             "engines",
             "_torch engines state autograd checks copies dtensors effects errors functional gathered "
-            "report residuals tensors trees",
+            "param_groups report residuals tensors trees",
         ),
     ],
 )

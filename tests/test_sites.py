@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,14 +203,109 @@ def test_every_use_of_a_shared_weight_is_a_site(engine: str) -> None:
     assert [site.params for site in sites] == [("weight",), ("weight",)]
 
 
-def test_a_stage_without_differentiated_inputs_is_one_site() -> None:
-    module = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3))
-    tokens, cotangent = torch.randint(9, (4, 6)), torch.randn(4, 6, 3)
-    (site,) = weight_pullback_of(module, tokens, cotangent).sites
-    assert set(site.params) == {"0.weight", "1.bias", "1.weight"}
+class FirstStage(nn.Module):
+    """Embeddings of tokens and of places, a tied weight, and a derived one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(9, 5), nn.Embedding(6, 5)
+        self.block = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 5, bias=False))
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
+        h = h + self.block(h) * torch.exp(self.scale)
+        return F.linear(h, self.tokens.weight)
+
+
+def first_stage_of(module: nn.Module, x: Tensor, engine: str = "uncompiled") -> tuple[Tensor, fs.Pullback]:
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(ENGINES[engine](apply), params, buffers, x, argnums=())
+    return output, pullback
+
+
+def test_a_first_stage_has_a_site_for_each_operation_too() -> None:
+    tokens = torch.randint(9, (4, 6))
+    output, pullback = first_stage_of(FirstStage(), tokens)
+    _, weight_pullback = pullback(torch.randn_like(output))
+    sites = weight_pullback.sites
+    assert [(site.name, site.params) for site in sites] == [
+        ("embedding", ("tokens.weight",)),
+        ("add", ("places.weight",)),
+        ("native_layer_norm", ("block.0.bias", "block.0.weight")),
+        ("addmm", ("block.1.bias", "block.1.weight")),
+        ("mm", ("block.3.weight",)),
+        ("mul", ("scale",)),
+        ("mm", ("tokens.weight",)),
+    ]
+    assert torch.equal(sites[0].inputs[0], tokens)
+
+
+def test_sites_of_a_first_stage_yield_each_examples_gradient_and_use_nothing_up() -> None:
+    module, tokens = FirstStage(), torch.randint(9, (4, 6))
+    output, pullback = first_stage_of(module, tokens)
+    cotangent = torch.randn_like(output)
+    _, weight_pullback = pullback(cotangent)
+    sites = weight_pullback.sites
     for i, expected in enumerate(by_example(module, tokens, cotangent)):
-        for name, grad in site.vjp(masked(site, i, 4)).items():
-            torch.testing.assert_close(grad, expected[name])
+        found = summed(sites, lambda site, i=i: masked(site, i, 4))  # type: ignore[misc]
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+    module(tokens).backward(cotangent)
+    for name, grad in weight_pullback().items():
+        assert torch.equal(grad, module.get_parameter(name).grad)  # type: ignore[arg-type]
+
+
+def test_kronecker_factors_of_a_first_stage_are_those_of_a_later_one(engine: str) -> None:
+    module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
+    cotangent = torch.randn(4, 3)
+    _, pullback = first_stage_of(module, x, engine)
+    first = pullback(cotangent)[1].sites
+    for site, later in zip(first, weight_pullback_of(module, x, cotangent).sites, strict=True):
+        assert site.params == later.params
+        torch.testing.assert_close(site.inputs[0], later.inputs[0])
+        torch.testing.assert_close(site.cotangent, later.cotangent)
+
+
+def test_pieces_of_a_first_stage_are_its_sites_of_some_parameters() -> None:
+    module, tokens = FirstStage(), torch.randint(9, (4, 6))
+    output, pullback = first_stage_of(module, tokens)
+    cotangent = torch.randn_like(output)
+    pieces = pullback(cotangent)[1].split(3)
+    module(tokens).backward(cotangent)
+    had: list[str] = []
+    for piece in reversed(pieces):
+        found = summed(piece.sites)
+        grads = {name: grad for name, grad in piece().items() if grad is not None}
+        assert grads.keys() == found.keys()
+        had += grads
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, module.get_parameter(name).grad)
+            torch.testing.assert_close(found[name], grad)
+    assert len(pieces) == 3
+    assert sorted(had) == sorted(name for name, _ in module.named_parameters())
+
+
+def test_residuals_of_a_first_stage_may_move_before_and_after_it_is_split() -> None:
+    module, tokens = FirstStage(), torch.randint(9, (4, 6))
+    output, pullback = first_stage_of(module, tokens)
+    cotangent = torch.randn_like(output)
+    _, weight_pullback = pullback(cotangent)
+    moved = optree.tree_map(torch.clone, weight_pullback, namespace="funcstage")
+    pieces = [optree.tree_map(torch.clone, piece, namespace="funcstage") for piece in moved.split(3)]
+    module(tokens).backward(cotangent)
+    for name, grad in fs.stage_backward_weight(pieces).items():
+        torch.testing.assert_close(grad, module.get_parameter(name).grad)
+
+
+def test_a_write_between_i_and_w_of_a_first_stages_piece_is_noticed() -> None:
+    module, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)
+    _, pullback = first_stage_of(module, x)
+    first, second = pullback(torch.randn(4, 3))[1].split(2)
+    x.zero_()
+    second()  # reads what tanh returned
+    with pytest.raises(fs.WrittenError, match="args"):
+        first()
 
 
 def test_a_used_weight_pullback_has_no_sites_and_its_sites_no_vjp(engine: str) -> None:
@@ -337,12 +433,12 @@ def test_whether_w_sums_is_yes_or_no(wrong: Any) -> None:
 PRECISE = tuple(block for block in strategies.BLOCKS if block not in ("cast", "autocast"))
 
 
-def check_sums(module: nn.Module, seed: int, engine: str) -> None:
+def check_sums(module: nn.Module, seed: int, engine: str, argnums: Any = None) -> None:
     apply, params, buffers = fs.functionalize(module)
     torch.manual_seed(seed)
     x = torch.randn(2, 3)
     try:
-        output, _, pullback = fs.stage_vjp(ENGINES[engine](apply), params, buffers, x)
+        output, _, pullback = fs.stage_vjp(ENGINES[engine](apply), params, buffers, x, argnums=argnums)
     except fs.TraceError:  # which a stage that reads values gets
         reject()
     _, weight_pullback = pullback(trees.map_leaves(torch.ones_like, output))
@@ -360,6 +456,26 @@ MODULES = strategies.modules(PRECISE, dtype=torch.float64)
 @given(module=MODULES, seed=st.integers(0, 99))
 def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
     check_sums(module, seed, "uncompiled")
+
+
+@given(module=MODULES, seed=st.integers(0, 99))
+def test_any_first_stages_sites_and_pieces_sum_up_to_w(module: nn.Module, seed: int) -> None:
+    check_sums(module, seed, "uncompiled", argnums=())
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3)
+    state = torch.get_rng_state()
+    grads = []
+    for parts in (1, 3):
+        torch.set_rng_state(state)
+        output, pullback = first_stage_of(module, x)
+        pieces = pullback(trees.map_leaves(torch.ones_like, output))[1].split(parts)
+        grads.append(fs.stage_backward_weight(pieces))
+    whole, of_pieces = grads
+    for name, grad in whole.items():
+        assert (grad is None) == (of_pieces[name] is None)
+        if grad is not None:
+            close = 1e-9 * grad.abs().max().item()
+            torch.testing.assert_close(of_pieces[name], grad, rtol=0, atol=close, equal_nan=True)
 
 
 @settings(max_examples=15, deadline=None)  # as tracing takes a moment

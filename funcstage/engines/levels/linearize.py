@@ -13,7 +13,7 @@ I is one reverse pass over the outer tape that also yields the cotangent at ever
 one reverse pass over the inner tape from the sites' outputs, seeded with those cotangents. A value made
 of parameters alone (a transposed or normalised weight, an embedded token) never leaves the inner level:
 its gradient is W's business throughout. With no differentiated input there is no outer level, nothing
-for I to do, and W is the whole backward.
+for I to do, and W is the whole backward (`first_stage.py` divides it when asked to).
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from funcstage._torch.interception import intercepting
 from funcstage._torch.modes import gradients
 from funcstage.engines.base import Linearized, StageCall, is_differentiated
 from funcstage.engines.levels.explain import explaining, refuse_saved_tensor_hooks
+from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.levels.mode import Split
 from funcstage.engines.levels.regions import Rerunnable
-from funcstage.engines.levels.tape import Entries, InputTape, Origin
+from funcstage.engines.levels.reverse import Entries, Origin
+from funcstage.engines.levels.tape import InputTape
 from funcstage.functional import checked_result
 from funcstage.residuals import (
     Switchboard,
@@ -93,6 +95,8 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         mode.alone = not (transformed or higher or rerun)
         if mode.alone:
             mode.rerunnable = Rerunnable(call.module, state, switchboard, linearize)
+            if outer is None:
+                mode.first_reads = FirstReads([*arg_leaves, *kwarg_leaves])
         stage_args, stage_kwargs = trees.unflatten(args_spec, arg_leaves), call.kwargs
         containers = None
         if are_among(args_spec) or are_among(kwargs_spec):
@@ -122,6 +126,7 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         shared=False,
         home={},
         captured=mode.captured_among(state, arg_leaves, kwarg_leaves),
+        first_reads=[] if mode.first_reads is None or mode.hooked else [*mode.first_reads.edges],
     )
     return Linearized(output, new_buffers, tape)
 

@@ -19,6 +19,7 @@ from funcstage._torch.operators import Written, without_torch_function
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
 from funcstage.engines.levels.explain import impure, written_into_own
+from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.levels.moves import Levels
 from funcstage.engines.levels.regions import Rerunnable, checkpointed
 from funcstage.engines.levels.tape import Exit
@@ -51,6 +52,7 @@ class Split(Levels, TorchFunctionMode):
         had_tapes: whether regions were among them in which autograd keeps a tape, as reentrant ones do not.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
+        first_reads: where data meets parameters, if no argument is differentiated.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Split(Levels, TorchFunctionMode):
         self.had_tapes = False
         self.had_regions = False
         self.before_write: Callable[[Any, Any], None] | None = None
+        self.first_reads: FirstReads | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,8 +127,7 @@ class Split(Levels, TorchFunctionMode):
                     return rule.body(*args, **kwargs)
             func = func if rule is None else rule.body
         if not splits:
-            self.reads_weights(args, kwargs)
-            return func(*args, **kwargs)
+            return self.undivided(func, args, kwargs)
         if not is_site:
             return self.above(func, args, kwargs)
         if self.mixed and (func in _VIEWS or getattr(func, "__name__", "") not in _ABOUT_THE_OPERAND):
@@ -135,6 +137,14 @@ class Split(Levels, TorchFunctionMode):
             return self.release(result, args)
         if isinstance(result, (tuple, list)):
             return trees.map_leaves(lambda leaf: self.release(leaf, args), result)
+        return result
+
+    def undivided(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Any = None) -> Any:
+        """Run an operation at whatever level is on top."""
+        self.reads_weights(args, kwargs)
+        result = func(*args, **kwargs)
+        if self.first_reads is not None and ft.current_level() == self.inner_level:
+            self.first_reads.note(args, kwargs, result if written is None else written)
         return result
 
     def splits(self) -> bool:
@@ -210,8 +220,7 @@ class Split(Levels, TorchFunctionMode):
                 self.moved[id(tensor)] = (tensor, copy)
                 return self.in_place(func, (copy, *args[1:]), kwargs, writes)
         if not self.splits():
-            self.reads_weights(args, kwargs)
-            return func(*args, **kwargs)
+            return self.undivided(func, args, kwargs, written)
         if any(ft.level_of(tensor) == self.inner_level for tensor in written):
             self.mixed = True  # an activation may be written into a value made of parameters
             try:

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from funcstage._torch import functorch as ft
-from funcstage._torch.tensors import is_symbolic_zero
-from funcstage.engines import on_nodes
 from funcstage.engines.base import Place, is_differentiated
-from funcstage.engines.levels.checkpoint import Rerun
+from funcstage.engines.base import WeightTape as AnyWeightTape
+from funcstage.engines.levels import first_stage
 from funcstage.engines.levels.pieces import reached, split
+from funcstage.engines.levels.reverse import Entries, Origin, reverse, unshared
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes, operation_of
 from funcstage.residuals import (
     Home,
     Residual,
     nodes_behind,
-    residuals_of,
 )
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
-
-
-Entries: TypeAlias = list[tuple[int, Tensor]]
-"""Indices of argument or parameter leaves, with the wrapped leaves where a tape ends."""
 
 
 class Exit(NamedTuple):
@@ -52,31 +45,6 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Origin(on_nodes.Origin):
-    """What all tapes of one forward pass have in common.
-
-    Attributes:
-        params: the parameter leaves, where the inner tape ends.
-        higher: whether the gradients are to be differentiated in turn.
-    """
-
-    params: Entries
-    higher: bool
-
-    def retains(self, shared: bool) -> bool:
-        """Whether a reverse pass leaves the nodes as they are."""
-        return shared or self.higher or self.switchboard.taken_out
-
-    def read_behind(self, edges: Sequence[GradientEdge], home: Home) -> Iterator[Tensor]:
-        """What a reverse pass from these places reads, and what the regions there read again."""
-        yield from (residual.tensor for residual in residuals_of(edges, (), self.switchboard, home))
-        for node in nodes_behind(edges):
-            rerun = getattr(node, "rerun", None)
-            if isinstance(rerun, Rerun):
-                yield from rerun.reads()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class WeightTape(WeightsOnNodes):
     """What W needs: places on the inner tape with the cotangents that arrived there.
 
@@ -86,6 +54,7 @@ class WeightTape(WeightsOnNodes):
         regions: what is left of the checkpointed regions that I has run again.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
+        first_reads: where data meets parameters first, if W is the whole backward of a stage.
     """
 
     origin: Origin
@@ -93,6 +62,7 @@ class WeightTape(WeightsOnNodes):
     regions: list[RegionTape]
     shared: bool
     home: Home
+    first_reads: Sequence[GradientEdge] = ()
 
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -109,7 +79,7 @@ class WeightTape(WeightsOnNodes):
             found = reverse(seeds, wanted, shared, origin, self.home)
         grads: list[Tensor | None] = [None] * origin.n_params
         cotangents = [cotangent for _, cotangent in seeds]
-        for (i, _), grad in zip(origin.params, _unshared(found, cotangents), strict=True):
+        for (i, _), grad in zip(origin.params, unshared(found, cotangents), strict=True):
             grads[i] = grad
         return grads, replace(self, regions=regions, shared=True) if retain else None
 
@@ -130,6 +100,9 @@ class WeightTape(WeightsOnNodes):
 
     def sites(self) -> Iterator[Place]:
         """Yield the sites, those of checkpointed regions included; nothing is used up."""
+        if self._is_whole_backward():
+            yield from first_stage.by_site(self).sites()
+            return
         origin = self.origin
 
         def vjp_from(edges: Sequence[GradientEdge], cotangents: list[Tensor | None]) -> list[Tensor | None]:
@@ -164,9 +137,15 @@ class WeightTape(WeightsOnNodes):
         """Which parameters lie behind the sites."""
         return reached(self)
 
-    def split(self, parts: int) -> list[WeightTape]:
+    def split(self, parts: int) -> Sequence[AnyWeightTape]:
         """Divide the sites."""
+        if self._is_whole_backward() and parts > 1:
+            return first_stage.by_site(self).split(parts)
         return split(self, parts)
+
+    def _is_whole_backward(self) -> bool:
+        """Whether there is a chain of cotangents to run, and nobody differentiates that in turn."""
+        return bool(self.first_reads) and not self.origin.higher
 
     @property
     def intact(self) -> bool:
@@ -204,6 +183,7 @@ class InputTape(InputsOnNodes):
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
         captured: the tensors that F has read without being handed them.
+        first_reads: where data meets parameters first, if no argument is differentiated.
     """
 
     origin: Origin
@@ -215,6 +195,7 @@ class InputTape(InputsOnNodes):
     shared: bool
     home: Home
     captured: Sequence[weakref.ref[Tensor]] = ()
+    first_reads: Sequence[GradientEdge] = ()
     higher: ClassVar = True
 
     def input_vjp(
@@ -242,7 +223,7 @@ class InputTape(InputsOnNodes):
             if grad is not None:
                 seeds.append((site.inner, grad))
         seeds += _seeds(self.derived, cotangents)
-        weight_tape = WeightTape(origin, seeds, regions, shared, self.home)
+        weight_tape = WeightTape(origin, seeds, regions, shared, self.home, self.first_reads)
         return grads, weight_tape, replace(self, shared=True) if retain else None
 
     @contextmanager
@@ -281,39 +262,3 @@ class InputTape(InputsOnNodes):
 
 def _seeds(places: Exits, cotangents: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor]]:
     return [(edge, cotangent) for i, edge in places if (cotangent := cotangents[i]) is not None]
-
-
-def reverse(
-    seeds: Sequence[tuple[GradientEdge, Tensor]],
-    wanted: Sequence[GradientEdge | Tensor],
-    shared: bool,
-    origin: Origin,
-    home: Home,
-) -> Sequence[Tensor | None]:
-    """One reverse pass over a tape; `None` for the places that it does not reach."""
-    if not seeds or not wanted:
-        return [None] * len(wanted)
-    edges, cotangents = zip(*seeds, strict=True)
-    with origin.reading(home):
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            edges,
-            wanted,  # type: ignore[arg-type]  # the stubs know edges or tensors, not both
-            cotangents,
-            retain_graph=origin.retains(shared),
-            create_graph=origin.higher,
-            allow_unused=True,
-        )
-    # Torch's zeros without memory can be read by few kernels and written by none.
-    return [grad if grad is None or not is_symbolic_zero(grad) else torch.zeros_like(grad) for grad in grads]
-
-
-def _unshared(grads: Iterable[Tensor | None], cotangents: Iterable[Tensor]) -> Iterator[Tensor | None]:
-    """Copy gradients that lie in each other's or a cotangent's memory, so that each can be added into."""
-    taken = {ft.storage_key(cotangent) for cotangent in cotangents}
-    for grad in grads:
-        if grad is not None:
-            key = ft.storage_key(grad)
-            if key in taken or (grad.layout is torch.strided and 0 in grad.stride()):
-                grad = grad.clone(memory_format=torch.contiguous_format)
-            taken.add(key)
-        yield grad
