@@ -22,6 +22,7 @@ from funcstage.checks import differentiated_leaves
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
+from funcstage.engines.graph.chain import OF_ANY_SIZE, WORTH_IT, chained
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.guards import Recent, Signature, others_among, reasons, signature_of
@@ -66,6 +67,7 @@ class CompiledStage:
         cuda_graphs: bool,
         dynamic: bool | None = None,
         sites: bool = False,
+        repeated: bool | None = None,
     ) -> None:
         self.apply = apply
         self.backend = backend
@@ -73,6 +75,7 @@ class CompiledStage:
         self.cuda_graphs = cuda_graphs
         self.dynamic = dynamic
         self.sites = sites
+        self.repeated = repeated
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
@@ -149,7 +152,8 @@ class CompiledStage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, pickled ones too, are of the stage function, and trace anew."""
-        return type(self), (self.apply, self.backend, self.remat, self.cuda_graphs, self.dynamic, self.sites)
+        options = self.backend, self.remat, self.cuda_graphs, self.dynamic, self.sites, self.repeated
+        return type(self), (self.apply, *options)
 
     def __repr__(self) -> str:
         named = isinstance(self.remat, str | float)
@@ -264,7 +268,7 @@ class CompiledStage:
         return self._trace(call, {})
 
     def _trace(self, call: StageCall, open_dims: Open) -> tuple[Programs, Signature, Reads]:
-        decompositions, lower = _backend(self.backend)
+        decompositions, lower = _backend(self.backend, self.repeated)
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
         with locked(self.module), tt.one_at_a_time, generators_kept(of_process()):
@@ -337,6 +341,7 @@ def compile(
     cuda_graphs: bool = False,
     dynamic: bool | None = None,
     sites: bool = False,
+    repeated: bool | None = None,
 ) -> CompiledStage:
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
@@ -361,6 +366,10 @@ def compile(
             or a kernel depends on. CUDA graphs are of one length each.
         sites: leave all sums to W, so that `weight_pullback.sites` has every site. I sums the gradients of
             norms otherwise where that saves memory until W.
+        repeated: whether identical layers are lowered once and called for each, so that the time to the first
+            result hardly grows with depth; layers that differ in anything but their parameters' values are
+            lowered apart. `None`: by Inductor, where a layer comes four times or more. `False`: each
+            program is lowered as one.
 
     Returns:
         A stage function for `stage_vjp`.
@@ -392,7 +401,9 @@ def compile(
         )
     if not isinstance(sites, bool):
         raise StructureError(f"sites must be True or False, got {sites!r}.")
-    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites)
+    if repeated is not None and not isinstance(repeated, bool):
+        raise StructureError(f"repeated must be None, True or False, got {repeated!r}.")
+    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites, repeated)
 
 
 def _checked(remat: object) -> Remat:
@@ -412,9 +423,12 @@ def _is_differentiated(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-def _backend(name: str) -> tuple[Any, Lower]:
+def _backend(name: str, repeated: bool | None) -> tuple[Any, Lower]:
     if name == "aten":
-        return {}, run_as_python
+        return {}, chained(run_as_python, OF_ANY_SIZE) if repeated else run_as_python
     from funcstage.engines.graph import inductor  # here, as importing Inductor takes seconds
 
-    return inductor.decompositions(), inductor.lower
+    lower: Lower = inductor.lower
+    if repeated is not False:
+        lower = chained(lower, OF_ANY_SIZE if repeated else WORTH_IT)
+    return inductor.decompositions(), lower
