@@ -161,8 +161,9 @@ _STATE = ("training", "_flat_weights", "_flat_weight_refs")
 class Fingerprint:
     """Reads what a module's code may read of it besides its parameters and buffers.
 
-    Classes, modes, submodules, hooks and attributes, by their content (`content.py`), and which parameters
-    there are. What a module reads elsewhere, in globals or closures, is found out by tracing (`reads.py`).
+    Classes, modes, submodules, hooks and attributes, by their content (`content.py`), buffers that it did not
+    have at first among these, and which parameters there are. What a module reads elsewhere, in globals or
+    closures, is found out by tracing (`reads.py`).
 
     Args:
         modules: with all of their submodules.
@@ -172,6 +173,7 @@ class Fingerprint:
     def __init__(self, modules: Sequence[nn.Module], hooks: bool) -> None:
         self._modules = modules
         self._hooks_matter = hooks
+        self._lent = {place for place, buffers in self._buffers() if buffers[place[-1]] is not None}
         self._collect()
 
     def read(self) -> tuple[Hashable, ...]:
@@ -202,15 +204,22 @@ class Fingerprint:
         hooks = chain.from_iterable(self._hooks) if any(self._hooks) else ()
         return Glance(plain, [*map(len, self._namespaces), *hooks, *others, hooked], kinds)
 
+    def _buffers(self) -> Iterator[tuple[tuple[int, str, str], dict[str, Any]]]:
+        """The places of buffers, by module and names, and what holds them."""
+        for i, module in enumerate(self._modules):
+            for prefix, part in module.named_modules():
+                for name in part._buffers:
+                    yield (i, prefix, name), part._buffers
+
     def _collect(self) -> None:
         parts = [part for module in self._modules for part in module.modules()]
         self._parts, self._ids = parts, [*map(id, parts)]
         self._parameters = [part._parameters for part in parts if part._parameters]
-        self._namespaces = [space for part in parts for space in (vars(part), part._modules)]
+        self._namespaces = [space for part in parts for space in (vars(part), part._modules, part._buffers)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
         self._readers: list[Callable[[Any], Any]] = []
         self._read_from: list[dict[str, Any]] = []
-        self._others: list[tuple[dict[str, Any], str]] = []
+        self._others = [(held, place[-1]) for place, held in self._buffers() if place not in self._lent]
         for part in parts:
             attributes = vars(part)
             own = [name for name in attributes if name not in _OF_EVERY_MODULE]

@@ -41,6 +41,7 @@ class Parts:
             for prefix, part in named.items()
             for space in (part._parameters, part._buffers)
             for key in space
+            if space[key] is not None  # what its forward fills is the module's to keep
         ]
         self.names = [name for *_, name in places]
         self._names = frozenset(self.names)

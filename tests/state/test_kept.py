@@ -37,6 +37,7 @@ class Keeps(nn.Module):
         self.named: dict[str, Any] = {}
         self.pair: Any = ()
         self.calls, self.holder = 0, Holder()
+        self.register_buffer("empty", None)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.proj(x)
@@ -132,6 +133,21 @@ def in_a_region(m: Any, h: Tensor) -> Tensor:
     return checkpoint(region, h, use_reentrant=False)
 
 
+def in_an_empty_buffer(m: Any, h: Tensor) -> Tensor:
+    m.empty = h.sin()
+    return h + m.empty
+
+
+def in_an_empty_buffer_once(m: Any, h: Tensor) -> Tensor:
+    if m.empty is None:
+        m.empty = torch.arange(h.shape[0]).float().cos()[:, None]
+    return h * m.empty
+
+
+def in_a_new_buffer(m: Any, h: Tensor) -> None:
+    m.register_buffer("new", h.detach())
+
+
 def deleted(m: Any, h: Tensor) -> None:
     if hasattr(m, "later"):
         del m.later
@@ -158,6 +174,9 @@ KEEP = [
     toggled,
     made_once,
     in_a_region,
+    in_an_empty_buffer,
+    in_an_empty_buffer_once,
+    in_a_new_buffer,
     deleted,
 ]
 
@@ -265,6 +284,18 @@ def test_a_compiled_stage_that_reads_what_it_kept_is_refused_with_a_way_out(
     with pytest.raises(fs.TraceError, match=r"'aux'.*register_buffer"):
         fs.stage_vjp(stage, params, buffers, x)
     assert module.aux is before
+
+
+def test_a_compiled_stage_that_reads_a_buffer_that_it_has_filled_is_refused_with_a_way_out() -> None:
+    def running(m: Any, h: Tensor) -> Tensor:
+        m.empty = h if m.empty is None else m.empty * 0.9 + h
+        return m.empty.tanh()
+
+    apply, params, buffers = fs.functionalize(Keeps(running))
+    stage, x = fs.compile(apply, backend="aten"), torch.randn(3, 4)
+    fs.stage_vjp(stage, params, buffers, x)
+    with pytest.raises(fs.TraceError, match=r"'empty'.*register_buffer"):
+        fs.stage_vjp(stage, params, buffers, x)
 
 
 @ENGINES
