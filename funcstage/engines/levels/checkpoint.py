@@ -191,7 +191,7 @@ class Region:
                 if tensor is not None and not ft.is_dead(tensor):
                     yield tensor
 
-    def release(self, unwrapped: Callable[[Tensor], Tensor]) -> None:
+    def release(self, unwrapped: Callable[[Any], Any]) -> None:
         """Let go of the arguments, and take what it has assigned to buffers out of its levels."""
         places = [self.place(leaf) for leaf in self._leaves]
         self._leaves = [
@@ -199,7 +199,7 @@ class Region:
         ]
         for state in self._modules:
             for name, buffer in state.module._buffers.items():
-                if buffer is not None and buffer is not state.buffers[name]:
+                if buffer is not state.buffers.get(name):
                     state.module._buffers[name] = unwrapped(buffer)
 
 

@@ -180,8 +180,7 @@ class _Captured:
         activations, weights, constants = [], [], []
         for place, value in enumerate(self._values):
             if not split.is_differentiated(value):
-                with ft.down_to(0):
-                    constants.append((place, self._before.get(place, split.bare(value)).detach()))
+                constants.append((place, self._before.get(place, split.bare(value)).detach()))
             elif split.is_weight(value):
                 weights.append((place, value))
             else:

@@ -192,8 +192,9 @@ def assert_equal_to_eager(
         torch.testing.assert_close(dx, grads[-1], **tolerance)
     else:
         assert dx is None
+    held = {**dict(stage.apply.module.named_buffers()), **buffers}
     for name, buffer in module.named_buffers():
-        torch.testing.assert_close(buffers[name], buffer, **tolerance)
+        torch.testing.assert_close(held[name], buffer, **tolerance)
 
 
 @pytest.mark.supports("`torch.utils.checkpoint`: reentrant or not, nested, selective")
@@ -485,6 +486,63 @@ def test_a_region_may_read_nothing(reentrant: bool, engine: str) -> None:
     output, _, pullback = fs.stage_vjp(function, torch.ones(3), (), torch.full((3,), 2.0))
     assert torch.equal(output, torch.full((3,), 3.0))
     assert torch.equal(pullback(torch.ones(3))[1](), torch.full((3,), 2.0))
+
+
+def registers_a_buffer(module: nn.Module, x: Tensor) -> None:
+    module.register_buffer("last", x.detach() * 2)
+
+
+def fills_a_buffer(module: nn.Module, x: Tensor) -> None:
+    module.empty = x.detach() * 2
+
+
+def drops_a_buffer(module: nn.Module, x: Tensor) -> None:
+    module.scale = None
+
+
+class Rebuffered(nn.Module):
+    """Does something to its buffers in a checkpointed region."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], None]) -> None:
+        super().__init__()
+        self.proj, self.change = nn.Linear(WIDTH, WIDTH), change
+        self.register_buffer("scale", torch.ones(WIDTH))
+        self.register_buffer("empty", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def region(x: Tensor) -> Tensor:
+            self.change(self, x)
+            return self.proj(x).sin()
+
+        y: Tensor = checkpoint(region, x.cos(), use_reentrant=False)
+        return y
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize("change", [registers_a_buffer, fills_a_buffer, drops_a_buffer])
+def test_a_region_may_register_buffers_and_drop_them(change: Any, engine: str) -> None:
+    module, x = Rebuffered(change), torch.randn(3, WIDTH)
+    assert_equal_to_eager(copy.deepcopy(module), stage_of(module, engine), x)
+
+
+class Remembering(nn.Module):
+    """Keeps an activation in a buffer, from before a checkpointed region until after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("before", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.before = self.proj(x).sin()
+        y: Tensor = checkpoint(lambda x: self.proj(x).tanh(), x, use_reentrant=False)
+        return y * self.before
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_region_leaves_activations_in_buffers_as_they_were(engine: str) -> None:
+    module, x = Remembering(), torch.randn(3, WIDTH)
+    assert_equal_to_eager(copy.deepcopy(module), stage_of(module, engine), x)
 
 
 def test_writing_into_the_input_of_a_region_is_refused() -> None:
