@@ -119,6 +119,9 @@ def test_the_sum_over_the_sites_is_the_weight_gradient_and_looking_uses_nothing_
     module, x = make(), torch.randn(shape)
     cotangent = torch.randn_like(module(x))
     weight_pullback = weight_pullback_of(module, x, cotangent, engine)
+    assert {name for site in weight_pullback.sites for name in site.params} == dict(
+        module.named_parameters()
+    ).keys()
     found = summed(weight_pullback.sites)
     again = summed(weight_pullback.sites)
     grads = weight_pullback()

@@ -165,6 +165,19 @@ def test_a_functional_stage_refuses_hooks_that_would_not_run(put: Any) -> None:
     assert held is not None
 
 
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_hooks_that_are_put_on_a_parameter_later_are_refused_until_they_are_gone(engine: str) -> None:
+    module, x = nn.Linear(4, 4), torch.randn(2, 4)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    fs.stage_vjp(stage, params, buffers, x)
+    handle = module.weight.register_hook(lambda grad: grad * 2)
+    with pytest.raises(fs.StructureError, match="'weight' has hooks"):
+        fs.stage_vjp(stage, params, buffers, x)
+    handle.remove()
+    fs.stage_vjp(stage, params, buffers, x)
+
+
 def test_hooks_that_are_removed_or_on_frozen_parameters_are_no_reason_to_refuse() -> None:
     module = nn.Linear(4, 4)
     module.weight.register_hook(lambda grad: grad).remove()

@@ -158,6 +158,14 @@ def test_state_that_requires_grad_is_recorded_by_nobody_else_under_a_mode(mode: 
     assert not any(leaf.requires_grad for leaf in (output, dx, *dw.values()))
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_buffer_that_a_stage_leaves_alone_is_the_callers_tensor_in_every_mode(enabled: bool) -> None:
+    x, buffer = torch.ones(2), torch.ones(3)
+    with torch.set_grad_enabled(enabled):
+        _, new_buffers, _ = fs.stage_vjp(lambda p, buffers, x: (x * p, buffers), torch.ones(2), buffer, x)
+    assert new_buffers is buffer
+
+
 def test_one_trace_serves_all_modes() -> None:
     apply, params, buffers = fs.functionalize(nn.Linear(4, 4))
     fast, x = fs.compile(apply, backend="aten"), torch.randn(3, 4)
