@@ -171,12 +171,10 @@ def ratios(results: list[Result]) -> dict[str, float]:
     return found
 
 
-def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
+def run_rank(rank: int, world: int, address: str, options: argparse.Namespace) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl", store=dist.FileStore(store, world), rank=rank, world_size=world, device_id=device
-    )
+    dist.init_process_group("nccl", init_method=address, rank=rank, world_size=world, device_id=device)
     warnings.filterwarnings("ignore", message=".*was traced for")
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": []}
     for key in options.sizes.split(","):

@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -353,7 +354,7 @@ def ratios(results: list[Result]) -> dict[str, float]:
     return found
 
 
-def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
+def run_rank(rank: int, world: int, address: str, options: argparse.Namespace) -> None:
     cuda = options.device == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -362,7 +363,7 @@ def run_rank(rank: int, world: int, store: str, options: argparse.Namespace) -> 
         torch.set_num_threads(1)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"file://{store}",
+        init_method=address,
         rank=rank,
         world_size=world,
         device_id=device if cuda else None,
@@ -447,10 +448,11 @@ def parser_of(about: str, sizes: str, repeats: int) -> argparse.ArgumentParser:
 
 
 def start(run_rank: Callable[..., None], options: argparse.Namespace) -> None:
-    """Run all ranks in processes."""
+    """Run all ranks in processes, which meet over TCP as under torchrun: a file is looked at every 10 ms."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (options.ranks, os.path.join(folder, "store"), options), nprocs=options.ranks)
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    mp.spawn(run_rank, (options.ranks, f"tcp://localhost:{port}", options), nprocs=options.ranks)
 
 
 def main() -> None:
