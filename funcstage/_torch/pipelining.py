@@ -46,6 +46,7 @@ __all__ = [
     "Examples",
     "ExchangingStage",
     "OptimizedModule",
+    "let_go_of_last_step",
     "without_memory",
 ]
 
@@ -184,9 +185,21 @@ class ExchangingStage(PipelineStage):
         (stage._forward_chunk_states if _CHUNKS_HAVE_STATES else stage.fwd_cache).pop(chunk)
 
     def received(self, chunk: int) -> tuple[Tensor, ...]:
-        """What the previous stage has sent of a microbatch."""
+        """What the previous stage has sent of a microbatch; to be asked for once."""
         infos: Any = self.args_recv_info[chunk]
-        return tuple(info.take_buffer() if _CHUNKS_HAVE_STATES else info.buffer for info in infos)
+        if _CHUNKS_HAVE_STATES:
+            return tuple(info.take_buffer() for info in infos)
+        found = tuple(info.buffer for info in infos)
+        if self._shares_rank_with(self.stage_index - 1):
+            _let_go(infos)
+        return found
+
+    def received_grads(self, chunk: int) -> tuple[Tensor, ...]:
+        """What the next stage has sent of a microbatch; to be asked for once."""
+        found: Any = self._retrieve_recv_grads(chunk)
+        if not _CHUNKS_HAVE_STATES and self._shares_rank_with(self.stage_index + 1):
+            _let_go(self.grad_recv_info[chunk])
+        return found
 
     def drop_received(self) -> None:
         """Let go of what a step that failed has not taken; torch 2.15 receives into no such place again."""
@@ -349,6 +362,26 @@ def without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> An
 
 def _metas(examples: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple(torch_utils._TensorMeta.from_tensor(example) for example in examples)
+
+
+def let_go_of_last_step(stage: Any) -> None:
+    """Let go of what a stage, ours or torch's, holds of its last step until the next one: it takes memory."""
+    stage.output_chunks.clear()
+    ranks = stage.stage_index_to_group_rank
+    for other, received in ((-1, stage.args_recv_info), (1, stage.grad_recv_info)):
+        if ranks.get(stage.stage_index + other) == stage.group_rank:
+            for infos in received.values():
+                _let_go(infos)
+
+
+def _let_go(infos: Any) -> None:
+    """Let go of what another stage of this rank has handed over; torch up to 2.14 keeps it until replaced."""
+    for info in infos:
+        if isinstance(getattr(info, "buffer", None), Tensor):
+            info.buffer = None if _CHUNKS_HAVE_STATES else _NOTHING
+
+
+_NOTHING = torch.empty(0)
 
 
 def _examples(received: Any) -> Examples:

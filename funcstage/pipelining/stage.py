@@ -312,7 +312,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._backward_of_loss(bwd_chunk_id, loss)
         forward = self._forwards.pop(bwd_chunk_id)
         if not self.is_last:
-            forward.output_grads.update(enumerate(self._retrieve_recv_grads(bwd_chunk_id)))
+            forward.output_grads.update(enumerate(self.received_grads(bwd_chunk_id)))
         input_grads, weight_pullback = forward.pullback(forward.cotangents())
         if self.is_first:
             self._upstream.gather(forward.args, input_grads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
@@ -30,6 +31,22 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Recording, T]: ...
 
 
+class _Streams(threading.local):
+    """The stream of this thread on each device, as libraries keep workspaces for each stream."""
+
+    def __init__(self) -> None:
+        self.on: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_STREAMS = _Streams()
+
+
+def _stream_on(device: torch.device) -> torch.cuda.Stream:
+    if device not in _STREAMS.on:
+        _STREAMS.on[device] = torch.cuda.Stream(device)
+    return _STREAMS.on[device]
+
+
 class Graphs:
     """Records steps as CUDA graphs.
 
@@ -39,19 +56,18 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Run a step as it is where it is going to be recorded: libraries keep something for each stream."""
-        caller = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(caller)
+        caller, stream = torch.cuda.current_stream(self.device), _stream_on(self.device)
+        stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 yield
         finally:
-            caller.wait_stream(self._stream)
+            caller.wait_stream(stream)
 
     def record(self, step: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Recording, T]:
         """Record what a step does on the device, which does nothing yet.
