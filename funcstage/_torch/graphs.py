@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -24,5 +25,7 @@ def abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> Non
     with suppress(RuntimeError):
         graph.reset()
     again = torch.cuda.CUDAGraph()  # one that succeeds puts the generators right
-    again.capture_begin(capture_error_mode="thread_local")
-    again.capture_end()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        again.capture_begin(capture_error_mode="thread_local")
+        again.capture_end()

@@ -8,7 +8,7 @@ timeline = simulate(pipeline_order("ZBVZeroBubble", 4, 8), costs)
 plot_timeline(timeline, "timeline.png")
 """
 
-from funcstage.pipelining.capture import CapturedSchedule, captured
+from funcstage.pipelining.capture import CapturedFunction, CapturedSchedule, captured
 from funcstage.pipelining.cut import CutError, cut
 from funcstage.pipelining.local import pipeline_value_and_grad
 from funcstage.pipelining.logged import logged
@@ -45,6 +45,7 @@ from funcstage.schedules import (
 __all__ = [
     "SCHEDULES",
     "Action",
+    "CapturedFunction",
     "CapturedSchedule",
     "Costs",
     "CutError",

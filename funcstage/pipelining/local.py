@@ -16,6 +16,7 @@ from funcstage.batches import microbatches
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
+from funcstage.pipelining.capture.function import CapturedFunction
 from funcstage.pipelining.ranges import leaves_behind, range_of
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.costs import Costs
@@ -38,6 +39,7 @@ def pipeline_value_and_grad(
     *,
     schedule: ScheduleName | Order = "ZBVZeroBubble",
     num_microbatches: int,
+    captured: bool = False,
 ) -> ValueAndGrad:
     """Make a function that runs one step of a pipeline and returns its loss and gradients.
 
@@ -54,6 +56,8 @@ def pipeline_value_and_grad(
         schedule: one of torch's: GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble,
             ZBVZeroBubble or DualPipeV; or an order, such as `find_schedule` and `read_order` return.
         num_microbatches: into how many equal parts the batch is cut.
+        captured: whether steps on a CUDA device become CUDA graphs, as by `captured`; elsewhere they run as
+            they are, and a warning says so.
 
     Returns:
         A pure function `(params, buffers, inputs, targets) -> (loss, new_buffers, param_grads)`.
@@ -107,7 +111,7 @@ def pipeline_value_and_grad(
         return torch.stack(step.losses).mean(), step.buffers, step.grads
 
     value_and_grad.order = order  # type: ignore[attr-defined]  # which `logged` simulates
-    return value_and_grad
+    return CapturedFunction(value_and_grad) if captured else value_and_grad
 
 
 class _Forward(NamedTuple):

@@ -16,7 +16,7 @@ from funcstage._torch.schedules import is_schedule, loss_of, stages_of
 from funcstage.errors import StructureError
 from funcstage.linear import held_together
 from funcstage.pipelining.accumulating_stage import AccumulatingStage
-from funcstage.pipelining.capture import CapturedSchedule
+from funcstage.pipelining.capture import CapturedFunction, CapturedSchedule
 from funcstage.pipelining.ranges import HERE, named
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.orders import Action, Kind, Order
@@ -109,7 +109,7 @@ def _measured(step: Any) -> _Measured:
             "logged takes a schedule of torch.distributed.pipelining, what captured made of one, or what "
             f"pipeline_value_and_grad returned; got {describe(step)}. Pass the schedule itself, not its step."
         )
-    return _in_one_process(step, order)
+    return _in_one_process(step, order, by_action=not isinstance(step, CapturedFunction))
 
 
 def _of_schedule(step: Any, schedule: Any, by_action: bool) -> _Measured:
@@ -135,14 +135,16 @@ def _of_schedule(step: Any, schedule: Any, by_action: bool) -> _Measured:
     return run
 
 
-def _in_one_process(step: Any, order: Order) -> _Measured:
+def _in_one_process(step: Any, order: Order, by_action: bool) -> _Measured:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, float]]:
         tensors = [leaf for leaf in trees.flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), torch.device("cpu"))
         meter = _Meter(device)
-        with meter.measuring(by_action=True):
+        with meter.measuring(by_action):
             result = step(*args, **kwargs)
         total, spans = meter.read()
+        if not by_action:
+            return result, {"loss": result[0].item(), "seconds": total}
         mean = _mean_seconds(spans)
         costs = [
             Costs(*(mean.get((s, kind), 0.0) for kind in "FIW"))._replace(

@@ -128,10 +128,11 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
 _OF_TENSORS = (Tensor, tuple, frozenset)
 
 
-def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
+def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = ("torch",)) -> Iterator[Any]:
     """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches.
 
-    What it goes through on the way, modules and objects, functions and tuples, is added to `passed`.
+    What it goes through on the way, modules and objects, functions and tuples, is added to `passed`. It does
+    not look into objects of the libraries that are `closed`.
     """
     stack, seen = [root], {id(root)}
 
@@ -167,7 +168,7 @@ def holders(root: Any, passed: list[Any] | None = None) -> Iterator[Any]:
             push((found.__self__, found.__func__))
         elif isinstance(found, functools.partial):
             push((found.func, *found.args, *found.keywords.values()))
-        elif not isinstance(found, (Tensor, type, types.ModuleType)) and not _is_of_torch(found):
+        elif not isinstance(found, (Tensor, type, types.ModuleType)) and not _is_of(closed, found):
             inside = getattr(found, "__dict__", None)
             if type(inside) is dict and inside is not found:
                 push((inside,))
@@ -181,8 +182,8 @@ def reached(roots: Iterable[Any]) -> list[Any]:
     return passed
 
 
-def _is_of_torch(value: Any) -> bool:
-    return type(value).__module__.startswith("torch.")
+def _is_of(libraries: Sequence[str], value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in libraries
 
 
 INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))

@@ -27,7 +27,8 @@ from torch.nn import functional
 
 import funcstage as fs
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage, captured
-from funcstage.pipelining.capture import schedule as capture_schedule
+from funcstage.pipelining.capture.entries import MAX_GRAPHS
+from funcstage.pipelining.capture.rehearsal import rehearse
 from funcstage.pipelining.capture.watchdog import Watchdog
 
 ATEN = {"backend": "aten"}
@@ -96,6 +97,23 @@ def test_stages_of_torchs_own_are_captured(schedule: str, group: Any) -> None:
 def test_a_step_that_fails_between_replays_leaves_them_as_they_are(group: Any) -> None:
     case = Case("ZBVZeroBubble", 2, 4, folded=True)
     assert_same(case, group, [*TRAINING, "fail", "clear", *TRAINING])
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_after_a_rehearsal_the_first_step_is_the_same(ours: bool) -> None:
+    def first_step(rehearsed: bool) -> Any:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double()
+        schedule = one_stage(module, ours=ours)
+        x, y = batch()
+        torch.manual_seed(1)
+        if rehearsed:
+            rehearse([schedule._stage], [*module.parameters()], lambda: schedule.step(x, target=y))
+            assert all(p.grad is None for p in module.parameters())
+        output = schedule.step(x, target=y)
+        return output.detach(), [p.grad for p in module.parameters()], module.state_dict()
+
+    torch.testing.assert_close(first_step(True), first_step(False), rtol=0, atol=0)
 
 
 def test_dropout_is_drawn_anew_in_each_replay() -> None:
@@ -319,6 +337,33 @@ def test_a_tensor_that_the_loss_has_from_around_it_may_be_another_one() -> None:
     torch.testing.assert_close(losses[0], 3 * before)
 
 
+FACTOR = 2.0
+
+
+def test_a_global_that_a_stage_reads_may_be_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def scaled(self, x: Tensor) -> Tensor:
+            return x * FACTOR
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scaled(self.linear(x))
+
+    module = Scaled().double()
+    schedule, recorder = recorded(one_stage(module, ours=False))
+    x, y = batch()
+    for factor in (2.0, 3.0, 2.0):
+        monkeypatch.setattr(f"{__name__}.FACTOR", factor)
+        for _ in range(4):
+            output = schedule.step(x, target=y)
+            module.zero_grad()
+            torch.testing.assert_close(output.detach(), module(x).detach(), rtol=1e-14, atol=0)
+    assert len(recorder.recordings) == 2
+
+
 # Results and gradients are the caller's.
 
 
@@ -388,7 +433,7 @@ def test_each_number_among_the_arguments_has_a_graph_up_to_a_bound() -> None:
     module = Scaled().double()
     schedule, recorder = recorded(one_stage(module))
     x, y = batch()
-    scales = [float(i) for i in range(capture_schedule.MAX_GRAPHS + 2)] * 5
+    scales = [float(i) for i in range(MAX_GRAPHS + 2)] * 5
     random.Random(0).shuffle(scales)
 
     def steps() -> None:
@@ -397,22 +442,22 @@ def test_each_number_among_the_arguments_has_a_graph_up_to_a_bound() -> None:
             torch.testing.assert_close(output, (module.linear(x) * scale).detach())
             module.zero_grad()
 
-    with pytest.warns(UserWarning, match=f"there are {capture_schedule.MAX_GRAPHS} graphs already"):
+    with pytest.warns(UserWarning, match=f"there are {MAX_GRAPHS} graphs already"):
         steps()
-    assert len(recorder.recordings) == capture_schedule.MAX_GRAPHS
+    assert len(recorder.recordings) == MAX_GRAPHS
 
 
 def test_graphs_that_no_longer_hold_make_room_for_others() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double()
     schedule, recorder = recorded(one_stage(module))
     x, y = batch()
-    for i in range(capture_schedule.MAX_GRAPHS + 3):
+    for i in range(MAX_GRAPHS + 3):
         module[1].p = i / 100
         for _ in range(4):
             schedule.step(x, target=y)
             module.zero_grad()
-    assert len(recorder.recordings) == capture_schedule.MAX_GRAPHS + 3
-    assert len(schedule._entries) <= capture_schedule.MAX_GRAPHS
+    assert len(recorder.recordings) == MAX_GRAPHS + 3
+    assert len(schedule._entries) <= MAX_GRAPHS
 
 
 def test_an_argument_that_requires_grad_lets_the_step_run_as_it_is() -> None:

@@ -117,8 +117,8 @@ class OnHost:
 
 
 def on_host(captured: Any) -> OnHost:
-    """Let a captured schedule on the CPU record its steps."""
-    captured._recorder, captured._given_up = OnHost(), ""
+    """Let a captured schedule or function on the CPU record its steps."""
+    captured._recorder, captured._given_up, captured._device = OnHost(), "", torch.device("cpu")
     recorder: OnHost = captured._recorder
     return recorder
 

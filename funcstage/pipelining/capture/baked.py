@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ from torch.optim import Optimizer
 
 from funcstage._torch.tensors import hooks_of
 from funcstage.dtensors import first_dtensor, local_of
+from funcstage.pipelining.capture.variables import Cells, Names, Reach
 from funcstage.state.content import is_plain
-from funcstage.state.kept import holders
 from funcstage.state.parameter_hooks import any_hooked
 from funcstage.state.writes import versions
 
@@ -42,7 +41,7 @@ class Space:
 
     Attributes:
         name: for messages.
-        container: a dict, list or set.
+        container: a dict, list or set, or the variables of a function.
         names: its keys, or what stands for them.
         values: what was in it.
     """
@@ -60,6 +59,14 @@ class Space:
         """The same container, with what is in it now."""
         return Space.of(self.name, self.container)
 
+    def where(self, key: Any) -> str:
+        """What to call a place in the container."""
+        if isinstance(self.container, (Cells, Names)):
+            return f"{key!r}, a variable of {self.name},"
+        if isinstance(key, str) and key.isidentifier():
+            return f"{self.name}.{key}"
+        return f"{self.name}[{key!r}]" if isinstance(key, (str, int)) else f"{self.name}[a {key.kind}]"
+
     def change(self) -> str:
         """Say what is no longer as it was; nothing if all is."""
         names, values = _content(self.container)
@@ -69,7 +76,7 @@ class Space:
         for key, before, after in zip(names, self.values, values, strict=True):
             if before is not after and not _equal(before, after):
                 was = f" was {before!r} and is {after!r}" if is_plain(before) and is_plain(after) else ""
-                return f"{self.name}{_subscript(self.container, key)}{was or ' was replaced'}"
+                return f"{self.where(key)}{was or ' was replaced'}"
         return ""
 
 
@@ -78,11 +85,12 @@ class Baked:
 
     Args:
         device: the one that graphs run on.
-        modules: by name, the stages' modules, and whatever else may hold something.
+        roots: by name, the stages' modules, and whatever else may hold or read something.
         optimizer: the one that steps in the graph.
         rest: names of further values and what reads them; they are compared by identity.
 
     Attributes:
+        device: the one that graphs run on.
         spaces: containers with what was in them.
         tensors: the tensors among that, with their names.
     """
@@ -90,16 +98,17 @@ class Baked:
     def __init__(
         self,
         device: torch.device,
-        modules: dict[str, Any],
+        roots: dict[str, Any],
         optimizer: Optimizer | None = None,
         rest: Iterable[tuple[str, Callable[[], Any]]] = (),
     ) -> None:
-        self.spaces = [*_spaces(modules), *(() if optimizer is None else _spaces_of(optimizer))]
+        self.spaces = [*_spaces(roots, optimizer)]
         self.tensors: dict[str, Tensor] = {}
         for space in self.spaces:
             for key, value in zip(space.names, space.values, strict=True):
                 if isinstance(value, Tensor):
-                    self.tensors[f"{space.name}{_subscript(space.container, key)}"] = value
+                    self.tensors[space.where(key)] = value
+        self.device = device
         self._rest = [(name, read, read()) for name, read in rest]
         self._note()
         found = [*self.tensors.values()]
@@ -167,47 +176,30 @@ _PLACE = Tensor.data_ptr
 _TRAINED = attrgetter("requires_grad")
 
 
-class _Closure:
-    """The variables that a function has from around it, as a container."""
-
-    def __init__(self, function: FunctionType) -> None:
-        self._cells = function.__closure__ or ()
-
-    def __len__(self) -> int:
-        return len(self._cells)
-
-    def __iter__(self) -> Iterator[Any]:
-        for cell in self._cells:
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not set yet
-                yield cell
-
-
-def _spaces(roots: dict[str, Any]) -> Iterator[Space]:
-    """The containers that modules, functions and other objects reach."""
-    seen: set[int] = set()
+def _spaces(roots: dict[str, Any], optimizer: Optimizer | None) -> Iterator[Space]:
+    """The containers and variables that modules, functions and other objects reach."""
+    named: dict[int, str] = {}
     for root_name, root in roots.items():
-        named: dict[int, str] = {}
         for name, part in root.named_modules() if isinstance(root, nn.Module) else ():
-            path = f"{root_name}.{name}" if name else root_name
-            named[id(vars(part))] = path
-            for key, value in vars(part).items():
-                if isinstance(value, _CONTAINERS):
-                    inner = path if key in ("_parameters", "_buffers", "_modules") else f"{path}.{key}"
-                    named[id(value)] = inner
-                    if id(value) not in seen:
-                        seen.add(id(value))
-                        yield Space.of(inner, value)
-        passed: list[Any] = []
-        for holder in holders(root, passed):
-            if id(holder) not in seen:
-                seen.add(id(holder))
-                yield Space.of(named.get(id(holder), f"what {root_name} holds"), holder)
-        for function in passed:
-            if isinstance(function, FunctionType) and function.__closure__ and id(function) not in seen:
-                seen.add(id(function))
-                yield Space.of(f"a variable of {function.__qualname__}: ", _Closure(function))
+            named.setdefault(id(part), f"{root_name}.{name}" if name else root_name)
+    reach = Reach(roots.values())
+    seen: set[int] = set()
+    for part in reach.passed:
+        if isinstance(part, nn.Module):
+            path = named.get(id(part), type(part).__name__)
+            for key, value in [("", vars(part)), *vars(part).items()]:
+                if isinstance(value, _CONTAINERS) and id(value) not in seen:
+                    seen.add(id(value))
+                    own = not key or key in ("_parameters", "_buffers", "_modules")
+                    yield Space.of(path if own else f"{path}.{key}", value)
+    for container in reach.containers:
+        if id(container) not in seen:
+            yield Space.of("what the step reads", container)
+    for variables in reach.variables:
+        yield Space.of(variables.label, variables)
+    reached = [each for each in reach.passed if isinstance(each, Optimizer) and each is not optimizer]
+    for each in (*(() if optimizer is None else (optimizer,)), *reached):
+        yield from _spaces_of(each)
 
 
 def _spaces_of(optimizer: Optimizer) -> Iterator[Space]:
@@ -232,13 +224,7 @@ def _content(container: Any) -> tuple[list[Any], list[Any]]:
         ]
         return keys, [*container.values()]
     values = [*container]
-    return [*range(len(values))], values
-
-
-def _subscript(container: Any, key: Any) -> str:
-    if isinstance(key, str) and key.isidentifier():
-        return f".{key}"
-    return f"[{key!r}]" if isinstance(key, (str, int)) else f"[a {key.kind}]"
+    return (container.names if isinstance(container, (Cells, Names)) else [*range(len(values))]), values
 
 
 def _equal(before: Any, after: Any) -> bool:

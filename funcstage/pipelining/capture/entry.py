@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from funcstage import trees
+from funcstage._torch.pipelining import let_go_of_last_step
 from funcstage.engines.graph.blame import line_of
 from funcstage.pipelining.capture import messages
 from funcstage.pipelining.capture.baked import Baked, generators_in
-from funcstage.pipelining.capture.given import CannotCaptureError, Given, Kept, Run, Signature, fresh
+from funcstage.pipelining.capture.given import (
+    CannotCaptureError,
+    Given,
+    Kept,
+    Run,
+    Signature,
+    fresh,
+    unfit_value,
+)
 from funcstage.pipelining.capture.gradients import Gradients, Pattern, Recorded
 from funcstage.pipelining.capture.graphs import Recorder, Recording
+from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.contents import Contents
 
 WARM_UP = 2
@@ -91,7 +101,7 @@ class Graph:
         self.gradients.leave(foreign)
         if self.written:
             torch.autograd.graph.increment_version(self.written)
-        return fresh(self.result)
+        return fresh(self.result, zip(self.given.tensors, tensors, strict=True))
 
 
 def record(
@@ -99,9 +109,9 @@ def record(
     given: Given,
     run: Run,
     recorder: Recorder,
-    stages: Sequence[Any],
     gradients: Gradients,
     first: bool,
+    stages: Sequence[Any] = (),
 ) -> Graph:
     """Record a step, which has no effect on any device; what it did to Python's objects is noticed, or
     undone.
@@ -111,14 +121,14 @@ def record(
         given: arguments for it.
         run: runs it.
         recorder: records it.
-        stages: of this rank.
         gradients: the kept ones.
         first: whether nothing was recorded before.
+        stages: of this rank, if it is the step of a schedule.
 
     Raises:
         CannotCaptureError: says why it cannot be recorded, and where.
     """
-    device = torch.device(stages[0].device)
+    device = entry.baked.device
     recorded = Recorded(entry.parameters, gradients, entry.expected, first)
     received: list[Tensor] = []
 
@@ -132,9 +142,14 @@ def record(
     with ExitStack() as undo:
         kept = given.kept()
         undo.callback(recorded.restore)
+        for stage in stages:
+            let_go_of_last_step(stage)  # it would keep the memory around it from being given back
+            undo.callback(let_go_of_last_step, stage)  # in the graphs' own memory, for the next one
         held = [Contents(stage.submod).now() for stage in stages]
+        drawn = RandomState(of_process()), torch.get_rng_state()
         try:
             recording, result = recorder.record(step, generators_in(entry.baked, device))
+            _check_draws(*drawn)
         except Exception as error:
             for each in held:
                 each.restore()
@@ -143,13 +158,55 @@ def record(
             raise CannotCaptureError(_blame(error, stages)) from error
     recorded.settle()
     if kept.written():
-        raise CannotCaptureError("the step writes into its arguments, and a graph has only copies of them.")
+        raise CannotCaptureError(
+            "the step writes into its arguments, and a graph has only copies of them. Return the new values, "
+            "or let the step hold what it writes instead of being given it."
+        )
     if change := entry.baked.change():
         raise CannotCaptureError(
             f"{change} by the step itself, which in a graph would not happen. Do that outside of the stages."
         )
-    result = trees.map_leaves(trees.detached, result)
+    result = _returned(result, kept.tensors, detached=bool(stages))
     return Graph(recording, kept, result, recorded, _written(entry, device), received)
+
+
+def _check_draws(process: RandomState, host: Tensor) -> None:
+    """Refuse numbers that were drawn on the host, which a replay would not draw; they can be drawn again."""
+    names = process.moved()
+    if not torch.equal(torch.get_rng_state(), host):
+        names.append("torch, on the CPU")
+        torch.set_rng_state(host)
+    process.restore()
+    if names:
+        raise CannotCaptureError(
+            f"the step draws random numbers on the host ({', '.join(names)}), which a graph would not do "
+            "again. Draw them on the device, or outside of the step, and pass them as tensors."
+        )
+
+
+def _returned(result: Any, arguments: Sequence[Tensor], detached: bool) -> Any:
+    """What a step has returned, its arguments among that as they came.
+
+    Raises:
+        CannotCaptureError: if something is neither a tensor nor a plain value, or has a history that a
+            caller may go on from, where it is not to be `detached`.
+    """
+    own = {id(tensor) for tensor in arguments}
+    leaves, spec = trees.flatten(result)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and id(leaf) not in own:
+            if leaf.requires_grad and not detached:
+                raise CannotCaptureError(
+                    f"{trees.leaf_names(spec, 'the result')[i]} requires grad, and gradients cannot go on "
+                    "into a graph. Take the gradients inside, and return `tensor.detach()`."
+                )
+            if leaf.layout is not torch.strided and not detached:
+                name = trees.leaf_names(spec, "the result")[i]
+                raise CannotCaptureError(f"{name} is {trees.describe(leaf)}. Return dense tensors.")
+            leaves[i] = leaf.detach()
+        elif not isinstance(leaf, Tensor) and not detached and unfit_value(leaf):
+            raise CannotCaptureError(f"{trees.leaf_names(spec, 'the result')[i]} is {unfit_value(leaf)}.")
+    return trees.unflatten(spec, leaves)
 
 
 def _written(entry: Entry, device: torch.device) -> list[Tensor]:

@@ -6,7 +6,7 @@ Two steps have one signature, and so one graph, if all but the values of their t
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Given:
         signature: all that is baked in.
         leaves: of the arguments.
         spec: their structure.
-        tensors: those of the leaves that are tensors.
+        tensors: those of the leaves that are tensors, each once.
     """
 
     signature: Signature
@@ -72,23 +72,26 @@ class Given:
         """
         leaves, spec = trees.flatten(arguments)
         key = []
+        places: dict[int, int] = {}
         for i, leaf in enumerate(leaves):
             reason = _unfit(leaf, device)
             if reason:
                 raise CannotCaptureError(f"{trees.leaf_names(spec, root)[i]} is {reason}.")
-            key.append(_key(leaf))
+            place = places.setdefault(id(leaf), len(places)) if isinstance(leaf, Tensor) else None
+            key.append((place, _key(leaf)))
         signature = Signature(
             method, spec, tuple(key), AmbientState.now(), torch.are_deterministic_algorithms_enabled()
         )
-        return cls(signature, leaves, spec, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+        return cls(signature, leaves, spec, [*tensors.values()])
 
     def kept(self) -> Kept:
         """Make the memory that a graph reads arguments like these from; they are in it."""
         with torch.inference_mode(False), torch.no_grad():
             tensors = [torch.empty_like(tensor) for tensor in self.tensors]
             _copy(tensors, self.tensors)
-        places = iter(tensors)
-        leaves = [next(places) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        copies = dict(zip(map(id, self.tensors), tensors, strict=True))
+        leaves = [copies.get(id(leaf), leaf) for leaf in self.leaves]
         return Kept(tensors, trees.unflatten(self.spec, leaves), versions(tensors))
 
 
@@ -116,16 +119,22 @@ class Kept:
         return versions(self.tensors) != self.before
 
 
-def fresh(value: Any) -> Any:
-    """Copy the tensors of a result out of the graph's memory, which the next replay overwrites."""
-    copies: dict[int, Tensor] = {}
+def fresh(value: Any, given: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
+    """Copy the tensors of a result out of the graph's memory, which the next replay overwrites.
 
-    def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return copies.setdefault(id(leaf), leaf.detach().clone())
-
-    return trees.map_leaves(copy, value)
+    Args:
+        value: the result.
+        given: the graph's arguments, each with what the caller gave, which is returned in its place.
+    """
+    leaves, spec = trees.flatten(value)
+    copies = {id(mine): theirs for mine, theirs in given}
+    made = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in copies}
+    if made:
+        values = [*made.values()]
+        new = [torch.empty_like(leaf) for leaf in values]
+        _copy(new, values)
+        copies |= zip(made, new, strict=True)
+    return trees.unflatten(spec, [copies.get(id(leaf), leaf) for leaf in leaves])
 
 
 def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
@@ -139,18 +148,26 @@ def _key(leaf: Any) -> Hashable:
     return (leaf,) if isinstance(leaf, enum.Enum) else (type(leaf), repr(leaf))  # 0.0 is not -0.0
 
 
+def unfit_value(leaf: Any) -> str:
+    """Say why something that is no tensor cannot be baked into a graph; nothing if it can."""
+    plain = is_plain(leaf) or isinstance(leaf, (enum.Enum, torch.Size))
+    return "" if plain else f"{trees.describe(leaf)}, which may change without being another one"
+
+
 def _unfit(leaf: Any, device: torch.device) -> str:
     if not isinstance(leaf, Tensor):
-        plain = is_plain(leaf) or isinstance(leaf, (enum.Enum, torch.Size))
-        return "" if plain else f"{trees.describe(leaf)}, which may change without being another one"
+        return unfit_value(leaf)
     if type(leaf) not in (Tensor, torch.nn.Parameter):
         return f"a {type(leaf).__name__}. Pass a plain tensor"
     if leaf.is_nested or leaf.layout is not torch.strided:
         return f"{trees.describe(leaf)}. Pass a dense tensor"
     if leaf.device != device:
-        return f"on {leaf.device}, but the stages are on {device}. Move it there"
+        return f"on {leaf.device}, but the step runs on {device}. Move it there"
     if leaf.requires_grad:
-        return "a tensor that requires grad, so that its gradient goes on outside of the step"
+        return (
+            "a tensor that requires grad, so that its gradient goes on outside of the step. Pass it detached "
+            "if nobody waits for that"
+        )
     return ""
 
 

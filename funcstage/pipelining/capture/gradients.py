@@ -26,6 +26,11 @@ from funcstage._torch.tensors import memory_of, users_of
 from funcstage.dtensors import local_of
 from funcstage.pipelining.capture.given import CannotCaptureError
 
+VIEWS_HELD = (
+    "views of gradients of an earlier step are held, which a replay would overwrite. Hold copies of them "
+    "(`parameter.grad.clone()`)."
+)
+
 Pattern = tuple[torch.dtype | None, ...]
 """For each parameter the dtype of its gradient, if it has one."""
 

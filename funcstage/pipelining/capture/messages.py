@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,21 +16,27 @@ from torch import Tensor
 _RECEIVE = ("get_fwd_recv_ops", "get_bwd_recv_ops")
 _SEND = ("get_fwd_send_ops", "get_bwd_send_ops")
 
+Method: TypeAlias = Callable[..., Any]
+
 
 @contextmanager
 def withheld(stages: Sequence[Any]) -> Iterator[None]:
     """Let the stages neither send nor receive: what they are waiting for is zeros."""
     kept: list[Any] = []  # as messages are on their way until the end of a step
 
-    def answer(name: str, operations: list[Any]) -> list[Any]:
-        kept.extend(operations)
-        if name in _RECEIVE:
-            with torch.no_grad():
-                for operation in operations:
-                    operation.tensor.zero_()
-        return []
+    def instead(name: str, asked: Method) -> Method:
+        def answer(chunk: int) -> list[Any]:
+            operations = asked(chunk)
+            kept.extend(operations)
+            if name in _RECEIVE:
+                with torch.no_grad():
+                    for operation in operations:
+                        operation.tensor.zero_()
+            return []
 
-    with _answering(stages, (*_RECEIVE, *_SEND), answer), _without_replicas(stages):
+        return answer
+
+    with in_place_of(stages, (*_RECEIVE, *_SEND), instead), _without_replicas(stages):
         yield
 
 
@@ -38,21 +44,23 @@ def withheld(stages: Sequence[Any]) -> Iterator[None]:
 def noted(stages: Sequence[Any], memory: list[Tensor]) -> Iterator[None]:
     """Add to a list the memory that messages are received in: a graph writes there as long as it lives."""
 
-    def answer(name: str, operations: list[Any]) -> list[Any]:
-        memory.extend(operation.tensor for operation in operations)
-        return operations
+    def instead(_: str, asked: Method) -> Method:
+        def answer(chunk: int) -> list[Any]:
+            operations = asked(chunk)
+            memory.extend(operation.tensor for operation in operations)
+            return operations
 
-    with _answering(stages, _RECEIVE, answer):
+        return answer
+
+    with in_place_of(stages, _RECEIVE, instead):
         yield
 
 
 @contextmanager
-def _answering(
-    stages: Sequence[Any], names: Sequence[str], answer: Callable[[str, list[Any]], list[Any]]
+def in_place_of(
+    stages: Sequence[Any], names: Sequence[str], instead: Callable[[str, Method], Method]
 ) -> Iterator[None]:
-    def instead(name: str, asked: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
-        return lambda chunk: answer(name, asked(chunk))
-
+    """Let stages have what `instead` makes of methods, of each from its name and itself."""
     with ExitStack() as stack:
         for stage in stages:
             for name in names:

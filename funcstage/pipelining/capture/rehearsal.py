@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcstage.pipelining.capture.messages import withheld
-from funcstage.state.ambient import generators_kept, of_process, of_torch
+from funcstage.pipelining.capture.messages import Method, in_place_of, withheld
+from funcstage.state.ambient import RandomState, of_process, of_torch
 from funcstage.state.contents import Contents
 
 
 def rehearse(stages: Sequence[Any], parameters: Sequence[Tensor], step: Callable[[], Any]) -> None:
     """Run a step without messages, and put back what it has changed.
+
+    What torch does before the first forward, once, is no rehearsal and stays done: to find out what its
+    stages send, torch 2.11 draws random numbers and updates statistics.
 
     Args:
         stages: of this rank.
@@ -29,13 +32,27 @@ def rehearse(stages: Sequence[Any], parameters: Sequence[Tensor], step: Callable
     """
     devices = {torch.device(stage.device) for stage in stages}
     modules = [stage.submod for stage in stages if isinstance(stage.submod, nn.Module)]
-    with (
-        generators_kept([*of_torch(devices), *of_process()]),
-        _unchanged(modules),
-        _gradients_aside(parameters),
-        withheld(stages),
-    ):
-        step()
+    before = _Before(modules, devices)
+    begun = False
+
+    def instead(_: str, forward: Method) -> Method:
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            nonlocal begun
+            if not begun:
+                before.note()
+                begun = True
+            return forward(*args, **kwargs)
+
+        return begin
+
+    try:
+        with _gradients_aside(parameters), withheld(stages), in_place_of(stages, _FIRST, instead):
+            step()
+    finally:
+        before.restore()
+
+
+_FIRST = ("forward_one_chunk",)
 
 
 @contextmanager
@@ -50,17 +67,27 @@ def _gradients_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = grad
 
 
-@contextmanager
-def _unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back what modules hold, and the values of their buffers."""
-    held = [Contents(module).now() for module in modules]
-    values = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for each in held:
+class _Before:
+    """What modules hold, the values of their buffers, and generators, to be put back."""
+
+    def __init__(self, modules: Sequence[nn.Module], devices: set[torch.device]) -> None:
+        self._modules = modules
+        self._devices = devices
+        self.note()
+
+    def note(self) -> None:
+        """Note how it is now."""
+        self._generators = RandomState([*of_torch(self._devices), *of_process()])
+        self._held = [Contents(module).now() for module in self._modules]
+        buffers = [buffer for module in self._modules for buffer in module.buffers()]
+        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+
+    def restore(self) -> None:
+        """Put it back."""
+        for each in self._held:
             each.restore()
         with torch.no_grad():
-            for buffer, value in values:
+            for buffer, value in self._values:
                 if not torch.is_inference(buffer):
                     buffer.copy_(value)
+        self._generators.restore()

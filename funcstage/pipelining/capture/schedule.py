@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,58 +12,26 @@ from torch.optim import Optimizer
 
 from funcstage._torch.distributed import before_shutdown, timeout_of
 from funcstage._torch.pipelining import ExchangingStage
-from funcstage._torch.schedules import OPTIONS, is_schedule, loss_of, stages_of
+from funcstage._torch.schedules import OPTIONS, loss_of, stages_of
 from funcstage.dtensors import first_dtensor
 from funcstage.errors import StructureError
 from funcstage.gathered import is_sharded
 from funcstage.pipelining import failures
 from funcstage.pipelining.capture.baked import Baked
+from funcstage.pipelining.capture.entries import MAX_GRAPHS, Entries
 from funcstage.pipelining.capture.entry import WARM_UP, Entry, Graph, record
-from funcstage.pipelining.capture.given import CannotCaptureError, Given, Signature
-from funcstage.pipelining.capture.gradients import Gradients, pattern_of
+from funcstage.pipelining.capture.given import CannotCaptureError, Given
+from funcstage.pipelining.capture.gradients import VIEWS_HELD, Gradients
 from funcstage.pipelining.capture.graphs import Graphs, Recorder
 from funcstage.pipelining.capture.rehearsal import rehearse
+from funcstage.pipelining.capture.said import Said
 from funcstage.pipelining.capture.watchdog import Watchdog
 from funcstage.pipelining.lengths import keep_for, looks_of_last
 from funcstage.pipelining.plans import agreed_ahead
 from funcstage.trees import describe
 
-MAX_GRAPHS = 8
-"""Graphs of a schedule. Those that no longer hold make room; beyond that, signatures run as they are."""
-
 _ASKED_AT_MOST = 32
 """In how many of the first calls the ranks ask each other whether all of them can capture."""
-
-_TRIES = 3
-"""How often in a row a step may find something changed before that is said."""
-
-
-def captured(schedule: Any, *, optimizer: Optimizer | None = None) -> CapturedSchedule:
-    """Make the steps of a schedule CUDA graphs: all of a rank's work as one launch.
-
-    Args:
-        schedule: one of torch's, of our stages or torch's own, on one device.
-        optimizer: one whose step is to follow in the same graph. It must be able to be captured
-            (`capturable=True`, a learning rate that is a tensor); hooks of its steps, such as one that clips
-            gradients, are captured with it.
-
-    Returns:
-        A schedule with the same `step` and `eval`.
-
-    Raises:
-        StructureError: if `schedule` is no schedule of torch's, or `optimizer` no optimizer.
-
-    Example:
-
-    ```python
-    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
-    train = captured(schedule, optimizer=optimizer)
-    for inputs, targets in batches:
-        train.step(inputs, target=targets, losses=losses)
-        optimizer.zero_grad()
-    ```
-    """
-    return CapturedSchedule(schedule, optimizer)
 
 
 class CapturedSchedule:
@@ -78,8 +44,8 @@ class CapturedSchedule:
 
     Whatever else a graph has baked in is compared before each replay: the modules with their modes,
     attributes and hooks, where tensors lie, the options of the optimizer. If something has changed, the
-    step runs as it is, and is recorded anew. What a stage reads beside its module and its arguments
-    (globals, say) is not compared, and what it does in Python happens only while it runs as it is.
+    step runs as it is, and is recorded anew. So are the variables that functions read around them, as far
+    as their names are in the code. What a stage does in Python happens only while it runs as it is.
 
     On the CPU, and where a stage cannot be captured (it waits for the device, say), all steps run as they
     are, and a warning says why. All ranks agree about that.
@@ -90,11 +56,6 @@ class CapturedSchedule:
     """
 
     def __init__(self, schedule: Any, optimizer: Optimizer | None = None) -> None:
-        if not is_schedule(schedule):
-            raise StructureError(
-                f"captured takes a schedule of torch.distributed.pipelining, got {describe(schedule)}. Make "
-                "one of the stages first."
-            )
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise StructureError(
                 f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}. Further work on the "
@@ -108,17 +69,16 @@ class CapturedSchedule:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._group = self._own[0].group
         self._ranks = dist.get_world_size(self._group) if dist.is_initialized() else 1
-        self._entries: list[Entry] = []
+        self._said = Said(type(schedule).__name__)
+        self._entries = Entries(self._bake, self._parameters, self._said)
         self._gradients = Gradients()
         self._recorder: Recorder | None = None
         self._watchdog: Watchdog | None = None
         self._calls = 0
-        self._changes = 0
         self._recorded = False
         self._prepared_for: Entry | None = None
         self._agreeing = self._ranks > 1
         self._given_up = ""
-        self._warned: set[str] = set()
         if self._device.type == "cuda":
             self._recorder = Graphs(self._device)
             if dist.is_initialized():
@@ -161,17 +121,14 @@ class CapturedSchedule:
 
         `destroy_process_group()` of the whole world does that itself.
         """
-        for entry in [*self._entries]:
-            self._drop(entry)
+        self._entries.close()
         self._gradients, self._recorded = Gradients(), False
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
 
     def __repr__(self) -> str:
-        graphs = sum(entry.graph is not None for entry in self._entries)
-        reason = self._given_up or next((entry.refused for entry in self._entries if entry.refused), "")
-        said = f"not captured: {reason}" if reason and not graphs else f"{graphs} graphs of {MAX_GRAPHS}"
+        said = f"not captured: {self._given_up}" if self._given_up else self._entries
         return f"<captured {type(self.schedule).__name__}, {said}>"
 
     def _run(
@@ -188,8 +145,8 @@ class CapturedSchedule:
                 keep_for(self.schedule, 2 * MAX_GRAPHS)
             with agreed_ahead(self.schedule, step.method, *step.arguments) as agreed:
                 found, output = self._result(step, *agreed)
-            if self._calls == 1 and self._entries:  # by now the ranks have agreed about it
-                self._entries[0].signature = self._entries[0].signature.agreed(looks_of_last(self.schedule))
+            if self._calls == 1:  # by now the ranks have agreed about it
+                self._entries.agree(looks_of_last(self.schedule))
         if losses is not None and found:
             losses[:] = found
         return output
@@ -211,7 +168,7 @@ class CapturedSchedule:
         entry, graph, reason = None, None, ""
         try:
             given = Given.of(step[::2], step.arguments, self._device)
-            entry = self._entry(given.signature.agreed(looks))
+            entry = self._entries.of(given.signature.agreed(looks))
             graph, reason = entry.graph if prepared else None, entry.refused
             if graph is None and entry.is_warm and prepared and not reason:
                 graph = self._record(entry, step, given)
@@ -222,48 +179,18 @@ class CapturedSchedule:
         if self._agreeing and self._calls > WARM_UP:
             self._agree(reason, graph is not None)
         elif reason:
-            self._warn(reason)
+            self._said(reason)
         if graph is not None and not self._given_up:
             result = graph.replay(given.tensors)
             if result is not None:
                 self._watch()
                 return result
-            self._warn(_VIEWS)
+            self._said(VIEWS_HELD)
         return self._as_it_is(entry, step)
 
-    # Which step it is.
+    # What it is made of.
 
-    def _entry(self, signature: Signature) -> Entry:
-        alike = [
-            e for e in self._entries if e.signature == signature and e.pattern == pattern_of(e.parameters)
-        ]
-        for entry in reversed(alike):
-            if not entry.baked.change():
-                self._entries.remove(entry)
-                self._entries.append(entry)  # used last
-                self._changes = 0
-                return entry
-        if alike:
-            self._changes += 1
-            if self._changes >= _TRIES:
-                self._warn(
-                    f"{alike[-1].baked.change()} before each of the last {_TRIES} steps, and is baked into a "
-                    "graph. Change it seldom, or make it a tensor that is written in place "
-                    "(`lr=torch.tensor(...)`)."
-                )
-        if len(self._entries) >= MAX_GRAPHS:
-            stale = [entry for entry in self._entries if entry.baked.change()]
-            if not stale:
-                raise CannotCaptureError(
-                    f"there are {MAX_GRAPHS} graphs already, and this step has another signature. Let "
-                    "batches have fewer shapes, and pass values that change as tensors."
-                )
-            self._drop(stale[0])
-        parameters = self._parameters()  # an evaluation may divide gradients too
-        self._entries.append(Entry(signature, parameters, pattern_of(parameters), self._bake()))
-        return self._entries[-1]
-
-    def _parameters(self) -> list[Tensor]:
+    def _parameters(self, _: Baked | None = None) -> list[Tensor]:
         """All parameters whose gradients a step may write."""
         own = (p for stage in self._own for p in stage.submod.parameters())
         groups = () if self.optimizer is None else self.optimizer.param_groups
@@ -288,23 +215,12 @@ class CapturedSchedule:
     def _as_it_is(self, entry: Entry | None, step: Step) -> tuple[list[Any] | None, Any]:
         if entry is None or self._recorder is None:
             return self._once(step, step.arguments)
-        if not entry.runs and self._ranks > 1:
-            self._rehearse(step)
         with self._recorder.prepared():
+            if not entry.runs and self._ranks > 1:
+                self._rehearse(step)
             result = self._once(step, step.arguments)
         self._prepared_for = entry
-        entry.expected = pattern_of(entry.parameters)
-        change = entry.baked.change()
-        entry.runs += 1
-        if change:
-            entry.baked, entry.unsteady, entry.runs = (
-                self._bake(),
-                entry.unsteady + 1,
-                min(entry.runs, WARM_UP - 1),
-            )
-            if entry.unsteady >= WARM_UP:
-                entry.refused = f"{change} by each step, which in a graph would not happen."
-                self._warn(entry.refused)
+        self._entries.ran(entry)
         return result
 
     def _rehearse(self, step: Step) -> None:
@@ -322,10 +238,12 @@ class CapturedSchedule:
                 "of in each step. Average over replicas by data_parallel= instead, if they fit."
             )
         if self._prepared_for is not entry:
-            self._rehearse(step)  # which prepares the stages for it again
+            with self._recorder.prepared():
+                self._rehearse(step)  # which prepares the stages for it again
             self._prepared_for = entry
-        recording = partial(record, entry, given, partial(self._once, step), self._recorder)
-        entry.graph = recording(self._own, self._gradients, not self._recorded)
+        run = partial(self._once, step)
+        first = not self._recorded
+        entry.graph = record(entry, given, run, self._recorder, self._gradients, first, self._own)
         self._recorded = True
         return entry.graph
 
@@ -333,12 +251,6 @@ class CapturedSchedule:
         """The stages of ours that FSDP gathers the parameters of."""
         ours = [stage for stage in self._own if isinstance(stage, ExchangingStage)]
         return [stage.stage_index for stage in ours if is_sharded(stage.submod)]
-
-    def _drop(self, entry: Entry) -> None:
-        self._entries.remove(entry)
-        if entry.graph is not None:
-            entry.graph.recording.reset()
-            entry.graph = None
 
     # What the ranks have to do with each other.
 
@@ -358,15 +270,7 @@ class CapturedSchedule:
         self.close()
         self._recorder = None
         self._given_up = reason
-        self._warn(reason)
-
-    def _warn(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"{type(self.schedule).__name__} runs as it is, not as a CUDA graph: {reason}",
-                stacklevel=_caller(),
-            )
+        self._said(reason)
 
     def _watch(self) -> None:
         """Watch over a replay."""
@@ -388,12 +292,6 @@ class Step(NamedTuple):
     wants_losses: bool
 
 
-_VIEWS = (
-    "views of gradients of an earlier step are held, which a replay would overwrite. Hold copies of them "
-    "(`parameter.grad.clone()`)."
-)
-
-
 def _submodule(stage: Any) -> Any:
     return stage.submod
 
@@ -401,11 +299,3 @@ def _submodule(stage: Any) -> Any:
 def _failure_in(groups: list[Any]) -> str | None:
     failure = failures.heard(groups)
     return None if failure is None else failure.message
-
-
-def _caller() -> int:
-    """How far up the caller of `step` or `eval` is."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcstage."):
-        frame, level = frame.f_back, level + 1
-    return level - 1

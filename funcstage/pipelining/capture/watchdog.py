@@ -7,6 +7,7 @@ torch does with messages that do not arrive.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -45,7 +46,7 @@ class Watchdog:
         self._end = end or end_process
         self._pending: deque[Event] = deque()
         self._wake = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self, event: Event) -> None:
@@ -53,18 +54,22 @@ class Watchdog:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="funcstage watchdog", daemon=True)
             self._thread.start()
+            atexit.register(self.close)  # Python's end would break it off in a call, which ends in an abort
         self._pending.append(event)
         if not self._wake.is_set():
             self._wake.set()
 
     def close(self) -> None:
         """Watch no longer."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
+        atexit.unregister(self.close)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         began, first = time.monotonic(), None
-        while not self._closed:
+        while not self._closed.is_set():
             if not self._pending:
                 self._wake.clear()
                 if not self._pending:
@@ -87,7 +92,7 @@ class Watchdog:
                 if reason is not None:
                     self._end(reason)
                     return
-            time.sleep(min(_PAUSE, self._timeout / 4))
+            self._closed.wait(min(_PAUSE, self._timeout / 4))
 
 
 def end_process(reason: str) -> NoReturn:
