@@ -9,6 +9,8 @@ On several machines, the same command on each; `host` is any one of them:
     torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=host:29500 \
         examples/train_distributed.py --device cuda
 
+There `--captured` replays each step as one CUDA graph, which leaves small models little to wait for.
+
 With checkpoints, in a folder that all machines share. When a process dies the others stop too, torchrun
 starts all of them anew, and they go on from the last checkpoint as if nothing had happened (or from the one
 before, if the last one turns out to be damaged):
@@ -43,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from funcstage.demo import model, text
-from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage, pipeline_order
+from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage, captured, pipeline_order
 
 SEQUENCES_PER_MICROBATCH = 2
 LEARNING_RATE = 1e-3
@@ -71,6 +73,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", default=100, type=int, metavar="N", help="at which step to end")
     parser.add_argument("--microbatches", default=8, type=int, metavar="N", help="microbatches a step")
     parser.add_argument("--compile", default="none", choices=["none", "aten", "inductor"])
+    parser.add_argument("--captured", action="store_true", help="replay steps as CUDA graphs, on GPUs")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to save, and to go on from")
     parser.add_argument("--every", default=10, type=int, metavar="N", help="steps between checkpoints")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="write the losses of all steps, as JSON")
@@ -166,9 +169,10 @@ def make_schedule(
     schedule_class = get_schedule_class(options.schedule)
     one_stage = issubclass(schedule_class, PipelineScheduleSingle)
     # The last stage's own form of the loss makes it a part of that stage's programs.
-    return schedule_class(
+    schedule = schedule_class(
         stages[0] if one_stage else stages, options.microbatches, loss_fn=stages[-1].loss_fn
     )
+    return captured(schedule) if options.captured else schedule
 
 
 def batches(options: argparse.Namespace, device: torch.device, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ from funcstage.pipelining import (
     FunctionalPipelineStage,
     Order,
     ScheduleName,
+    captured,
     logged,
     pipeline_value_and_grad,
 )
@@ -69,6 +70,7 @@ def pipeline(
         model.loss_fn,
         schedule=cast(ScheduleName, order.schedule),
         num_microbatches=order.num_microbatches,
+        captured=device.type == "cuda",
     )
     return Pipeline(list(range(len(modules))), step if log is None else logged(step, log), list)
 
@@ -86,6 +88,8 @@ def _spread(order: Order, modules: Sequence[nn.Module], device: torch.device, lo
     schedule = schedule_class(
         stages[0] if one_stage else stages, order.num_microbatches, loss_fn=stages[-1].loss_fn
     )
+    if device.type == "cuda":
+        schedule = captured(schedule)
     run = schedule.step if log is None else logged(schedule, log)
     first, last = stages[0].is_first, order.rank_of_stages()[-1]
 

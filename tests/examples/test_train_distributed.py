@@ -115,6 +115,15 @@ def test_the_pipeline_has_the_loss_curve_of_the_whole_model_in_one_process(undis
     assert undisturbed == pytest.approx(expected, rel=1e-5)
 
 
+def test_where_steps_cannot_be_captured_it_says_so_and_runs_the_same(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    with running(torchrun(*options(tmp_path), "--captured"), tmp_path) as process:
+        assert process.wait(SECONDS) == 0, output(tmp_path)
+    assert "ScheduleZBVZeroBubble runs as it is, not as a CUDA graph: stages on cpu" in output(tmp_path)
+    assert losses(tmp_path) == undisturbed
+
+
 def test_a_run_whose_ranks_are_killed_ends_like_one_that_nothing_happened_to(
     undisturbed: list[float], tmp_path: Path
 ) -> None:
