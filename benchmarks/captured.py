@@ -192,6 +192,7 @@ def run_rank(rank: int, world: int, address: str, options: argparse.Namespace) -
                     continue
                 torch._dynamo.reset()
                 gc.collect()
+                torch._C._cuda_clearCublasWorkspaces()  # of the contestants before
                 torch.cuda.empty_cache()
                 order = order_of(contestant.system, microbatches, costs, comm)
                 results.append(measure(contestant, size, order, options.repeats, device, expected))
