@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+from collections.abc import Iterator
 from types import CodeType
 from typing import NamedTuple
 
@@ -58,6 +59,18 @@ def is_library(module: object) -> bool:
     if name.startswith("torch.nn.modules.") and not name.endswith(".module"):
         return False
     return name.partition(".")[0] in _LIBRARIES
+
+
+def is_torchs_or_library(module: object) -> bool:
+    """Tell the same of all of torch's modules, its layers among them."""
+    return is_library(module) or str(module).startswith("torch.")
+
+
+def codes_within(code: CodeType) -> Iterator[CodeType]:
+    """A code object, and those of all functions that are made in it."""
+    yield code
+    for nested in nested_codes(code):
+        yield from codes_within(nested)
 
 
 def nested_codes(code: CodeType) -> set[CodeType]:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from funcstage.state.ambient import RandomState, among
-from funcstage.state.code import is_library, loads_of, nested_codes
+from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
 from funcstage.state.kept import INERT, differs, refill
 
 
@@ -102,7 +102,7 @@ def _search(root: Any) -> Iterator[Name]:
         found = stack.pop()
         found = found.func if isinstance(found, partial) else found
         found = getattr(found, "__func__", getattr(found, "__wrapped__", found))
-        if id(found) in seen or _is_library(found):
+        if id(found) in seen or is_torchs_or_library(getattr(found, "__module__", None)):
             continue
         seen.add(id(found))
         for name in _names_in(found):
@@ -122,7 +122,7 @@ def _names_in(found: Any) -> Iterator[Name]:
         yield from (Name(found, key, key in assigned) for key in vars(found) if not key.startswith("__"))
     elif isinstance(found, FunctionType):
         space = found.__globals__
-        for code in _codes(found.__code__):
+        for code in codes_within(found.__code__):
             loads, assigned = loads_of(code), _stored("STORE_GLOBAL", code)
             yield from (Name(space, key, key in assigned) for key in loads.globals | assigned)
             for module in map(space.get, loads.globals):
@@ -133,17 +133,6 @@ def _names_in(found: Any) -> Iterator[Name]:
 
 def _stored(operation: str, code: CodeType) -> set[str]:
     return {step.argval for step in dis.get_instructions(code) if step.opname == operation}
-
-
-def _is_library(found: Any) -> bool:
-    name = getattr(found, "__module__", None)
-    return is_library(name) or str(name).startswith("torch.")
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for nested in nested_codes(code):
-        yield from _codes(nested)
 
 
 NOTHING_SHARED = Shared(())

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from funcstage.state.cells import held_by
-from funcstage.state.code import is_library, loads_of, nested_codes
+from funcstage.state.code import codes_within, is_torchs_or_library, loads_of
 from funcstage.state.content import is_plain
 from funcstage.state.kept import holders
 
@@ -121,13 +121,13 @@ class Reach:
 
     def _read(self, function: FunctionType) -> None:
         """Note the variables of a function, and go on from what they hold."""
-        library = _is_library(function.__globals__.get("__name__") or "")
+        library = is_torchs_or_library(function.__globals__.get("__name__") or "")
         if function.__closure__ or not library:
             self.variables.append(Cells(function))
         if library:
             return
         self._go_on(filter(None, (function.__defaults__, function.__kwdefaults__)))
-        loads = [loads_of(code) for code in _codes(function.__code__)]
+        loads = [loads_of(code) for code in codes_within(function.__code__)]
         self._attributes |= {name for each in loads for name in each.attributes}
         read = Names(
             function.__qualname__, function.__globals__, {name for each in loads for name in each.globals}
@@ -138,10 +138,10 @@ class Reach:
     def _go_on(self, values: Iterable[Any]) -> None:
         for value in values:
             if isinstance(value, ModuleType):
-                if not _is_library(value.__name__) and id(value) not in self._modules:
+                if not is_torchs_or_library(value.__name__) and id(value) not in self._modules:
                     self._modules[id(value)] = value
             elif isinstance(value, type):
-                if not _is_library(value.__module__):
+                if not is_torchs_or_library(value.__module__):
                     self._classes.setdefault(value, set())
             elif id(value) not in self._seen and _may_hold_something(value):
                 self._pending.append(value)
@@ -166,23 +166,13 @@ _FOLLOWED = (
 """Types of libraries that hold what is the user's."""
 
 
-def _is_library(module: str) -> bool:
-    return module.startswith("torch.") or is_library(module)
-
-
 def _may_hold_something(value: Any) -> bool:
     if is_plain(value) or isinstance(value, Tensor):
         return False
-    if isinstance(value, _FOLLOWED) or not _is_library(type(value).__module__):
+    if isinstance(value, _FOLLOWED) or not is_torchs_or_library(type(value).__module__):
         return True
     return _is_ours(value) and callable(value)
 
 
 def _is_ours(value: Any) -> bool:
     return type(value).__module__.startswith("funcstage.")
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for nested in nested_codes(code):
-        yield from _codes(nested)
