@@ -420,6 +420,11 @@ def writing() -> Callable[[Tensor], Any]:
     return lambda x: x.add_(1).clone()
 
 
+def handing_out() -> Callable[[Tensor], Any]:
+    apply, params, _ = fs.functionalize(layers())
+    return lambda x: fs.stage_vjp(apply, params, {}, x)[::2]
+
+
 def opaque() -> Callable[[Tensor], Any]:
     return lambda x: (x * 2, Counter())
 
@@ -430,6 +435,7 @@ AS_IT_IS = [
     (drawing, r"random numbers on the host \(random\)"),
     (waiting, r"cannot be captured, at .*test_captured_functions.py:\d+: operation not permitted"),
     (writing, "writes into its arguments"),
+    (handing_out, r"there is a Pullback in the result.*Run F, I and W within"),
     (opaque, r"the result\[0\]\[1\] is Counter"),
 ]
 
@@ -456,6 +462,43 @@ def test_what_a_graph_could_not_do_runs_as_it_is_and_is_named(
             assert re.search(said, str(caught[0].message)), caught[0]
     assert recorder.replays == 0
     same(*results)
+
+
+def test_a_pullback_that_is_given_is_used_up_as_ever() -> None:
+    apply, params, _ = fs.functionalize(layers())
+    fast, recorder = recorded(lambda pullback, cotangent: fs.stage_backward(pullback, cotangent))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(5):
+            x, y = random_batch(seed)
+            _, _, pullback = fs.stage_vjp(apply, params, {}, x)
+            found = fast(pullback, y)
+            with pytest.raises(fs.ConsumedError):
+                fast(pullback, y)
+            same(found, fs.stage_backward(fs.stage_vjp(apply, params, {}, x)[2], y))
+    assert "there is a Pullback in (args, kwargs)" in str(said[0].message)
+    assert recorder.replays == 0
+
+
+def test_bound_methods_are_captured_and_methods_of_classes_refused() -> None:
+    class Trainer:
+        rate = 2.0
+
+        def step(self, x: Tensor) -> Tensor:
+            return x * self.rate
+
+        decorated = captured(step)
+
+    trainer = Trainer()
+    fast, recorder = recorded(trainer.step)
+    x, _ = random_batch(0)
+    for rate in (2.0, 3.0):
+        trainer.rate = rate
+        for _ in range(4):
+            same(fast(x), x * rate)
+    assert len(recorder.recordings) == 2
+    with pytest.raises(fs.StructureError, match=r"self\.step = captured\(self\.step\)"):
+        trainer.decorated(x)
 
 
 def test_an_argument_that_requires_grad_lets_the_call_run_as_it_is() -> None:

@@ -22,6 +22,7 @@ from funcstage.pipelining.capture.given import (
     Kept,
     Run,
     Signature,
+    check_structure,
     fresh,
     unfit_value,
 )
@@ -193,6 +194,7 @@ def _returned(result: Any, arguments: Sequence[Tensor], detached: bool) -> Any:
     """
     own = {id(tensor) for tensor in arguments}
     leaves, spec = trees.flatten(result)
+    check_structure(spec, "the result")
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and id(leaf) not in own:
             if leaf.requires_grad and not detached:

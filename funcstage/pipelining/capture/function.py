@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.functorch import current_level
+from funcstage.errors import StructureError
 from funcstage.pipelining.capture.baked import Baked
 from funcstage.pipelining.capture.entries import Entries
 from funcstage.pipelining.capture.entry import Entry, Graph, record
@@ -79,6 +80,15 @@ class CapturedFunction(Generic[P, T]):
             result = self.function(*args, **kwargs)
         self._entries.ran(entry)
         return result
+
+    def __get__(self, instance: object, owner: type | None = None) -> CapturedFunction[P, T]:
+        """Refuse to be a method: a graph is that of one object."""
+        if instance is None:
+            return self
+        raise StructureError(
+            f"{self._said.name} is a captured function in a class, and would not be given the object. "
+            "Capture the bound method, `self.step = captured(self.step)`, or make it a staticmethod."
+        )
 
     def close(self) -> None:
         """Drop the graphs and their memory; further calls make new ones."""

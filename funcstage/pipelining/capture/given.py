@@ -8,13 +8,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.operators import copy_into_all
+from funcstage.copies import CopiedByLeaves
 from funcstage.state.ambient import AmbientState
 from funcstage.state.content import is_plain
 from funcstage.state.writes import versions
@@ -68,9 +71,11 @@ class Given:
             root: what errors call them.
 
         Raises:
-            CannotCaptureError: if a leaf is neither a plain value nor a tensor on the device.
+            CannotCaptureError: if a leaf is neither a plain value nor a tensor on the device, or there is a
+                pullback.
         """
         leaves, spec = trees.flatten(arguments)
+        check_structure(spec, root)
         key = []
         places: dict[int, int] = {}
         for i, leaf in enumerate(leaves):
@@ -146,6 +151,22 @@ def _key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.stride(), leaf.is_conj(), leaf.is_neg()
     return (leaf,) if isinstance(leaf, enum.Enum) else (type(leaf), repr(leaf))  # 0.0 is not -0.0
+
+
+@lru_cache(maxsize=256)
+def check_structure(spec: PyTreeSpec, root: str) -> None:
+    """Refuse pullbacks in what a step is given or returns: the values that they depend on are others then.
+
+    Raises:
+        CannotCaptureError: if there is one.
+    """
+    if spec.type is not None and issubclass(spec.type, CopiedByLeaves):
+        raise CannotCaptureError(
+            f"there is a {spec.type.__name__} in {root}, which belongs to the tensors that F ran with. Run F, "
+            "I and W within the step."
+        )
+    for child in spec.children():
+        check_structure(child, root)
 
 
 def unfit_value(leaf: Any) -> str:
