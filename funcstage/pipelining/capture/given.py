@@ -162,8 +162,8 @@ def check_structure(spec: PyTreeSpec, root: str) -> None:
     """
     if spec.type is not None and issubclass(spec.type, CopiedByLeaves):
         raise CannotCaptureError(
-            f"there is a {spec.type.__name__} in {root}, which belongs to the tensors that F ran with. Run F, "
-            "I and W within the step."
+            f"there is a {spec.type.__name__} in {root}, which belongs to the tensors that F ran with. Run "
+            "F, I and W within the step."
         )
     for child in spec.children():
         check_structure(child, root)
