@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from funcstage._torch.inductor import (
     select_decomp_table,
     tracing,
 )
+from funcstage._torch.shapes import hint
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.nodes import is_cheap, is_view
 from funcstage.engines.graph.runners import Runner, run_as_python
@@ -93,14 +94,36 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
             stacklevel=2,
         )
         return run_as_python(module, donated)
-    if not constants and not unread:
+    orders = _orders(results, getattr(compiled, "output_strides", None) or ())
+    if not constants and not unread and not orders:
         return compiled
 
     def run(inputs: list[Tensor]) -> Any:
         inputs += constants
-        return compiled(inputs)[:n_results]
+        found = [*compiled(inputs)[:n_results]]
+        for i, order in orders.items():
+            found[i] = _laid_out(found[i], order)
+        return found
 
     return run
+
+
+def _orders(results: Sequence[Any], strides: Sequence[Any]) -> dict[int, list[int]]:
+    """The results that Inductor lays out otherwise than the trace, each with its dimensions, outermost first.
+
+    It may do so with a result that is the operand of a matrix product, too.
+    """
+    orders = {}
+    for i, (node, now) in enumerate(zip(results, strides, strict=False)):
+        wanted = None if node is None else [hint(stride) for stride in node.meta["val"].stride()]
+        if wanted is not None and now is not None and [*map(str, wanted)] != [*map(str, now)]:
+            orders[i] = sorted(range(len(wanted)), key=wanted.__getitem__, reverse=True)
+    return orders
+
+
+def _laid_out(result: Tensor, order: list[int]) -> Tensor:
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return result.permute(order).contiguous().permute(back)
 
 
 def _first_result(node: Node) -> Node:

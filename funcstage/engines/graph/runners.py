@@ -29,10 +29,17 @@ def run_as_python(module: GraphModule, donated: Collection[str]) -> Runner:
         if node.target is torch.ops.aten.view.default:
             # Kernels may return other strides than the trace was told (batch norm on the CPU, for one).
             node.target = torch.ops.aten.reshape.default
+        if node.target is torch.ops.aten.view.dtype:
+            node.target = _view_as
         if is_flex_attention_backward(node.target):
             node.args = (node.target, *node.args)
             node.target = run_dense_backward
     return tt.direct(module)
+
+
+def _view_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """View elements as of another dtype; where there are none, strides may be 0, which torch refuses."""
+    return (tensor if tensor.numel() else tensor.new_empty(tensor.shape)).view(dtype)
 
 
 def plain_run(run: Runner, inputs: list[Any]) -> Sequence[Tensor | None]:

@@ -1,4 +1,6 @@
-"""TorchInductor as a backend, in processes of their own: what is cached on disk, what is imported when."""
+"""TorchInductor as a backend: what it lays out or refuses, and, in processes of their own, what is cached on
+disk and what is imported when.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import funcstage as fs
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,6 +80,28 @@ def test_a_second_process_finds_the_programs_of_the_first_in_inductors_cache(tmp
     assert cold == [0, 3, 0], "F, I and W are compiled once and stored"
     assert warm == [3, 0, 0], "F, I and W are read back"
     assert again == grads
+
+
+def assert_as_eager(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> None:
+    stage = fs.compile(lambda params, buffers, x: (function(x, params), buffers), backend="inductor")
+    output, _, pullback = fs.stage_vjp(stage, w, (), x)
+    (dx,), weight_pullback = pullback(torch.ones_like(output))
+    leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    expected = function(*leaves)
+    grads = torch.autograd.grad(expected, leaves, torch.ones_like(expected))
+    torch.testing.assert_close([output, dx, weight_pullback()], [expected.detach(), *grads])
+
+
+def test_a_residual_that_is_an_operand_of_a_product_has_the_strides_of_the_trace() -> None:
+    torch.manual_seed(0)
+    x, w = torch.eye(4, 3) + 0.1 * torch.randn(4, 3), torch.eye(3) + 0.1 * torch.randn(3, 3)
+    assert_as_eager(lambda x, w: torch.linalg.pinv(x @ w), x, w)
+
+
+@pytest.mark.filterwarnings("ignore:TorchInductor cannot compile:UserWarning")
+def test_sums_of_complex_numbers_of_which_there_are_none_run_as_they_are() -> None:
+    x, w = torch.empty(3, 0, dtype=torch.complex64).t(), torch.ones(3, dtype=torch.complex64)
+    assert_as_eager(torch.add, x, w)
 
 
 def test_importing_funcstage_leaves_tracing_and_compilers_for_when_they_are_asked_for() -> None:
