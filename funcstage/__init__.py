@@ -21,6 +21,7 @@ from funcstage.errors import (
 )
 from funcstage.functional import FunctionalStage, functionalize
 from funcstage.gradients import value_and_grad
+from funcstage.offloading import offload, prefetch
 from funcstage.pullback import Pullback, stage_backward, stage_backward_input, stage_vjp
 from funcstage.sites import Site
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
@@ -60,6 +61,8 @@ __all__ = [
     "compile",
     "derive",
     "functionalize",
+    "offload",
+    "prefetch",
     "stage_backward",
     "stage_backward_input",
     "stage_backward_weight",

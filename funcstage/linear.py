@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import optree
 from torch import Tensor
 
 from funcstage import residuals, trees
 from funcstage._torch.pytree import register_pytree_node
+from funcstage.away import Away
 from funcstage.copies import CopiedByLeaves
 from funcstage.engines.base import Tape
 from funcstage.errors import ConsumedError
 from funcstage.report import table
 from funcstage.state.captured import Captured
-from funcstage.state.writes import Watch
+from funcstage.state.writes import Watch, refuse_written
 
 AnyTape = TypeVar("AnyTape", bound=Tape)
 
@@ -23,16 +24,20 @@ AnyTape = TypeVar("AnyTape", bound=Tape)
 class Linear(CopiedByLeaves, Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
-    __slots__ = ("_failed", "_tape", "_watches", "stage")
+    __slots__ = ("_away", "_failed", "_gone", "_tape", "_watches", "stage")
 
     def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
         self._tape = tape
         self._watches = watches
         self._failed = False
+        self._away: Away | None = None
+        self._gone = ""  # where the residuals went, if it was not a call that used them up
         self.stage = stage
 
     def _live(self) -> AnyTape:
         if self._tape is None:
+            if self._gone:
+                raise ConsumedError(f"This {type(self).__name__} of {self.stage} {self._gone}")
             what = "A call of" if self._failed else "This"
             how = "failed in its midst, which" if self._failed else "was used before, and using it"
             raise ConsumedError(
@@ -40,6 +45,23 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
                 f"residuals. Call it with retain=True wherever it is to be used again."
             )
         return self._tape
+
+    def _at_hand(self, phase: str) -> AnyTape:
+        """The tape, whose residuals have come back if they were away."""
+        tape = self._live()
+        if self._away is not None:
+            refuse_written(self._away.watches, tuple, self.stage, phase)
+            self._tape = tape = tape.with_leaves(self._away.back(tape.leaves()))
+            self._away = None
+        return tape
+
+    def _given_to(self, tape: AnyTape, away: Away | None, how: str) -> Self:
+        """The same over another tape, in place of this one."""
+        new = self._rebuilt(tape)
+        new._away = away
+        self._tape, self._away, self._watches = None, None, ()
+        self._gone = f"was {how}: use what {how.removesuffix('ed')} returned."
+        return new
 
     def _fail(self, tape: AnyTape) -> None:
         """A run failed, or was interrupted: count as consumed if it has used up some of the tape."""
@@ -62,7 +84,7 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         leaves = self._tape.leaves()
         return (
             f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
-            f"{_readable(residuals.nbytes(leaves))}>"
+            f"{_readable(residuals.nbytes(leaves))}{', offloaded' if self._away is not None else ''}>"
         )
 
     def _repr_html_(self) -> str:
@@ -92,15 +114,22 @@ def _readable(n: int) -> str:
     return f"{size:.1f} GiB"
 
 
-def _flatten(pullback: Linear[Any]) -> tuple[list[Tensor], tuple[Linear[Any], Any]]:
-    tape = pullback._tape
+def _flatten(pullback: Linear[Any]) -> tuple[list[Tensor], _Metadata]:
+    tape, away = pullback._tape, pullback._away
+    if away is not None:
+        away.settle()  # whoever gets the leaves may read them
     # The tape goes along as it is now: the pullback itself may be consumed before it is rebuilt.
-    return ([], (pullback, None)) if tape is None else (tape.share(), (pullback, tape))
+    return ([], (pullback, None, None)) if tape is None else (tape.share(), (pullback, tape, away))
 
 
-def _unflatten(metadata: tuple[Linear[Any], Any], leaves: Iterable[Tensor]) -> Linear[Any]:
-    pullback, tape = metadata
-    return pullback._rebuilt(None if tape is None else tape.with_leaves(tuple(leaves)))
+def _unflatten(metadata: _Metadata, leaves: Iterable[Tensor]) -> Linear[Any]:
+    pullback, tape, away = metadata
+    rebuilt = pullback._rebuilt(None if tape is None else tape.with_leaves(tuple(leaves)))
+    rebuilt._away = None if away is None else away.again()
+    return rebuilt
+
+
+_Metadata: TypeAlias = tuple[Linear[Any], Any, Away | None]
 
 
 def register(kind: type[Linear[Any]]) -> None:

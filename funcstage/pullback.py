@@ -99,6 +99,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
             self._refuse_differentiated(cotangents)
         refuse_unchecked(tape.checks_nan, self.stage, "I")
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
+        tape = self._at_hand("I")
         try:
             grads, weight_tape, left = tape.input_vjp(cotangents, retain)
             watches = self._watches

@@ -34,7 +34,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
     """
 
-    __slots__ = ("_divided", "_params", "_params_spec")
+    __slots__ = ("_params", "_params_spec")
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         super().__init__(tape, stage, watches)
         self._params_spec = params_spec
         self._params = params  # the tape has them too
-        self._divided = False
 
     @undone_if_interrupted
     @outside_inference_mode
@@ -76,6 +75,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
             )
         tape = self._live()
         self._check_ready(tape)
+        tape = self._at_hand("W")
         try:
             grads, left = tape.weight_vjp(retain)
             self._keep(left)
@@ -134,6 +134,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         parts = checked_parts(parts)
         tape = self._live()
         self._check_ready(tape)
+        tape = self._at_hand("W")
         try:
             tapes = tape.split(parts)
         except BaseException as error:
@@ -142,16 +143,11 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
             raise
         pieces = tuple(map(self._rebuilt, tapes))
         self._keep(None)
-        self._divided = True
+        self._gone = (
+            "was split, and its pieces have its residuals: use those. Where the whole is needed too, split a "
+            "copy of it, copy.copy(weight_pullback)."
+        )
         return pieces
-
-    def _live(self) -> WeightTape:
-        if self._divided:
-            raise ConsumedError(
-                f"This WeightPullback of {self.stage} was split, and its pieces have its residuals: use "
-                "those. Where the whole is needed too, split a copy of it, copy.copy(weight_pullback)."
-            )
-        return super()._live()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -168,6 +164,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         """
         tape = self._live()
         self._check_ready(tape)
+        tape = self._at_hand("W")
         names = [".".join(map(str, path)) for path in self._params_spec.paths()]
         try:
             found = tape.sites()
@@ -201,7 +198,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         """Compute the gradients and add them into `totals`, which are donated."""
         if torch.is_inference_mode_enabled():  # only there can be added into what was made there
             return added(totals, trees.flatten(self())[0])
-        tape = self._live()
+        tape = self._at_hand("W")
         try:
             totals = tape.add_into(totals)
             self._keep(None)
@@ -338,8 +335,8 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
                 f"is {describe(weight_pullback)}."
             )
         if weight_pullback.consumed or id(weight_pullback) in seen:
-            if weight_pullback._divided:
-                weight_pullback._live()  # says so
+            if weight_pullback._gone:
+                weight_pullback._live()  # says where to
             raise ConsumedError(
                 f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. Call it "
                 "yourself with retain=True where its gradients are needed again."

@@ -143,6 +143,14 @@ class Tape(Protocol):
     def intact(self) -> bool:
         """Whether it can be run (again), after a run that failed too."""
 
+    @property
+    def lent(self) -> bool:
+        """Whether its residuals lie in memory that others write into once it is gone."""
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether what it yields is differentiated in turn, so that its residuals lie on a tape of others."""
+
     def leaves(self) -> list[Tensor]: ...
     def share(self) -> list[Tensor]: ...
     def with_leaves(self, leaves: Sequence[Tensor]) -> Self: ...

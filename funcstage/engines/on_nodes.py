@@ -52,6 +52,12 @@ class OnNodes(Unpicklable):
 
     __slots__ = ()
     checks_nan: ClassVar = True  # autograd runs it
+    lent: ClassVar = False
+
+    @property
+    def differentiated(self) -> bool:
+        return False
+
     origin: Any
     home: Home
 

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from funcstage.away import Sent
 from funcstage.batches import microbatches
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
+from funcstage.offloading import leave, prefetch
 from funcstage.pipelining.capture.function import CapturedFunction
 from funcstage.pipelining.ranges import leaves_behind, range_of
+from funcstage.pipelining.stays import NOWHERE, Offloaded, Stays, stays
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.files import check_order
@@ -40,6 +43,7 @@ def pipeline_value_and_grad(
     schedule: ScheduleName | Order = "ZBVZeroBubble",
     num_microbatches: int,
     captured: bool = False,
+    offload: Offloaded | None = None,
 ) -> ValueAndGrad:
     """Make a function that runs one step of a pipeline and returns its loss and gradients.
 
@@ -58,6 +62,9 @@ def pipeline_value_and_grad(
         num_microbatches: into how many equal parts the batch is cut.
         captured: whether steps on a CUDA device become CUDA graphs, as by `captured`; elsewhere they run as
             they are, and a warning says so.
+        offload: whose residuals wait in host memory (`funcstage.offload`) where two actions or more of the
+            same rank come in between, and are fetched one action before they are used: `"W"` for those of W,
+            from I on; `"IW"` for those of I and W, from F on, too; `None` for none.
 
     Returns:
         A pure function `(params, buffers, inputs, targets) -> (loss, new_buffers, param_grads)`.
@@ -70,8 +77,8 @@ def pipeline_value_and_grad(
     Raises:
         ScheduleError: if the schedule is unknown, or cannot run these numbers; if an order lacks an action,
             or its ranks wait for each other.
-        StructureError: if a stage is no stage function; by the returned function, if `params` or
-            `buffers` are not one for each stage.
+        StructureError: if a stage is no stage function, or with both `captured` and `offload`; by the
+            returned function, if `params` or `buffers` are not one for each stage.
         LeafError: by the returned function, if a tensor cannot be cut into equal parts, or the loss is
             no real scalar.
 
@@ -90,6 +97,12 @@ def pipeline_value_and_grad(
     if not callable(loss_fn):
         raise StructureError(f"loss_fn must be a function of output and target, got {describe(loss_fn)}.")
     order = _order(schedule, len(functions), num_microbatches)
+    waiting = stays(order, offload)
+    if captured and offload:
+        raise StructureError(
+            f"captured=True and offload={offload!r} exclude each other: a graph's memory stays its own. "
+            "Leave one of them out."
+        )
     actions = order.in_turn()
 
     def value_and_grad(
@@ -105,6 +118,7 @@ def pipeline_value_and_grad(
             microbatches("inputs", inputs, num_microbatches),
             microbatches("targets", targets, num_microbatches),
             order.pieces,
+            waiting,
         )
         for action in actions:
             step.run(action)
@@ -134,6 +148,7 @@ class Step:
         inputs: list[PyTree],
         targets: list[PyTree],
         pieces: int = 1,
+        waiting: Stays = NOWHERE,
     ) -> None:
         self.functions = functions
         self.params = params
@@ -146,6 +161,9 @@ class Step:
         self.cotangents: dict[tuple[int, int], tuple[PyTree, ...]] = {}
         self.forwards: dict[tuple[int, int], _Forward] = {}
         self.weight_pullbacks: dict[tuple[int, int], WeightPullback] = {}
+        # Which pullbacks wait in host memory, and what is on its way there.
+        self.waiting = waiting
+        self.leaving: list[Sent] = []
         # In how many pieces W is, and those that are left where one has run.
         self.num_pieces = pieces
         self.pieces: dict[tuple[int, int], list[WeightPullback | None]] = {}
@@ -159,6 +177,17 @@ class Step:
 
     def run(self, action: Action) -> None:
         """Run an action whose needs are done."""
+        left, self.leaving = self.leaving, []
+        if action in self.waiting.before:
+            self.fetch(self.waiting.before[action])
+        self.compute(action)
+        if action in self.waiting.after:
+            self.offload(action)
+        for sent in left:
+            sent.free_in_turn()
+
+    def compute(self, action: Action) -> None:
+        """Run F, I or W."""
         if action.kind == "W" and self.num_pieces > 1:
             self.backward_piece(action.stage, action.microbatch)
             return
@@ -212,6 +241,25 @@ class Step:
         self.weight_pullbacks[stage, microbatch] = weight_pullback
         if stage > 0:
             self.cotangents[stage - 1, microbatch] = input_grads
+
+    def offload(self, made: Action) -> None:
+        """Send what an F or I has left behind to the host, beside the next action."""
+        key = made.stage, made.microbatch
+        if made.kind == "F":
+            pullback, sent = leave(self.forwards[key].pullback)
+            self.forwards[key] = self.forwards[key]._replace(pullback=pullback)
+        else:
+            self.weight_pullbacks[key], sent = leave(self.weight_pullbacks[key])
+        if sent is not None:
+            self.leaving.append(sent)
+
+    def fetch(self, user: Action) -> None:
+        """Begin to bring back what an action needs."""
+        key = user.stage, user.microbatch
+        if user.kind != "W":
+            prefetch(self.forwards[key].pullback)
+        elif key in self.weight_pullbacks:  # rather than its pieces, the first of which has brought all back
+            prefetch(self.weight_pullbacks[key])
 
     def backward_weight(self, stage: int, microbatch: int) -> None:
         weight_pullback = self.weight_pullbacks.pop((stage, microbatch))

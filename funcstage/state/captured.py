@@ -5,7 +5,7 @@ I and W may read them again, as they may what the caller holds (`writes.py`): wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import ref
@@ -29,10 +29,11 @@ class Captured:
         apply: the stage function, which is searched for their names when they are asked for.
     """
 
-    __slots__ = ("_apply", "_seen")
+    __slots__ = ("_apply", "_only", "_seen")
 
     def __init__(self, found: Iterable[ref[Tensor]], apply: Callable[..., Any]) -> None:
         self._apply = apply
+        self._only: set[int] | None = None  # keys of memory that was read in any case
         alive = [(each, tensor) for each in found if (tensor := each()) is not None]
         self._seen = [(each, version_of(tensor)) for each, tensor in alive if not tensor.is_inference()]
 
@@ -44,11 +45,23 @@ class Captured:
         if not changed:
             return None
         try:
-            keys = {ft.storage_key(tensor) for tensor in reads()}
+            keys = {ft.storage_key(t) for t in reads()} if self._only is None else self._only
         except SavedAndWritten:  # by autograd, which does not say of what
             keys = set(map(ft.storage_key, changed))
         found = next((tensor for tensor in changed if ft.storage_key(tensor) in keys), None)
         return None if found is None else f"{name_of(found, self._apply)} ({trees.look(found)})"
+
+    def within(self, memory: Sequence[Tensor]) -> Captured:
+        """Those alone that have memory in common with some tensors, whatever is read."""
+        keys = {ft.storage_key(tensor) for tensor in memory}
+        part = Captured((), self._apply)
+        part._only = keys
+        part._seen = [
+            (each, version)
+            for each, version in self._seen
+            if (t := each()) is not None and ft.storage_key(t) in keys
+        ]
+        return part
 
 
 def name_of(tensor: Tensor, apply: Callable[..., Any]) -> str:

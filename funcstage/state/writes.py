@@ -106,14 +106,23 @@ class Watch:
         now = versions(self._counters)
         if now == self._versions:
             return None
-        n = len(now) - len(self._inner)
-        found = [i for i, before in enumerate(self._versions) if now[i] != before]
-        changed = [i if i < n else self._inner[i - n] for i in found]
+        changed = self._changed(now)
         try:
             keys = {_memory_key(tensor) for tensor in reads()}
         except SavedAndWritten:  # by autograd, which does not say of what
             return " or ".join(map(self._described, changed))
         return next((self._described(i) for i in changed if self._key(i) in keys), None)
+
+    def within(self, memory: Sequence[Tensor]) -> Watching:
+        """A watch over those alone that have memory in common with some tensors, whatever is read."""
+        keys = {_memory_key(tensor) for tensor in memory}
+        n = len(self._counters) - len(self._inner)
+        return _Within(self, {i for i in range(n) if self._key(i) in keys})
+
+    def _changed(self, now: Sequence[int]) -> list[int]:
+        n = len(now) - len(self._inner)
+        found = [i for i, before in enumerate(self._versions) if now[i] != before]
+        return [i if i < n else self._inner[i - n] for i in found]
 
     def _key(self, i: int) -> int | None:
         memory = None if i < self._held else self._others[i - self._held].memory
@@ -127,10 +136,25 @@ class Watch:
         return f"{self._names()[i]} ({trees.look(like)})"
 
 
+class _Within(NamedTuple):
+    """Some of what is watched."""
+
+    watch: Watch
+    only: set[int]
+
+    def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
+        changed = self.watch._changed(versions(self.watch._counters))
+        return next((self.watch._described(i) for i in changed if i in self.only), None)
+
+    def within(self, memory: Sequence[Tensor]) -> Watching:
+        return self
+
+
 class Watching(Protocol):
     """A watch over what I or W may read."""
 
     def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None: ...
+    def within(self, memory: Sequence[Tensor]) -> Watching: ...
 
 
 def refuse_written(

@@ -53,6 +53,9 @@ class _Both(NamedTuple):
     def written(self, reads: Callable[[], Iterable[Tensor]]) -> str | None:
         return self.local.written(reads) or self.whole.written(reads)
 
+    def within(self, memory: Sequence[Tensor]) -> Watching:
+        return _Both(self.local.within(memory), self.whole.within(memory))
+
 
 @dataclass(slots=True, eq=False)
 class InputTape(Unpicklable):
@@ -68,8 +71,13 @@ class InputTape(Unpicklable):
     sharding: Sharding
     watch: Any
     checks_nan: ClassVar = False
+    differentiated: ClassVar = False
     higher: ClassVar = False
     captured: ClassVar = ()
+
+    @property
+    def lent(self) -> bool:
+        return self.tape.lent
 
     @property
     def intact(self) -> bool:
@@ -109,6 +117,11 @@ class WeightTape(Unpicklable):
     tape: tapes.WeightTape
     sharding: Sharding
     checks_nan: ClassVar = False
+    differentiated: ClassVar = False
+
+    @property
+    def lent(self) -> bool:
+        return self.tape.lent
 
     @property
     def intact(self) -> bool:

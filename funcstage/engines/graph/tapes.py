@@ -75,6 +75,11 @@ class OnList(Unpicklable):
     shared: bool
     intact: bool = field(default=True, kw_only=True)
     checks_nan: ClassVar = False
+    differentiated: ClassVar = False
+
+    @property
+    def lent(self) -> bool:
+        return self.flight is not None
 
     def leaves(self) -> list[Tensor]:
         """The residuals."""

@@ -47,6 +47,10 @@ class SitesTape(WeightsOnNodes):
     shared: bool
     home: Home
 
+    @property
+    def differentiated(self) -> bool:
+        return self.origin.higher
+
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], SitesTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
         shared = self.shared or retain

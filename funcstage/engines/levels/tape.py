@@ -148,6 +148,10 @@ class WeightTape(WeightsOnNodes):
         return bool(self.first_reads) and not self.origin.higher
 
     @property
+    def differentiated(self) -> bool:
+        return self.origin.higher
+
+    @property
     def intact(self) -> bool:
         return not self.regions and self.origin.retains(self.shared)
 
@@ -243,6 +247,10 @@ class InputTape(InputsOnNodes):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @property
+    def differentiated(self) -> bool:
+        return self.origin.higher
 
     @property
     def intact(self) -> bool:
