@@ -2,9 +2,10 @@
 
 Relied on are, of a module under `fully_shard` or `replicate`, `_get_fsdp_state()`; of that state
 `_fsdp_param_group` (2.11, 2.12) or `_fsdp_param_groups`, `_is_root`, `_state_ctx.iter_forward_root`,
-`_training_state`, `_states_to_forward_prefetch`, `_modules_to_run_forward`, `_auto_reshard_after_forward` and
-`_register_pre_backward_hook`; of a group and its parameters what is read in `_read` below. Imported when a
-module is there that FSDP has worked on.
+`_training_state`, `_states_to_forward_prefetch`, `_modules_to_run_forward`, `_auto_reshard_after_forward`,
+`_register_pre_backward_hook`, `_lazy_init`, `_root_post_backward_final_callback` and
+`_state_ctx.all_states`; of a group and its parameters what is read in `_read` below, and what is called where
+gradients are handed over. Imported when a module is there that FSDP has worked on.
 """
 
 from __future__ import annotations
@@ -175,24 +176,58 @@ def units_of(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
+def roots_of(module: nn.Module) -> list[Any]:
+    """Those of them that are within no other."""
+    units = units_of(module)
+    inner = {id(part) for unit in units for part in unit.modules() if part is not unit}
+    return [unit for unit in units if id(unit) not in inner]
+
+
 def with_shards(module: nn.Module) -> None:
     """Let FSDP put the shards where a forward has left whole parameters."""
     for unit in units_of(module):
         unit.reshard()  # type: ignore[operator]
 
 
-def gather_all(module: Any, trains: bool) -> None:
+def gather_all(module: nn.Module, trains: bool) -> None:
     """Let FSDP gather all parameters of a module that are not yet whole.
 
     Args:
-        module: the root.
-        trains: whether a backward follows, whose gradients a schedule reduces.
+        module: the module.
+        trains: whether a backward follows, whose gradients are to be reduced.
     """
-    module._get_fsdp_state()._lazy_init()
-    if trains and hasattr(module, "set_manual_backward_finalization"):  # from torch 2.15 on
-        module.set_manual_backward_finalization(True)
+    for root in roots_of(module):
+        root._get_fsdp_state()._lazy_init()
+        if trains and hasattr(root, "set_manual_backward_finalization"):  # from torch 2.15 on
+            root.set_manual_backward_finalization(True)
     for unit in units_of(module):
         unit.unshard()  # type: ignore[operator]
+
+
+def let_go(module: nn.Module) -> None:
+    """Let FSDP do after a forward what `reshard_after_forward` says."""
+    for unit in units_of(module):
+        for group in _groups(unit._get_fsdp_state()):  # type: ignore[operator]
+            if not group.is_unsharded:
+                continue
+            with group.use_training_state(TrainingState.FORWARD):
+                group.reshard()
+
+
+def reduce_all(root: Any) -> None:
+    """Let FSDP reduce the gradients of a root, as torch's schedules do where the root is the whole stage."""
+    root.set_reshard_after_backward(True)
+    root.set_requires_gradient_sync(True)
+    if hasattr(root, "finalize_backward"):  # from torch 2.15 on
+        root.finalize_backward()
+        root.set_manual_backward_finalization(False)
+        return
+    root.set_is_last_backward(True)
+    state = root._get_fsdp_state()
+    for each in state._state_ctx.all_states:
+        for group in _groups(each):
+            group.post_backward()
+    state._root_post_backward_final_callback()
 
 
 def groups_of(module: nn.Module) -> tuple[Group, ...]:
@@ -202,11 +237,11 @@ def groups_of(module: nn.Module) -> tuple[Group, ...]:
         StructureError: if something that was asked of FSDP cannot be had here.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    inner = {id(part) for unit in units_of(module) for part in unit.modules() if part is not unit}
+    roots = roots_of(module)
     found: dict[int, Group] = {}
     for unit in units_of(module):
         state = unit._get_fsdp_state()  # type: ignore[operator]
-        is_root = id(unit) not in inner and state._auto_reshard_after_forward
+        is_root = unit in roots and state._auto_reshard_after_forward
         for group in _groups(state):
             found.setdefault(id(group), _read(type(module).__name__, group, names, bool(is_root)))
     return tuple(found.values())

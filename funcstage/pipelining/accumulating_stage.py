@@ -57,6 +57,7 @@ class AccumulatingStage(ModuleStage):
             hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
     def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
+        self._gather()
         if self._own:  # what FSDP is to reduce is not in `.grad` yet
             self._progress.add(chunk)
         if self._hooks_of_accumulators or hooked(self._own.values()):
@@ -150,10 +151,11 @@ class AccumulatingStage(ModuleStage):
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce and divide the gradients at the end of a step; torch does not divide by one."""
-        if self._whole is not None:
+        if self._whole is not None and self.has_backward:
             self._whole.hand_over()
         super().perform_reduce_grad(grad_scale_factor)
-        if grad_scale_factor == 1 and not (self._whole is not None and WAITS_FOR_REDUCTIONS):
+        by_torch = self._whole is not None and self._whole.known_to_schedules and WAITS_FOR_REDUCTIONS
+        if grad_scale_factor == 1 and not by_torch:
             self.scale_grads(1)
 
     def start_gradient_reduction(self) -> None:

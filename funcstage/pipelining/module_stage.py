@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class ModuleStage(ExchangingStage):
     _parameters: dict[str, Any]
     _fitting: Binding | None
     _replicas: Any
-    _whole: WholeParameters | None
+    _whole: WholeParameters | None = None
 
     def _bind(self) -> None:
         """Read what the module is made of."""
@@ -87,6 +88,8 @@ class ModuleStage(ExchangingStage):
         apply = apply if whole is None else whole.apply
         self._apply = self._compiled(apply)
         self._apply_with_loss = self._compiled(with_loss(apply, self._loss)) if self._loss else None
+        if whole is not None:
+            whole.go_on_from(self._whole)
         self._whole = whole
         self._binding = binding  # last: if this was interrupted, the next step reads it all again
         self._read_tensors()
@@ -154,13 +157,25 @@ class ModuleStage(ExchangingStage):
         )
         self._owned = OwnedBuffers.of(self._binding.updated)
 
+    def _gather(self) -> None:
+        """Have the parameters that FSDP shards whole, which F, I and W compute with."""
+        if self._whole is not None:
+            first = not self._whole.are_there
+            self._whole.gather(self.has_backward)
+            if first:
+                self._read_tensors()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Have them whole for an F, and do what `reshard_after_forward` says after it."""
+        self._gather()
+        yield
+        if self._whole is not None:
+            self._whole.let_go()
+
     def _look_again(self, chunk: int) -> None:
         """Notice what was done to the module since the last microbatch of the step."""
-        if self._whole is not None:
-            before = self._whole.are_there
-            self._whole.gather(self.has_backward)
-            if not before:
-                self._read_tensors()
+        self._gather()
         change = self._snapshot.change(self.submod)
         if change:
             raise StructureError(
@@ -211,11 +226,6 @@ class ModuleStage(ExchangingStage):
     def _update_buffers(self, new: Buffers) -> None:
         before, self._buffers = self._buffers, new
         if update(self._binding.updated, before, new) or self._binding.buffers_registered():
-            if self._whole is not None:
-                raise StructureError(
-                    f"{self._name}: its forward has made other buffers in the midst of a step, where what "
-                    "FSDP shards cannot be read anew. Register buffers of their final shapes."
-                )
             self._bind()
             self._fitting = self._binding
         else:

@@ -313,6 +313,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         forward = self._forwards.pop(bwd_chunk_id)
         if not self.is_last:
             forward.output_grads.update(enumerate(self.received_grads(bwd_chunk_id)))
+        self._gather()
         input_grads, weight_pullback = forward.pullback(forward.cotangents())
         if self.is_first:
             self._upstream.gather(forward.args, input_grads)
@@ -348,7 +349,7 @@ class FunctionalPipelineStage(AccumulatingStage):
 
     def _forward(self, apply: StageFunction, call: Call) -> PyTree:
         """Run F: return the output, keep the pullback and update the module's buffers."""
-        with range_of(self.stage_index, "F", call.chunk):
+        with range_of(self.stage_index, "F", call.chunk), self._gathered():
             return self.in_forward_context(call.chunk, self._run_forward, apply, call)
 
     @undone_if_interrupted
