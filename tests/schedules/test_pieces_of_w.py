@@ -171,7 +171,9 @@ def test_pieces_are_seen_one_by_one_in_a_profile_and_together_in_what_is_logged(
     whole: list[dict[str, float]] = []
     plain = pipeline_order("ZBVZeroBubble", 4, 6)
     stepped(plain, False, *batch(), log=lambda number, scalars: whole.append(scalars))
-    assert told[0]["residual_bytes/stage_0"] == whole[0]["residual_bytes/stage_0"]
+    for stage in (1, 2, 3):  # of the first stage, pieces hold the chain of cotangents besides
+        name = f"residual_bytes/stage_{stage}"
+        assert told[0][name] == whole[0][name]
 
 
 def test_an_order_for_other_numbers_or_that_cannot_run_is_refused() -> None:
