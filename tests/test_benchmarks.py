@@ -62,3 +62,18 @@ def test_checkpointed_stages_are_measured():
     assert run.returncode == 0, run.stderr
     for system in ("eager", "funcstage closures", "funcstage aten"):
         assert f"| {system} |" in run.stdout
+
+
+def test_sharded_stages_are_measured_on_all_ranks(tmp_path):
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--size", "XS", "--repeats", "3", "--json", str(file)]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.sharded"]
+    run = subprocess.run([sys.executable, "-m", *launch, *options], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = {(r["layout"], r["system"]): r for r in json.loads(file.read_text())}
+    systems = ("eager", "torch.compile", "funcstage aten")
+    assert results.keys() == {(layout, system) for layout in ("tensor", "fsdp") for system in systems}
+    for (_, system), result in results.items():
+        assert 0 < result["total_ms"] < 1e5
+        assert result["relative_error"] < 2e-2
+        assert (result["held_after_forward_mib"] is None) == (system != "funcstage aten")

@@ -1,4 +1,7 @@
-"""Pipelines of stages that are sharded: by tensor parallelism, by FSDP, by both, beside other stages."""
+"""Pipelines of stages that are sharded: by tensor parallelism, by FSDP, by both, beside other stages.
+
+All schedules with all layouts on both engines: `pytest tests/pipelining/test_sharded_stages.py -m slow`.
+"""
 
 from __future__ import annotations
 
