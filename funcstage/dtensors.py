@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+import torch
+
 Specs: TypeAlias = dict[int, Any]
 """Mesh, placements and shape of those of some leaves that are DTensors, by number."""
 
@@ -85,10 +87,61 @@ def placed_as(leaves: Sequence[Any], specs: Specs) -> list[Any]:
     return placed
 
 
+def example(tensor: Any, device: Any = "meta") -> Any:
+    """A DTensor with the look of another one and without its values, contiguous; of others, none."""
+    if not _is_dtensor(tensor):
+        return None
+    from funcstage._torch.dtensor import contiguous
+
+    return contiguous(tensor, device)
+
+
+def to_send(tensor: Any) -> Any:
+    """A tensor that lies contiguously and has arrived; a DTensor with all of that on this rank."""
+    if _is_dtensor(tensor):
+        from funcstage._torch.dtensor import contiguous
+
+        return contiguous(tensor)
+    wait = getattr(tensor, "wait", None)  # of a collective's result that nobody has read yet
+    return (tensor if wait is None else wait()).contiguous()
+
+
+def as_cotangent(tensor: Any) -> Any:
+    """A tensor; of a DTensor, what is a sum over ranks counts as the whole, as in its gradient."""
+    [local], specs = unwrapped([tensor])
+    return wrapped([local], of_cotangents(specs))[0] if specs else tensor
+
+
+def placement(tensor: Any) -> tuple[Any, ...]:
+    """Mesh and placements of a DTensor; nothing for any other tensor."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if _is_dtensor(tensor) else ()
+
+
+def zeros(example: Any, device: Any) -> Any:
+    """Zeros that look like an example, which may be a DTensor."""
+    [local], specs = unwrapped([example])
+    made = [torch.zeros(local.shape, dtype=local.dtype, device=device)]
+    return wrapped(made, specs)[0]
+
+
+def groups_of(tensors: Iterable[Any]) -> set[Any]:
+    """The process groups of several ranks over which some of the tensors are DTensors."""
+    meshes = [mesh for mesh in map(mesh_of, tensors) if mesh is not None]
+    found: set[Any] = set()
+    for mesh in dict.fromkeys(meshes):
+        found |= {group for group in mesh.get_all_groups() if group.size() > 1}
+    return found
+
+
 def mesh_of(tensor: Any) -> Any:
     """The mesh of a DTensor; None for any other tensor."""
     kind = _kind()
     return tensor.device_mesh if kind is not None and isinstance(tensor, kind) else None
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    kind = _kind()
+    return kind is not None and isinstance(tensor, kind)
 
 
 def _kind() -> Any:

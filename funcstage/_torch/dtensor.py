@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 __all__ = [
     "DTensor",
     "DTensorSpec",
+    "contiguous",
     "groups_of",
     "laid_out_as",
     "local_of",
     "of_cotangent",
     "one",
+    "shape_here",
+    "spec_for",
     "spec_of",
     "with_dtype",
     "with_placements",
@@ -72,6 +76,30 @@ def laid_out_as(tensor: Any, placements: Sequence[Any]) -> Any:
     """A DTensor with these placements; sends messages where it has others."""
     with torch.no_grad():
         return tensor.redistribute(placements=placements)
+
+
+def spec_for(
+    mesh: Any, placements: Sequence[Any], shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Any:
+    """The spec of a whole of this shape."""
+    meta = TensorMeta(torch.Size(shape), tuple(strides), dtype)
+    return DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
+
+
+def shape_here(spec: Any) -> tuple[int, ...]:
+    """The shape of the part of the whole that falls to this rank."""
+    return tuple(compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)[0])
+
+
+def contiguous(tensor: Any, device: torch.device | str | None = None) -> Any:
+    """The same DTensor, whose whole and part both count as contiguous; elsewhere, one without its values."""
+    spec, local = spec_of(tensor), local_of(tensor)
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    spec = spec_for(spec.mesh, spec.placements, tensor.shape, strides, tensor.dtype)
+    here = (
+        local.contiguous() if device is None else torch.empty(local.shape, dtype=local.dtype, device=device)
+    )
+    return DTensor(here, spec, requires_grad=False)
 
 
 def one(shape: torch.Size, dtype: torch.dtype, device: torch.device, mesh: Any) -> Any:

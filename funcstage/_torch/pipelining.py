@@ -36,12 +36,15 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _utils as torch_utils
 from torch.distributed.pipelining import stage as torch_stage
 
-from funcstage.errors import Failure, LeafError, StageError, StructureError
+from funcstage import dtensors
+from funcstage._torch import sharded_messages
+from funcstage.errors import Failure, StageError, StructureError
 from funcstage.trees import is_differentiable
 
 __all__ = [
     "EVERY_INPUT_RETURNS_A_GRADIENT",
     "PREPARED_BY_TORCH",
+    "TAKES_GRADS_AND_MESHES",
     "WAITS_FOR_REDUCTIONS",
     "Examples",
     "ExchangingStage",
@@ -66,8 +69,14 @@ PREPARED_BY_TORCH = (
 Examples: TypeAlias = tuple[Tensor, ...]
 """Tensors on the meta device that say what crosses between two stages; all of it lies contiguously."""
 
+GradExamples: TypeAlias = tuple[Tensor | None, ...]
+"""The same of gradients; `None` where there is none."""
+
 EVERY_INPUT_RETURNS_A_GRADIENT = not hasattr(torch_utils, "_StageForwardMeta")
 """In torch 2.11 the previous stage waits for a gradient even of what has none, such as integers."""
+
+TAKES_GRADS_AND_MESHES = not EVERY_INPUT_RETURNS_A_GRADIENT
+"""From torch 2.12 on DTensors cross between stages, and constructors take `get_mesh` and gradients."""
 
 _CHUNKS_HAVE_STATES = hasattr(torch_stage, "_ForwardChunkState")
 """From torch 2.15 on what is to be sent lies there, and a receive buffer is taken once."""
@@ -85,10 +94,12 @@ class ExchangingStage(PipelineStage):
 
     _failure: Failure | None = None
     _cause: Exception | None = None
+    _all_know: bool = True
     _input_examples: Examples = ()
     _output_examples: Examples = ()
     examples_of: Mapping[int, Mapping[str, Any]]
     """Examples of each microbatch, by the names of the attributes, where those of a step differ."""
+    _input_grad_examples: GradExamples = ()
 
     def infer(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[Examples, Examples]:
         """Say what the stage sends for what it receives.
@@ -101,6 +112,21 @@ class ExchangingStage(PipelineStage):
             Examples of the tensors among the inputs, and of those among the outputs.
         """
         raise NotImplementedError
+
+    def infer_grads(self, received: GradExamples) -> GradExamples:
+        """Say which gradients of its inputs the stage sends for those of its outputs that it receives.
+
+        Args:
+            received: examples of the gradients of the outputs; of the last stage's there are none.
+
+        Returns:
+            An example for each input, `None` for those that have no gradient.
+        """
+        raise NotImplementedError
+
+    def groups_beside(self) -> set[Any]:
+        """The groups whose ranks run the same stage, on other parts of its tensors."""
+        return set()
 
     def fail(self, error: Exception) -> None:
         """Note that the stage cannot run; to be raised on every rank once they have heard of it."""
@@ -131,17 +157,19 @@ class ExchangingStage(PipelineStage):
             if self._cause is not None and not isinstance(self._cause, StageError):
                 error = self._cause  # the module's own, as it is
                 error.add_note(f"This was while its shapes were found out: {self._failure.message}")
-            error.known_to_all = not EVERY_INPUT_RETURNS_A_GRADIENT  # type: ignore[attr-defined]
+            known = self._all_know and not EVERY_INPUT_RETURNS_A_GRADIENT and not self.groups_beside()
+            error.known_to_all = known  # type: ignore[attr-defined]
             raise error from (self._cause if error is not self._cause else error.__cause__)
 
     def _infer(self, received: Any, kwargs: dict[str, Any] | None) -> Failure | Examples:
         self._failure = self._cause = None
         self.examples_of = {}
+        self._all_know = True
         if isinstance(received, Failure):
             self._failure = received
         else:
             try:
-                inputs = received if self.is_first else _examples(received)
+                inputs = received if self.is_first else self._examples(received)
                 self._input_examples, self._output_examples = self.infer(inputs, kwargs or {})
             except Exception as error:  # whatever it is, the other ranks are waiting
                 self.fail(error)
@@ -187,12 +215,10 @@ class ExchangingStage(PipelineStage):
     def received(self, chunk: int) -> tuple[Tensor, ...]:
         """What the previous stage has sent of a microbatch; to be asked for once."""
         infos: Any = self.args_recv_info[chunk]
-        if _CHUNKS_HAVE_STATES:
-            return tuple(info.take_buffer() for info in infos)
-        found = tuple(info.buffer for info in infos)
-        if self._shares_rank_with(self.stage_index - 1):
+        buffers = [info.take_buffer() if _CHUNKS_HAVE_STATES else info.buffer for info in infos]
+        if not _CHUNKS_HAVE_STATES and self._shares_rank_with(self.stage_index - 1):
             _let_go(infos)
-        return found
+        return tuple(dtensors.wrapped(buffers, dtensors.unwrapped([*self._input_examples])[1]))
 
     def received_grads(self, chunk: int) -> tuple[Tensor, ...]:
         """What the next stage has sent of a microbatch; to be asked for once."""
@@ -206,6 +232,16 @@ class ExchangingStage(PipelineStage):
         for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
             for info in infos if _CHUNKS_HAVE_STATES else ():
                 info.buffer = None
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        """Hand the input gradients to the previous stage, where that is on the same rank."""
+        # V-shaped schedules ask for them even in `schedule.eval`, which torch's own stages do not survive.
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take the gradients of the output, where the next stage is on the same rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def in_forward_context(
         self, microbatch: int, forward: Callable[..., Any], *args: Any, inferring: bool = False
@@ -318,6 +354,7 @@ class ExchangingStage(PipelineStage):
     ) -> Any:
         meta = self._stage_meta
         meta.output_grads = None if self.is_last else (None,) * len(self._output_examples)
+        meta.input_grads = (None,) * len(self._input_examples)
         if self.is_last and target is None and self._failure is None:
             self.fail(
                 StructureError("the schedule has a loss_fn but got no target: schedule.step(target=...).")
@@ -329,8 +366,13 @@ class ExchangingStage(PipelineStage):
                 meta.output_grads = received.backward_metas
             elif self._failure is None:
                 self._failure = received
-        # A gradient looks like its input; torch runs a backward to learn that, for the sake of DTensors.
-        meta.input_grads = torch_utils._derive_grad_metas(_metas(self._input_examples))
+        if self._failure is None:
+            try:
+                self._input_grad_examples = self.infer_grads(self._grad_examples(meta.output_grads or ()))
+                meta.input_grads = _metas(self._input_grad_examples)
+            except Exception as error:  # the stages before this one are waiting; those after it have gone on
+                self.fail(error)
+                self._all_know = False
         message = self._failure or torch_utils._StageBackwardMeta(backward_metas=meta.input_grads)
         if self.is_first or self._shares_rank_with(self.stage_index - 1):
             return message
@@ -339,6 +381,31 @@ class ExchangingStage(PipelineStage):
 
     def _pre_metadata_inference_backup(self) -> None:
         """Since 2.14 torch writes the buffers back that its forward changed; ours changes none."""
+
+    # What the messages say, as examples.
+
+    def _examples(self, received: Any) -> Examples:
+        """Read what the previous stage, ours or torch's, says that it will send."""
+        if EVERY_INPUT_RETURNS_A_GRADIENT:
+            return tuple(example.detach().requires_grad_(is_differentiable(example)) for example in received)
+        return tuple(self._example(meta, self.stage_index - 1) for meta in received.forward_metas)
+
+    def _grad_examples(self, metas: Sequence[Any]) -> GradExamples:
+        """Read which gradients the next stage says that it will send."""
+        return tuple(None if m is None else self._example(m, self.stage_index + 1) for m in metas)
+
+    def _example(self, meta: Any, sender: int) -> Tensor:
+        local = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        if type(meta) is torch_utils._TensorMeta:
+            return local.requires_grad_(meta.requires_grad)
+        spec = sharded_messages.spec_of(meta, sender, self._mesh_cache)
+        [whole] = dtensors.wrapped([local], {0: spec})
+        return whole.requires_grad_(meta.requires_grad)
+
+    def know_meshes_of(self, examples: Sequence[Tensor | None]) -> None:
+        """Let DTensors over the meshes of these arrive."""
+        if TAKES_GRADS_AND_MESHES:
+            self._mesh_cache.update_from_tensors(tuple(examples))
 
     def _create_grad_send_info(self, args_recv_info: Any) -> list[int | None]:
         # torch 2.12 would send a gradient of every input, but waits for none of those that have none.
@@ -360,8 +427,8 @@ def without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> An
     )
 
 
-def _metas(examples: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple(torch_utils._TensorMeta.from_tensor(example) for example in examples)
+def _metas(examples: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple(None if e is None else torch_utils.extract_tensor_meta(e) for e in examples)
 
 
 def let_go_of_last_step(stage: Any) -> None:
@@ -382,19 +449,3 @@ def _let_go(infos: Any) -> None:
 
 
 _NOTHING = torch.empty(0)
-
-
-def _examples(received: Any) -> Examples:
-    """Read what the previous stage, ours or torch's, says that it will send."""
-    if EVERY_INPUT_RETURNS_A_GRADIENT:
-        return tuple(example.detach().requires_grad_(is_differentiable(example)) for example in received)
-    for meta in received.forward_metas:
-        if type(meta) is not torch_utils._TensorMeta:
-            raise LeafError(
-                f"the stage before it sends a {type(meta).__name__}; only plain tensors can be taken. Let "
-                "that stage return plain tensors, of a DTensor to_local()."
-            )
-    return tuple(
-        torch.empty(meta.shape, dtype=meta.dtype, device="meta", requires_grad=meta.requires_grad)
-        for meta in received.forward_metas
-    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcstage import trees
+from funcstage import dtensors, trees
 from funcstage.trees import Buffers, PyTree
 
 StageFunction = Callable[..., tuple[PyTree, Buffers]]
@@ -27,18 +27,42 @@ def tensors(tree: PyTree) -> list[Tensor]:
 
 
 def alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+    """Whether tensors have the same shapes, dtypes and, if they are DTensors, meshes and placements."""
+    return list(map(_key, found)) == list(map(_key, expected))
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, dtensors.placement(tensor)
+
+
+def look(tensor: Tensor) -> str:
+    """Describe a tensor without its device, which in examples is none."""
+    placed = dtensors.placement(tensor)
+    return trees.look(tensor) + (f" placed {placed[1]} over {placed[0]}" if placed else "")
 
 
 def looks(tensors: Sequence[Tensor]) -> str:
-    """Describe tensors without their device, which in examples is none."""
-    return f"({', '.join(map(trees.look, tensors))})"
+    """Describe several."""
+    return f"({', '.join(map(look, tensors))})"
 
 
 def example(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+    made = dtensors.example(leaf)
+    if made is None:
+        made = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+    return made.requires_grad_(leaf.requires_grad)
+
+
+def sent_grad(grad: Tensor | None, example: Tensor | None, device: torch.device) -> Tensor | None:
+    """What the previous stage waits for: zeros where there is no gradient, but could have been one."""
+    if example is None:
+        return None
+    if grad is None:
+        return dtensors.local_of(dtensors.zeros(example, device))
+    [placed] = dtensors.placed_as([grad], dtensors.unwrapped([example])[1])
+    return dtensors.local_of(dtensors.to_send(placed))
 
 
 def trainable(leaf: Any) -> Any:

@@ -25,6 +25,7 @@ from funcstage import trees
 from funcstage._torch.messages import STORE_EMPTY, says
 from funcstage._torch.pipelining import ExchangingStage
 from funcstage._torch.schedules import Microbatches, prepare, prepare_again, prepared, stages_of
+from funcstage.dtensors import placement
 from funcstage.errors import LeafError, StructureError
 from funcstage.pipelining import failures
 from funcstage.pipelining.examples import looks, tensors
@@ -250,7 +251,7 @@ def described(found: Sequence[Any], trains: bool) -> bytes:
 def _look(tree: Any) -> Any:
     leaves, spec = trees.flatten(tree)
     return spec, tuple(
-        (tuple(leaf.shape), str(leaf.dtype), leaf.requires_grad)
+        (tuple(leaf.shape), str(leaf.dtype), leaf.requires_grad, str(placement(leaf)))
         if isinstance(leaf, Tensor)
         else (type(leaf).__name__, leaf if isinstance(leaf, int) else None)
         for leaf in leaves

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from funcstage import trees
-from funcstage.checks import Meta
+from funcstage.dtensors import as_cotangent, zeros
+from funcstage.pipelining.examples import example
 from funcstage.pullback import Pullback
 from funcstage.trees import PyTree
 
@@ -30,20 +31,21 @@ class Forward:
     Attributes:
         pullback: of the microbatch.
         spec: the structure of the output.
-        single: what the output looks like, if it is one tensor.
+        single: an example of the output, if that is one tensor, and its device.
         args: the first stage's arguments, through which autograd goes on.
         output_grads: the gradients of the output's leaves that have arrived.
     """
 
     pullback: Pullback
     spec: optree.PyTreeSpec
-    single: Meta | None
+    single: tuple[Tensor, torch.device] | None
     args: tuple[Any, ...]
     output_grads: dict[int, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pullback: Pullback, output: PyTree, args: tuple[Any, ...]) -> Forward:
-        return cls(pullback, trees.flatten(output)[1], Meta.of(output), args)
+        single = (example(output), output.device) if trees.is_differentiable(output) else None
+        return cls(pullback, trees.flatten(output)[1], single, args)
 
     def cotangents(self) -> PyTree:
         """The gradients as the pullback takes them."""
@@ -51,7 +53,7 @@ class Forward:
         # torch 2.11 sends a gradient of everything. To a pullback, one None alone would be ones.
         grads = [grad if trees.is_differentiable(grad) else None for grad in grads]
         if self.single is not None and grads == [None]:
-            return torch.zeros(self.single.shape, dtype=self.single.dtype, device=self.single.device)
+            return zeros(as_cotangent(self.single[0]), self.single[1])
         return trees.unflatten(self.spec, grads)
 
     def awaiting_grad(self, i: int, leaf: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from funcstage import trees
 from funcstage._torch import tracing as tt
 from funcstage._torch.pipelining import (
+    TAKES_GRADS_AND_MESHES,
     Examples,
     ExchangingStage,
+    GradExamples,
 )
-from funcstage.dtensors import first_dtensor
+from funcstage.dtensors import as_cotangent, groups_of, placement
 from funcstage.engines.graph import compile as compile_stage
 from funcstage.engines.graph.blame import is_raised_by_stage
 from funcstage.errors import LeafError, StructureError
@@ -35,14 +37,12 @@ from funcstage.pipelining.examples import (
     trainable,
 )
 from funcstage.pipelining.folded_loss import FoldedLoss, with_loss
+from funcstage.pipelining.given import Given
+from funcstage.pipelining.inference import input_grads, run_on_fakes
 from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
-from funcstage.pipelining.same_dtypes import SameDtypes
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.whole import WholeParameters, whole_parameters
-from funcstage.state.ambient import own_autocast_cache
-from funcstage.state.kept import untouched
-from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import Buffers, Params, PyTree, describe
 from funcstage.wrappers import check_alone
 
@@ -56,8 +56,7 @@ class ModuleStage(ExchangingStage):
     The module stays the owner of its tensors. It is looked at again in each step and before each microbatch.
     """
 
-    _given_inputs: PyTree
-    _given_outputs: PyTree
+    _given: Given
     _compile_options: dict[str, Any] | None
     _loss: FoldedLoss | None
     _grad_dtype: torch.dtype | None
@@ -235,20 +234,20 @@ class ModuleStage(ExchangingStage):
         """Say what the stage sends for what it receives, from a forward on fake tensors."""
         self._check_keywords(kwargs)
         received = tensors(inputs)
-        if self._given_inputs is not None and not alike(received, tensors(self._given_inputs)):
+        if self._given.inputs is not None and not alike(received, tensors(self._given.inputs)):
             raise LeafError(
-                f"it gets {looks(received)}, but input_args says {looks(tensors(self._given_inputs))}. "
+                f"it gets {looks(received)}, but input_args says {looks(tensors(self._given.inputs))}. "
                 "Give the stages modules that fit together, or leave input_args out."
             )
         try:
             output = self.in_forward_context(0, self._output_for, inputs, kwargs, inferring=True)
         except tt.UNTRACEABLE as error:
-            if self._given_outputs is None:
+            if self._given.outputs is None:
                 raise StructureError(
                     "its shapes depend on values of its inputs, so they cannot be inferred. Pass "
                     f"output_args. ({type(error).__name__}: {error})"
                 ) from error
-            output = trees.map_leaves(trainable, self._given_outputs)
+            output = trees.map_leaves(trainable, self._given.outputs)
         except Exception as error:
             if is_raised_by_stage(error):
                 raise
@@ -258,38 +257,59 @@ class ModuleStage(ExchangingStage):
                 "before it returns."
             ) from error
         sent = tensors(output)
-        if self._given_outputs is not None and not alike(sent, tensors(self._given_outputs)):
+        if self._given.outputs is not None and not alike(sent, tensors(self._given.outputs)):
             raise LeafError(
                 f"its output is {looks(sent)}, but output_args says "
-                f"{looks(tensors(self._given_outputs))}. Correct output_args or leave it out."
+                f"{looks(tensors(self._given.outputs))}. Correct output_args or leave it out."
             )
         if not self.is_last and any(not isinstance(value, Tensor) for value in as_tuple(output)):
             raise StructureError(
                 f"its output is {describe(output)}; only a tensor or a tuple of tensors can be sent to the "
                 "next stage. Return those, and make constants attributes of the next stage."
             )
+        crossing = ([] if self.is_first else received) + ([] if self.is_last else sent)
+        if not TAKES_GRADS_AND_MESHES and any(map(placement, crossing)):
+            raise StructureError(
+                f"a DTensor crosses between stages ({looks(crossing)}), which torch's pipelines take from "
+                "torch 2.12 on. Let stages return to_local(), or upgrade torch."
+            )
+        if self.has_backward and not self.is_first:
+            self._given.sent_grads(received)
         self._output = trees.map_leaves(example, output)
         self._prepared_for = trees.map_leaves(example, (inputs, kwargs))
+        self.know_meshes_of([*received, *sent])
         return tuple(map(example, received)), tuple(map(example, sent))
 
-    @undone_if_interrupted
-    def _output_for(self, inputs: Any, kwargs: dict[str, Any]) -> PyTree:
-        """Run the stage on fake tensors, which have no memory and cost no computation."""
-        mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
+    def groups_beside(self) -> set[Any]:
+        """The groups of the meshes that the stage's DTensors lie on, whose ranks run the same stage."""
+        return groups_of([*self._parameters.values(), *self._buffers.values(), *self._input_examples])
 
-        def fake(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if first_dtensor([leaf]) is not None:
-                return mode.from_tensor(leaf.detach()).requires_grad_(leaf.requires_grad)
-            return tt.fake_like(mode, leaf, device=self.device).requires_grad_(leaf.requires_grad)
+    def infer_grads(self, received: GradExamples) -> GradExamples:
+        """Say which gradients of its inputs the stage sends for those of its outputs that it receives.
 
-        args, kwargs, params, buffers = trees.map_leaves(
-            fake, (inputs, kwargs, self._parameters, self._buffers)
+        A gradient looks like its input. Where that is a DTensor, it has the placements of `input_grads`, or
+        those that autograd gives it.
+        """
+        if not self.is_last:
+            self._given.check_received(received, self._output_examples)
+        inputs = self._input_examples
+        given = (None,) * len(inputs) if self.is_first else self._given.sent_grads(inputs)
+        sent = [as_cotangent(x if grad is None else grad) for grad, x in zip(given, inputs, strict=True)]
+        if not self.is_first and any(x.requires_grad and placement(x) for x in inputs):
+            assert self._prepared_for is not None
+            with suppress(Exception):  # what autograd does not say costs no more than a message
+                found = self._output_for(*self._prepared_for, input_grads(received, self.device))
+                sent = [
+                    s if g is not None or f is None else f for s, g, f in zip(sent, given, found, strict=True)
+                ]
+        return tuple(
+            example(s.detach()) if x.requires_grad else None for s, x in zip(sent, inputs, strict=True)
         )
-        with own_autocast_cache(), untouched(self.submod), mode, SameDtypes(), torch.enable_grad():
-            output, _ = self._eager(params, buffers, *args, **kwargs)
-        return output
+
+    def _output_for(self, inputs: Any, kwargs: dict[str, Any], *then: Any) -> Any:
+        """Run the stage on fake tensors, which have no memory and cost no computation."""
+        state, call = (self._parameters, self._buffers), (inputs, kwargs)
+        return run_on_fakes(self._eager, self.submod, state, call, self.device, *then)
 
     def _turn_to(self, chunk: int) -> None:
         """Expect what a microbatch looks like, where those of the step differ."""

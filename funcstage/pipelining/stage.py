@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcstage import trees
-from funcstage._torch.pipelining import (
-    EVERY_INPUT_RETURNS_A_GRADIENT,
-)
+from funcstage.dtensors import local_of, to_send
 from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps, failures, plans
 from funcstage.pipelining.accumulating_stage import AccumulatingStage
 from funcstage.pipelining.binding import Binding
-from funcstage.pipelining.examples import LossFunction, StageFunction, any_requires_grad, as_tuple
+from funcstage.pipelining.examples import LossFunction, StageFunction, any_requires_grad, as_tuple, sent_grad
 from funcstage.pipelining.folded_loss import FoldedLoss, Pending
+from funcstage.pipelining.given import GetMesh, Given, Position
 from funcstage.pipelining.microbatch import Call, Forward
 from funcstage.pipelining.preparations import Preparations
 from funcstage.pipelining.ranges import in_range, leaves_behind, range_of
@@ -68,8 +67,14 @@ class FunctionalPipelineStage(AccumulatingStage):
         input_args: examples of the positional arguments for one microbatch. They are checked against what the
             stage gets, and never needed.
         output_args: examples of the output, likewise; needed if shapes depend on the values of inputs.
+        output_grads: examples of the gradients of the outputs; they are checked against what the next stage
+            sends. These arguments and `get_mesh` need torch 2.12. (Torch 2.11 has `group` and `dw_builder`
+            at the positions of the two, and here they are taken there as well.)
+        input_grads: examples of the gradients of the inputs; DTensors are sent with these placements.
         group: the pipeline's process group; `None` is the default group.
         dw_builder: must be `None`, as this stage splits its backward itself.
+        get_mesh: `get_mesh(mesh_dim_names, mesh_layout) -> DeviceMesh`, which looks up the mesh of a DTensor
+            that another stage sends.
         compile: run F, I and W as compiled programs: `True`, or a dict of options of `funcstage.compile`.
         loss_fn: `loss_fn(output, target) -> scalar`, a pure function of the last stage's output. Give the
             schedule the `loss_fn` attribute of this stage, and the loss becomes part of the last stage's
@@ -109,8 +114,11 @@ class FunctionalPipelineStage(AccumulatingStage):
         device: torch.device | str,
         input_args: PyTree = None,
         output_args: PyTree = None,
+        output_grads: PyTree = None,
+        input_grads: PyTree = None,
         group: dist.ProcessGroup | None = None,
         dw_builder: None = None,
+        get_mesh: GetMesh | None = None,
         *,
         compile: bool | dict[str, Any] = False,
         loss_fn: LossFunction | None = None,
@@ -119,22 +127,28 @@ class FunctionalPipelineStage(AccumulatingStage):
         param_dtype: torch.dtype | None = None,
     ) -> None:
         """Construct the stage; the docstring of the class describes the arguments."""
+        where = Position(output_grads, input_grads, group, dw_builder, get_mesh)
+        group = where.group_found
         with constructors.constructing(group, stage_index, num_stages):
+            read = where.of_this_torch()
             device = torch.device(device)
             check_position(stage_index, num_stages)
             check_module(submodule, device)
             check_loss(loss_fn)
             check_param_dtype(param_dtype)
-            if dw_builder is not None:
+            if read.dw_builder is not None:
                 raise StructureError(
                     "dw_builder must be None: this stage splits its backward itself, into I and W."
                 )
             check_group(group)
+            given = Given(input_args, output_args, read.input_grads, read.output_grads)
+            given.check()
             # The examples stay here: torch would take them for the truth, and skip the exchange that
             # checks it.
-            super().__init__(submodule, stage_index, num_stages, device, group=group)
-            self._given_inputs = input_args
-            self._given_outputs = output_args
+            meshes: dict[str, Any] = {} if get_mesh is None else {"get_mesh": get_mesh}
+            super().__init__(submodule, stage_index, num_stages, device, group=group, **meshes)
+            self._given = given
+            self.know_meshes_of(given.all_tensors())
             self._compile_options: dict[str, Any] | None = {} if compile is True else compile or None
             self._loss = None if loss_fn is None else FoldedLoss(loss_fn)
             self._grad_dtype = grad_dtype
@@ -254,9 +268,9 @@ class FunctionalPipelineStage(AccumulatingStage):
         self._look_again(fwd_chunk_id)
         self._check_call(call)
         if not self.is_last:
-            outputs = tuple(tensor.contiguous() for tensor in as_tuple(self._forward(self._apply, call)))
+            outputs = tuple(map(to_send, as_tuple(self._forward(self._apply, call))))
             self._check_microbatch(call, "output", outputs, self._output_examples)
-            self.keep_output(fwd_chunk_id, outputs)
+            self.keep_output(fwd_chunk_id, tuple(map(local_of, outputs)))
             return outputs if len(outputs) > 1 else outputs[0]
         if save_forward_output:
             self.output_chunks.append(None)
@@ -275,17 +289,7 @@ class FunctionalPipelineStage(AccumulatingStage):
     def set_local_fwd_input(self, prev_stage_outputs: PyTree, mb_index: int) -> None:
         """Take the output of the previous stage, where that is on the same rank."""
         for info, tensor in zip(self.args_recv_info[mb_index], as_tuple(prev_stage_outputs), strict=True):
-            info.buffer = tensor.detach()  # no copy
-
-    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
-        """Hand the input gradients to the previous stage, where that is on the same rank."""
-        # V-shaped schedules ask for them even in `schedule.eval`, which torch's own stages do not survive.
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
-        """Take the gradients of the output, where the next stage is on the same rank."""
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+            info.buffer = local_of(tensor.detach())  # no copy
 
     @in_range("B")
     def backward_one_chunk(
@@ -318,7 +322,9 @@ class FunctionalPipelineStage(AccumulatingStage):
         if self.is_first:
             self._upstream.gather(forward.args, input_grads)
         else:
-            self.bwd_cache[bwd_chunk_id] = tuple(map(self._sent_grad, input_grads, self._input_examples))
+            examples = self._input_grad_examples or self._input_examples
+            pairs = zip(input_grads, examples, strict=True)
+            self.bwd_cache[bwd_chunk_id] = tuple(sent_grad(grad, like, self.device) for grad, like in pairs)
         if full_backward:
             self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=True)
         else:
@@ -381,14 +387,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._pending[chunk].output()
         torch.autograd.backward(loss)
 
-    def _sent_grad(self, grad: Tensor | None, example: Tensor) -> Tensor | None:
-        """What the previous stage waits for: zeros where there is no gradient, but could have been one."""
-        if grad is not None:
-            return grad.contiguous()
-        if example.requires_grad or EVERY_INPUT_RETURNS_A_GRADIENT:
-            return torch.zeros(example.shape, dtype=example.dtype, device=self.device)
-        return None
-
     def all_groups(self) -> set[dist.ProcessGroup | None]:
         """The process groups that messages of this stage go through."""
-        return self._groups() | (set() if self._replicas is None else {self._replicas.group})
+        replicas = set() if self._replicas is None else {self._replicas.group}
+        return self._groups() | self.groups_beside() | replicas

@@ -819,6 +819,16 @@ def steps_that_fail_and_schedules_in_turn() -> None:
                 assert hasattr(stages[0], name), f"a stage has no {name} after a step"
 
 
+@stands_on("_torch/sharded_messages.py", "_torch/pipelining.py", "_torch/dtensor.py")
+def dtensors_between_ranks() -> None:
+    import test_sharded_activations as sharded
+    from pipeline_cases import Case
+    from torch.distributed.tensor import Shard
+
+    if not is_2_11():
+        sharded.assert_trains(Case("Interleaved1F1B", 4, 4, compile={"backend": "aten"}), Shard(1))
+
+
 @stands_on("pipelining/cut.py")
 def cutting() -> None:
     from funcstage.pipelining import cut
