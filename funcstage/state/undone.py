@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from funcstage._torch import calls as _calls
 from funcstage._torch import dynamo as _dynamo
 from funcstage._torch import functorch as ft
 from funcstage._torch import interception as _interception
@@ -29,7 +30,7 @@ def undone_if_interrupted(function: Function) -> Function:
     def run(*args: Any, **kwargs: Any) -> Any:
         levels, entered, grad = ft.current_level(), modes.function_modes(), torch.is_grad_enabled()
         hooks, refusal, asked = ft.saving_hooks(), ft.saving_refused(), _interception.current()
-        eager, dispatched = _dynamo.runs_eagerly(), modes.dispatch_modes()
+        eager, dispatched, called = _dynamo.runs_eagerly(), modes.dispatch_modes(), _calls.current()
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -42,6 +43,7 @@ def undone_if_interrupted(function: Function) -> Function:
             ft.refuse_saving(refusal)
             _dynamo.run_eagerly(eager)
             _interception.restore(asked)
+            _calls.restore(called)
             modes.set_grad_enabled(grad)
             interrupt = error.__context__
             left = isinstance(error, RuntimeError) and says(error, NOT_ENTERED)

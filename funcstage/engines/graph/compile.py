@@ -9,7 +9,8 @@ import itertools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from funcstage.checks import differentiated_leaves
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.choose import choose
 from funcstage.engines.graph.blame import failed, tried_uncompiled
+from funcstage.engines.graph.breaks import Parts
 from funcstage.engines.graph.chain import OF_ANY_SIZE, WORTH_IT, chained
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
@@ -33,6 +35,7 @@ from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.engines.graph.programs import Programs
 from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import Recorder
+from funcstage.engines.graph.refusals import ReadsValue
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
 from funcstage.engines.graph.sharded import sharded
@@ -68,6 +71,7 @@ class CompiledStage:
         dynamic: bool | None = None,
         sites: bool = False,
         repeated: bool | None = None,
+        fullgraph: bool | None = None,
     ) -> None:
         self.apply = apply
         self.backend = backend
@@ -76,6 +80,7 @@ class CompiledStage:
         self.dynamic = dynamic
         self.sites = sites
         self.repeated = repeated
+        self.fullgraph = fullgraph
         self.module: nn.Module | None = getattr(apply, "module", None)
         self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
         self._modules = modules_behind(apply)
@@ -87,22 +92,25 @@ class CompiledStage:
         self._recent: tuple[Recent, Programs] | None = None
         self._lock = threading.Lock()
         self._warned = False
+        self._unreadable: dict[Hashable, ReadsValue] = {}
+        self._parts: Parts | None = None
 
     def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
         call = StageCall.of(self.apply, params, buffers, args, kwargs, None)
-        found = self._found(call)
+        found = self._whole(call)
         if found is None:
             return self.apply(params, buffers, *args, **kwargs)
-        output, new_buffers, _ = self._run(found, call)
+        output, new_buffers, _ = self.run(found, call)
         return output, new_buffers
 
     def linearize(self, call: StageCall) -> Linearized[Any]:
         """Run F: what makes it an engine."""
-        found = self._found(call)
+        found = self._whole(call)
         if found is not None:
-            return self._run(found, call)
+            return self.run(found, call)
         call = call.to(self.apply)
-        return choose(call)(call)
+        with nullcontext() if self._parts is None else self._parts.running():
+            return choose(call)(call)
 
     def plan(
         self,
@@ -153,7 +161,7 @@ class CompiledStage:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, pickled ones too, are of the stage function, and trace anew."""
         options = self.backend, self.remat, self.cuda_graphs, self.dynamic, self.sites, self.repeated
-        return type(self), (self.apply, *options)
+        return type(self), (self.apply, *options, self.fullgraph)
 
     def __repr__(self) -> str:
         named = isinstance(self.remat, str | float)
@@ -177,7 +185,24 @@ class CompiledStage:
         header = ("signature", "FLOPs of F", "of I", "of W", "held after F", "held after I")
         return table(repr(self)[1:-1], header, rows)
 
-    def _found(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
+    def _whole(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
+        """The programs for a call and its tensors; `None` where it runs uncompiled, in part or as a whole."""
+        try:
+            return self.found(call)
+        except ReadsValue as refusal:
+            if self.fullgraph:
+                raise
+            if self._parts is None:
+                self._parts = Parts(self.module or nn.Module(), self._part)
+                if self.fullgraph is None:
+                    self._warn_of_parts(refusal)
+            return None
+
+    def _part(self, apply: Callable[..., Any]) -> CompiledStage:
+        options = self.backend, self.remat, False, self.dynamic, self.sites, self.repeated
+        return CompiledStage(apply, *options, fullgraph=False)
+
+    def found(self, call: StageCall) -> tuple[Programs, list[Tensor]] | None:
         """The programs for a call and its tensors; `None` where the original function must run."""
         if current_level():
             return None  # a transform around the stage
@@ -200,7 +225,7 @@ class CompiledStage:
             self._recent = Recent(call, self._fingerprint, reads, open_dims, sizes), programs
         return programs, tensors
 
-    def _run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
+    def run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
         """Run F; where it fails, raise what the stage itself raises."""
         programs, tensors = found
         try:
@@ -238,7 +263,15 @@ class CompiledStage:
             found = self._known(called, tensors)
             if found is None and self._lengths.learn(reversed(self._traced), called):
                 found = self._known(self._signature(call), tensors)
-            return found or self._trace_open(call.to(self.apply))
+            kind = called.structure, called.argnums, called.module
+            if found is None and kind in self._unreadable:
+                raise self._unreadable[kind].with_traceback(None)
+            try:
+                return found or self._trace_open(call.to(self.apply))
+            except ReadsValue as refusal:
+                if not self.fullgraph:
+                    self._unreadable[kind] = refusal
+                raise
 
     def _known(self, called: Signature, tensors: list[Tensor]) -> tuple[Programs, Signature, Reads] | None:
         for reads in self._reads.get(called, ()):
@@ -279,7 +312,10 @@ class CompiledStage:
                 )
                 reads, said = recorder.finish()
             except TraceError as refusal:
-                error: Exception | None = refusal if open_dims else tried_uncompiled(refusal, call)
+                runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph
+                error: Exception | None = (
+                    refusal if open_dims or runs_anyway else tried_uncompiled(refusal, call)
+                )
                 cause = refusal.__cause__
             else:
                 error = None
@@ -322,6 +358,13 @@ class CompiledStage:
         if gone._replace(outside=(), sizes=None) not in left:
             del self._reads[gone._replace(outside=(), sizes=None)]
 
+    def _warn_of_parts(self, refusal: ReadsValue) -> None:
+        warnings.warn(
+            f"{refusal} It runs uncompiled, but for those of its submodules that can be traced. "
+            "fullgraph=True refuses it instead, fullgraph=False says nothing of it.",
+            stacklevel=2,
+        )
+
     def _warn(self) -> None:
         seen = list(self._traced)
         misses = ("; ".join(reasons(old, new)) or "?" for old, new in itertools.pairwise(seen))
@@ -342,6 +385,7 @@ def compile(
     dynamic: bool | None = None,
     sites: bool = False,
     repeated: bool | None = None,
+    fullgraph: bool | None = None,
 ) -> CompiledStage:
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
@@ -370,6 +414,9 @@ def compile(
             result hardly grows with depth; layers that differ in anything but their parameters' values are
             lowered apart. `None`: by Inductor, where a layer comes four times or more. `False`: each
             program is lowered as one.
+        fullgraph: what becomes of a stage that reads values of tensors (`.item()`, `nonzero`, an `if`),
+            which no trace knows. `None` and `False`: it runs uncompiled, but for those of its submodules that
+            can be traced; `None` warns of it. `True`: it is refused.
 
     Returns:
         A stage function for `stage_vjp`.
@@ -403,7 +450,9 @@ def compile(
         raise StructureError(f"sites must be True or False, got {sites!r}.")
     if repeated is not None and not isinstance(repeated, bool):
         raise StructureError(f"repeated must be None, True or False, got {repeated!r}.")
-    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites, repeated)
+    if fullgraph not in (None, True, False):
+        raise StructureError(f"fullgraph must be None, True or False, got {fullgraph!r}.")
+    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites, repeated, fullgraph)
 
 
 def _checked(remat: object) -> Remat:

@@ -21,6 +21,10 @@ from funcstage.errors import PurityError, TraceError
 from funcstage.state.argument_containers import WAY_OUT, Containers
 
 
+class ReadsValue(TraceError):
+    """A stage reads the value of a tensor, which no trace knows; parts of it may not."""
+
+
 def name_of(apply: Callable[..., Any]) -> str:
     return getattr(apply, "__qualname__", type(apply).__name__)
 
@@ -107,12 +111,14 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     reason = str(error).partition("\n")[0] or type(error).__name__
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
+    kind = TraceError
     if isinstance(error, tt.UNTRACEABLE):
-        reason = f"it reads the value of a tensor ({reason})"
+        kind, reason = ReadsValue, f"it reads the value of a tensor ({reason})"
         if torch.is_anomaly_enabled() and where is None:
+            kind = TraceError
             reason = "anomaly mode looks at the values of gradients; turn it off around compiled stages"
     at = "" if where is None else f", at {where}"
-    return TraceError(f"{owner} cannot be traced{at}: {reason}.")
+    return kind(f"{owner} cannot be traced{at}: {reason}.")
 
 
 def _is_module(value: object) -> bool:

@@ -222,9 +222,11 @@ class Rerun:
 
     Attributes:
         values: the differentiable results of the first run, until they are taken.
+        first_kept: how many of the captured tensors it needs no more.
     """
 
     values: tuple[Tensor, ...]
+    first_kept: int = 0
 
     def vjp(self, captured: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Run the region again: gradients of those captured tensors that come first."""
@@ -246,14 +248,15 @@ class Recomputed(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.rerun, *captured = inputs
-        ctx.save_for_backward(*captured)
+        ctx.n_captured = len(captured)
+        ctx.save_for_backward(*captured[ctx.rerun.first_kept :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         captured = [ft.without_dead_wrappers(tensor) for tensor in ctx.saved_tensors]
         grads = ctx.rerun.vjp(captured, cotangents)
-        return None, *grads, *[None] * (len(captured) - len(grads))
+        return None, *grads, *[None] * (ctx.n_captured - len(grads))
 
 
 def modules_in(objects: Iterable[Any]) -> Iterator[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,12 +57,23 @@ def _units(tape: WeightTape) -> Iterable[_Unit]:
         alone = replace(tape, seeds=[(edge, cotangent)], regions=[])
         yield _Unit(alone, nodes, cotangent.numel() * max(map(_row, reached), default=1))
     for i, (places, of_region) in enumerate(tape.regions):
+        if not hasattr(of_region, "seeds"):  # another engine's
+            behind = {*nodes_behind([places[k] for k in of_region.reached()])}
+            rows = [_row(leaf) for _, leaf in tape.origin.params if any(_ends_at(leaf, behind))]
+            held = sum(leaf.numel() for leaf in of_region.leaves())
+            alone = replace(tape, seeds=[], regions=[tape.regions[i]])
+            yield _Unit(alone, behind, held * max(rows, default=1))
+            continue
         for unit in _units(of_region):
             ends = [getattr(node, "variable", None) for node in unit.nodes]
             reached_there = [k for k, leaf in of_region.origin.params if any(end is leaf for end in ends)]
             behind = {*nodes_behind([places[k] for k in reached_there])}
             region = tape.regions[i]._replace(tape=unit.tape)
             yield _Unit(replace(tape, seeds=[], regions=[region]), unit.nodes | behind, unit.cost)
+
+
+def _ends_at(leaf: Tensor, nodes: Iterable[Node]) -> Iterator[bool]:
+    return (getattr(node, "variable", None) is leaf for node in nodes)
 
 
 def _row(weight: Tensor) -> int:
@@ -78,6 +89,8 @@ def _merged(tape: WeightTape, units: Sequence[WeightTape]) -> WeightTape:
             of_regions.setdefault(id(places), []).append(of_region)
     regions = [
         region._replace(tape=_merged(region.tape, of_regions[id(region.places)]))
+        if hasattr(region.tape, "seeds")
+        else region
         for region in tape.regions
         if id(region.places) in of_regions
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from funcstage.engines.base import Place, is_differentiated
+from funcstage.engines.base import Place, Summed, is_differentiated
 from funcstage.engines.base import WeightTape as AnyWeightTape
 from funcstage.engines.levels import first_stage
 from funcstage.engines.levels.pieces import reached, split
@@ -127,7 +127,7 @@ class WeightTape(WeightsOnNodes):
                 lambda grad, edge=edge: vjp_from([edge], [grad]),  # type: ignore[misc]
             )
         for outside, of_region in self.regions:
-            for place in of_region.sites():
+            for place in _sites_of(of_region, outside, reached_from):
                 yield place._replace(
                     reached=reached_from([outside[i] for i in place.reached]),
                     vjp=lambda grad, inside=place.vjp, outside=outside: vjp_from(outside, inside(grad)),  # type: ignore[misc]
@@ -166,8 +166,23 @@ class WeightTape(WeightsOnNodes):
         return self.origin.saved((edge for edge, _ in self.seeds), self.home)
 
 
+def _sites_of(
+    tape: Any, outside: list[GradientEdge], reached_from: Callable[[Sequence[GradientEdge]], list[int]]
+) -> Iterator[Place]:
+    """The sites of a region, or of a part that another engine runs."""
+    try:
+        yield from tape.sites()
+    except Summed as summed:
+        raise Summed(reached_from([outside[i] for i in summed.reached])) from None
+
+
 class RegionTape(NamedTuple):
-    """What W needs of a checkpointed region, and where on the inner tape the gradients go on."""
+    """What W needs of a checkpointed region, or of a part that another engine runs.
+
+    Attributes:
+        places: where on the inner tape the gradients go on.
+        tape: its own.
+    """
 
     places: list[GradientEdge]
     tape: WeightTape

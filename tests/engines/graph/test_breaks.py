@@ -1,0 +1,428 @@
+"""Stages that read values of tensors, compiled in parts, against plain eager autograd."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+from funcstage.testing import check_stage
+
+
+class Block(nn.Module):
+    """What can be traced."""
+
+    def __init__(self, width: int = 4, hidden: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.down(functional.gelu(self.up(self.norm(x))))
+        return x + (y if scale is None else y * scale)
+
+
+class Stage(nn.Module):
+    """A stage with blocks, and what reads values between them."""
+
+    def __init__(self, between: Callable[[Stage, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+        self.gate = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(Block() for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self, self.first(x)))
+
+
+def item(s: Stage, x: Tensor) -> Tensor:
+    return x * x.detach().sum().item()
+
+
+def tolist(s: Stage, x: Tensor) -> Tensor:
+    return x * x.new_tensor(x.detach().abs().sum(-1).tolist())[..., None]
+
+
+def branch(s: Stage, x: Tensor) -> Tensor:
+    return s.experts[0](x) if x.sum() > 0 else s.experts[1](x)
+
+
+def loop(s: Stage, x: Tensor) -> Tensor:
+    for _ in range(int(x.detach().abs().sum()) % 3 + 1):
+        x = s.experts[0](x)
+    return x
+
+
+def nonzero(s: Stage, x: Tensor) -> Tensor:
+    rows = x.sum(-1).gt(0).nonzero()[:, 0]
+    return x.index_add(0, rows, s.experts[0](x[rows]))
+
+
+def masked(s: Stage, x: Tensor) -> Tensor:
+    keep = x.sum(-1) > 0
+    y = x.clone()
+    y[keep] = s.experts[1](x[keep])
+    return y
+
+
+def routed(s: Stage, x: Tensor) -> Tensor:
+    """A mixture of experts that counts its tokens."""
+    weights, chosen = s.gate(x).softmax(-1).topk(2, -1)
+    counts = torch.bincount(chosen.flatten(), minlength=3).tolist()
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(s.experts):
+        if counts[i]:
+            rows, place = (chosen == i).nonzero(as_tuple=True)
+            y = y.index_add(0, rows, expert(x[rows], scale=weights[rows, place, None]))
+    return y
+
+
+def in_place(s: Stage, x: Tensor) -> Tensor:
+    """Into what a part has returned."""
+    y = s.experts[0](x)
+    y += s.gate(x).sum(-1, keepdim=True)
+    return y.mul_(x.detach().max().item())
+
+
+def scaled_by_a_parameter(s: Stage, x: Tensor) -> Tensor:
+    """The last argument depends on parameters alone."""
+    return s.experts[2](x * x.detach().sum().item(), scale=s.gate.weight.sum().tanh())
+
+
+def shared(s: Stage, x: Tensor) -> Tensor:
+    s_first = s.first(x)  # twice in one forward
+    return functional.linear(s_first, s.first.up.weight.T @ s.second.up.weight) * x.detach().sum().item()
+
+
+KINDS = [item, tolist, branch, loop, nonzero, masked, routed, in_place, scaled_by_a_parameter, shared]
+
+
+def made(between: Callable[[Stage, Tensor], Tensor]) -> tuple[Stage, Tensor]:
+    torch.manual_seed(0)
+    return Stage(between).double(), torch.randn(6, 4).double()
+
+
+def in_parts(apply: Any, **options: Any) -> Any:
+    return fs.compile(apply, **{"backend": "aten", "fullgraph": False, **options})
+
+
+def compiled_parts(stage: Any) -> list[str]:
+    """The parts of a stage that have programs."""
+    names = {module: name for name, module in stage.module.named_modules()}
+    return [names[part] for part, found in stage._parts._parts.items() if found._compiled._traced]
+
+
+@pytest.mark.parametrize("remat", ["none", "min_cut", "full", 0.5], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_that_reads_values_is_split_as_eager_has_it(kind: Any, remat: Any) -> None:
+    module, x = made(kind)
+    stages = []
+
+    def engine(apply: Any) -> Any:
+        stages.append(in_parts(apply, remat=remat))
+        return stages[-1]
+
+    check_stage(module, x, engines=engine, flops=False)
+    parts = compiled_parts(stages[0])
+    assert {"first", "second"} <= {*parts}
+    if kind is routed:
+        assert {*parts} == {"first", "second", "experts.0", "experts.1", "experts.2"}
+
+
+def test_by_inductor() -> None:
+    module, x = made(routed)
+    check_stage(module, x, engines=lambda apply: in_parts(apply, backend="inductor"), flops=False)
+
+
+def test_a_first_stage_without_differentiated_inputs() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+            self.body = Stage(nonzero)
+            self.tokens = WithTokens()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.body(self.embedding(tokens)) + self.tokens(tokens)
+
+    class WithTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.embedding(tokens).tanh()
+
+    torch.manual_seed(0)
+    check_stage(First().double(), torch.arange(6), engines=in_parts, flops=False)
+
+
+class Taking(nn.Module):
+    """Takes and returns more than one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, pair: tuple[Tensor, int], flag: bool) -> dict[str, Any]:
+        y = self.linear(x) * pair[0] * pair[1]
+        return {"y": -y if flag else y, "same": x, "order": y.detach().argsort(-1), "none": None}
+
+
+def test_parts_take_keyword_arguments_and_return_trees() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Taking()
+            self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.part(x * x.detach().sum().item(), pair=(x.tanh() * self.frozen, 2), flag=True)
+            again = self.part(found["same"], pair=(self.frozen, 3), flag=False)
+            assert found["none"] is None
+            return found["y"].gather(-1, found["order"]) + again["y"], again["same"]
+
+    torch.manual_seed(0)
+    check_stage(Around().double(), torch.randn(3, 4).double(), engines=in_parts, flops=False)
+
+
+class Normed(nn.Module):
+    """Updates buffers in parts, one of them twice, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.last = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.part(self.part(x) * x.detach().sum().item()))
+
+
+def test_buffers_are_updated_and_random_numbers_drawn_as_in_eager() -> None:
+    torch.manual_seed(0)
+    module = Normed().double()
+    x = torch.randn(6, 4).double()
+    check_stage(module, x, engines=in_parts, flops=False)
+    check_stage(module.eval(), x, engines=in_parts, flops=False)
+
+
+def test_what_a_part_keeps_on_its_module_has_gradients_for_the_others() -> None:
+    class Keeping(Block):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            self.auxiliary = self.up(x).square().mean()
+            return super().forward(x, scale)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Keeping()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) * x.detach().sum().item() + self.part.auxiliary
+
+    torch.manual_seed(0)
+    check_stage(Around().double(), torch.randn(3, 4).double(), engines=in_parts, flops=False)
+
+
+def test_hooks_of_parts_run_once_and_checkpointed_parts_again() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.again = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.again, self.part(x), use_reentrant=False)
+            return x * x.detach().sum().item()
+
+    torch.manual_seed(0)
+    module = Around().double()
+    module.part.register_forward_hook(lambda _, args, output: output * 2)
+    module.part.up.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    check_stage(module, torch.randn(3, 4).double(), engines=in_parts, flops=False)
+
+
+def split(stage: Any, params: Any, buffers: Any, x: Tensor, g: Tensor) -> list[Tensor | None]:
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    (dx,), weight_pullback = pullback(g)
+    return [output, dx, *weight_pullback().values()]
+
+
+def eager(module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor | None]:
+    leaf = x.clone().requires_grad_()
+    output = module(leaf)
+    wanted = [leaf, *module.parameters()]
+    return [output.detach(), *torch.autograd.grad(output, wanted, g, allow_unused=True)]
+
+
+def test_other_lengths_and_values_take_other_ways() -> None:
+    module, _ = made(routed)
+    apply, params, buffers = fs.functionalize(module)
+    stage = in_parts(apply)
+    for rows in (6, 6, 9, 1, 5, 12):
+        x, g = torch.randn(2, rows, 4).double()
+        torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+    assert all(len(part._compiled._traced) <= 4 for part in stage._parts._parts.values())
+
+
+def test_a_pullback_may_be_kept_moved_divided_and_summed_into() -> None:
+    module, x = made(routed)
+    apply, params, buffers = fs.functionalize(module)
+    stage, g = in_parts(apply), torch.randn(6, 4).double()
+    wanted = eager(module, x, g)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    leaves, spec = optree.tree_flatten(pullback, namespace="funcstage")
+    assert sum(leaf.nbytes for leaf in leaves) >= pullback.nbytes > 0
+    moved = optree.tree_unflatten(spec, [leaf.clone() for leaf in leaves])
+    for _ in range(2):
+        (dx,), weight_pullback = pullback(g, retain=True)
+        assert weight_pullback.nbytes > 0
+        for _ in range(2):
+            torch.testing.assert_close([output, dx, *weight_pullback(retain=True).values()], wanted)
+    (dx,), weight_pullback = moved(g)
+    sums = {name: torch.ones_like(p) for name, p in params.items()}
+    sums = fs.stage_backward_weight(weight_pullback, accumulate=sums)
+    torch.testing.assert_close([dx, *sums.values()], [wanted[1], *(1 + grad for grad in wanted[2:])])
+    (dx,), weight_pullback = pullback(g)
+    total: dict[str, Tensor] = {}
+    for piece in weight_pullback.split(3):
+        total |= {name: grad for name, grad in piece().items() if grad is not None}
+    torch.testing.assert_close([dx, *(total[name] for name in params)], wanted[1:])
+    with pytest.raises(fs.ConsumedError):
+        pullback(g)
+
+
+def test_sites_of_parts_are_those_of_their_programs() -> None:
+    module, x = made(routed)
+    apply, params, buffers = fs.functionalize(module)
+    g = torch.randn(6, 4).double()
+    wanted = dict(zip(params, eager(module, x, g)[2:], strict=True))
+    _, _, pullback = fs.stage_vjp(in_parts(apply, sites=True), params, buffers, x)
+    total: dict[str, Any] = {}
+    for site in pullback(g)[1].sites:
+        for name, share in site.vjp().items():
+            total[name] = share + total.get(name, 0)
+    assert total.keys() == params.keys()
+    torch.testing.assert_close(total, wanted)
+
+
+def test_a_parameter_written_between_f_and_w_is_noticed() -> None:
+    module, x = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    _, _, pullback = fs.stage_vjp(in_parts(apply), params, buffers, x)
+    params["first.up.weight"].mul_(2.0)
+    with pytest.raises(fs.WrittenError):
+        pullback(torch.randn(6, 4).double())[1]()
+
+
+def test_it_is_said_once_which_line_reads_a_value_or_refused() -> None:
+    module, x = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    g = torch.randn(6, 4).double()
+    stage = fs.compile(apply, backend="aten")
+    with pytest.warns(UserWarning, match=r"cannot be traced, at .*test_breaks.py:\d+: it reads the value"):
+        split(stage, params, buffers, x, g)
+    for again in (stage, fs.compile(apply, backend="aten", fullgraph=False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            split(again, params, buffers, x, g)
+    for whole in (fs.compile(apply, backend="aten", fullgraph=True), pickle.loads(pickle.dumps(stage)).plan):
+        with pytest.raises(fs.TraceError, match="it reads the value of a tensor"):
+            whole(params, buffers, x)
+    with pytest.raises(fs.StructureError, match="fullgraph must be None, True or False"):
+        fs.compile(apply, fullgraph="no")  # type: ignore[arg-type]
+
+
+def test_it_is_whole_again_in_a_mode_that_reads_nothing() -> None:
+    module, x = made(lambda s, x: x * x.detach().sum().item() if s.training else x)
+    apply, params, buffers = fs.functionalize(module)
+    stage, g = in_parts(apply), torch.randn(6, 4).double()
+    for training in (True, False, True):
+        module.train(training)
+        torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+    assert len(stage._traced) == 1
+
+
+def test_a_function_without_a_module_runs_uncompiled() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return x @ params * x.detach().sum().item(), buffers
+
+    weight, x = torch.randn(4, 4).double(), torch.randn(3, 4).double()
+    check_stage(apply, x, params=weight, buffers=(), engines=in_parts, flops=False)
+
+
+def test_the_stage_may_be_called_and_differentiated_from_outside() -> None:
+    module, x = made(branch)
+    apply, params, buffers = fs.functionalize(module)
+    stage, g = in_parts(apply), torch.randn(6, 4).double()
+    wanted = eager(module, x, g)
+    torch.testing.assert_close(stage(params, buffers, x)[0], wanted[0])
+    split(stage, params, buffers, x, g)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    output, _, pullback = fs.stage_vjp(stage, leaves, buffers, x)
+    torch.testing.assert_close([output.detach(), pullback(g)[0][0].detach()], wanted[:2])
+    output, _ = stage(leaves, buffers, x)
+    found = torch.autograd.grad(output, [*leaves.values()], g, allow_unused=True)
+    torch.testing.assert_close([*found], wanted[2:])
+
+
+def test_threads_run_stages_in_parts_side_by_side() -> None:
+    found: dict[int, list[Tensor | None]] = {}
+    modules = [made(kind)[0] for kind in (routed, item, routed)]
+    x, g = torch.randn(2, 6, 4).double()
+
+    def run(i: int) -> None:
+        stage, params, buffers = fs.functionalize(modules[i])
+        stage = in_parts(stage)
+        for _ in range(3):
+            found[i] = split(stage, params, buffers, x, g)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    own = nn.Module.__call__
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nn.Module.__call__ is own
+    for i, module in enumerate(modules):
+        torch.testing.assert_close(found[i], eager(module, x, g))
+
+
+def test_an_error_of_a_part_is_its_own_and_leaves_nothing_behind() -> None:
+    class Failing(Block):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            if len(x) == 5:
+                raise KeyError("five")
+            return super().forward(x, scale)
+
+    module, x = made(lambda s, x: s.part(x) * x.detach().sum().item())
+    module.part = Failing().double()
+    apply, params, buffers = fs.functionalize(module)
+    stage, g, own = in_parts(apply), torch.randn(6, 4).double(), nn.Module.__call__
+    with pytest.raises(KeyError, match="five"):
+        split(stage, params, buffers, x[:5], g[:5])
+    assert nn.Module.__call__ is own
+    torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+
+
+def test_autocast_is_that_of_the_call() -> None:
+    module, x = made(item)
+    module.float()
+    apply, params, buffers = fs.functionalize(module)
+    stage, g = in_parts(apply), torch.randn(6, 4)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            wanted = eager(module, x.float(), g)
+            found = split(stage, params, buffers, x.float(), g)
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert {"first", "second"} <= {*compiled_parts(stage)}
