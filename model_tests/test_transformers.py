@@ -269,14 +269,14 @@ def test_experts_chosen_by_values_train_in_stages_written_by_hand(attention: str
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_experts_chosen_by_values_are_refused_by_what_must_trace_them(attention: str, table: Any) -> None:
+def test_experts_chosen_by_values_are_compiled_apart(attention: str, table: Any) -> None:
     where = {"model": "Mixtral, a loop over experts", "stages": "by hand", "attention": attention}
-    table(library="transformers", **where, engine="aten", refused="refused: it reads values of tensors")
+    table(library="transformers", **where, engine="aten")
     model = mixtral("eager", attn_implementation=attention).double().train()
     with pytest.raises(CutError, match=r"torch.export cannot trace it: .*data-dependent"):
         cut(model, before("model.layers"), kwargs=microbatches(text())[0])
     stages = [DecoderStage(model, i) for i in range(STAGES)]
-    with pytest.raises(fs.StageError, match="reads the value of a tensor"):
+    with pytest.warns(UserWarning, match="reads the value of a tensor"):
         check_two_steps(model, stages, text(), read, engine="aten")
 
 

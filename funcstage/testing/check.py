@@ -39,8 +39,8 @@ Engine: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 ENGINES: dict[str, Engine] = {
     "closures": lambda apply: apply,
-    "aten": functools.partial(compile, backend="aten"),
-    "inductor": functools.partial(compile, backend="inductor"),
+    "aten": functools.partial(compile, backend="aten", fullgraph=True),
+    "inductor": functools.partial(compile, backend="inductor", fullgraph=True),
 }
 """The engines of funcstage by name."""
 
@@ -69,8 +69,8 @@ def check_stage(
             `apply(params, buffers, *args, **kwargs) -> (output, new_buffers)`.
         *args: positional arguments of the stage.
         engines: what splits the stage: ``"closures"`` (the stage function as it is), ``"aten"`` and
-            ``"inductor"`` (`funcstage.compile` with that backend, the last one needing a C++ compiler or
-            Triton), or a function from a stage function to one; one of them, or several.
+            ``"inductor"`` (`funcstage.compile` with that backend and `fullgraph=True`, the last one needing a
+            C++ compiler or Triton), or a function from a stage function to one; one of them, or several.
         params: the parameters of a stage function; only with one.
         buffers: its buffers; only with one.
         argnums: which positional arguments are differentiated, as for `stage_vjp`.

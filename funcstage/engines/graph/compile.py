@@ -316,6 +316,8 @@ class CompiledStage:
                 error: Exception | None = (
                     refusal if open_dims or runs_anyway else tried_uncompiled(refusal, call)
                 )
+                if isinstance(refusal, ReadsValue) and self.fullgraph and isinstance(error, TraceError):
+                    error = TraceError(f"{error} {_IN_PARTS}")
                 cause = refusal.__cause__
             else:
                 error = None
@@ -466,6 +468,9 @@ def _checked(remat: object) -> Remat:
         "remat must be 'none', 'min_cut', 'full', a budget between 0 (holds what 'full' does) and 1 (at most "
         f"what 'none' does), or a policy of nodes; got {remat!r}."
     )
+
+
+_IN_PARTS = "Without fullgraph=True those of its submodules that can be traced are compiled."
 
 
 def _is_differentiated(leaf: object) -> bool:

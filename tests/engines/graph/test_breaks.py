@@ -123,6 +123,9 @@ def compiled_parts(stage: Any) -> list[str]:
     return [names[part] for part, found in stage._parts._parts.items() if found._compiled._traced]
 
 
+@pytest.mark.supports(
+    "control flow and shapes that depend on values", compiled="in parts: submodules that can be traced"
+)
 @pytest.mark.parametrize("remat", ["none", "min_cut", "full", 0.5], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stage_that_reads_values_is_split_as_eager_has_it(kind: Any, remat: Any) -> None:

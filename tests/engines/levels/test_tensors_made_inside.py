@@ -377,8 +377,9 @@ def test_packed_sequences_may_come_out_of_an_embedding(case: Any) -> None:
     apply, params, buffers = staged(module, "closures")
     output, _, pullback = fs.stage_vjp(apply, params, buffers, tokens)
     assert_same_gradients(pullback(torch.ones_like(output))[1](), expected)
-    with pytest.raises(fs.TraceError, match="reads the value of a tensor"):
-        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, tokens)
+    in_parts = fs.compile(apply, backend="aten", fullgraph=False)
+    _, _, pullback = fs.stage_vjp(in_parts, params, buffers, tokens)
+    assert_same_gradients(pullback(torch.ones_like(output))[1](), expected)
 
 
 def keeping(what: Callable[[Layers, Tensor], Tensor], reentrant: bool) -> Any:
