@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 from weakref import ref
 
 import optree
@@ -191,8 +191,8 @@ class WeightTape(Tape, Protocol):
         checks_nan: whether autograd runs it, which looks for NaN in anomaly mode.
     """
 
-    checks_nan: ClassVar[bool]
-
+    @property
+    def checks_nan(self) -> bool: ...
     @property
     def shares(self) -> Sequence[int] | None: ...
     def reads(self) -> Iterable[Tensor]: ...
@@ -222,9 +222,10 @@ class InputTape(Tape, Protocol):
         higher: whether what I and W yield can be differentiated in turn, or transformed.
     """
 
-    checks_nan: ClassVar[bool]
-    higher: ClassVar[bool]
-
+    @property
+    def checks_nan(self) -> bool: ...
+    @property
+    def higher(self) -> bool: ...
     @property
     def watch(self) -> Watch | None: ...
     @property

@@ -36,6 +36,11 @@ class Origin:
     switchboard: Switchboard
     modules: list[ModuleState]
 
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd runs all of the reverse passes."""
+        return True
+
     @contextmanager
     def reading(self, home: Home) -> Iterator[None]:
         """Let a reverse pass find residuals, and its Python functions what the modules held in F."""
@@ -51,15 +56,18 @@ class OnNodes(Unpicklable):
     """Either tape: a dataclass with `origin` and `home`. Nothing is ever written into its residuals."""
 
     __slots__ = ()
-    checks_nan: ClassVar = True  # autograd runs it
     lent: ClassVar = False
+    origin: Any
+    home: Home
 
     @property
     def differentiated(self) -> bool:
         return False
 
-    origin: Any
-    home: Home
+    @property
+    def checks_nan(self) -> bool:
+        """Whether autograd runs it, which looks for NaN in anomaly mode."""
+        return bool(self.origin.by_autograd)
 
     def leaves(self) -> list[Tensor]:
         """The residuals: what the nodes have saved, then what lies beside."""

@@ -389,6 +389,24 @@ def regions() -> None:
         assert left == [random.random() for _ in range(3)][1 if stops_early else 2]
 
 
+@stands_on("_torch/calls.py")
+def calls_of_modules() -> None:
+    import funcstage as fs
+    from funcstage.testing import check_stage as check
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) * x.detach().sum().item()
+
+    own = nn.Module.__call__
+    check(Around(), ROWS, engines=lambda apply: fs.compile(apply, backend="aten", fullgraph=False))
+    assert nn.Module.__call__ is own
+
+
 @stands_on("_torch/custom.py", "_torch/interception.py", "_torch/operators.py")
 def custom_functions() -> None:
     for engine in (None, "aten"):

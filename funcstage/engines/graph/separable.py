@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage._torch.interception import current_interceptor
 from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
@@ -18,6 +19,7 @@ from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.dtypes import refuse_complex
 from funcstage.engines.rules.table import known
 from funcstage.engines.tape.reentrant import Leftovers, OneTape
+from funcstage.errors import TraceError
 
 
 class Separable(OneTape):
@@ -33,6 +35,7 @@ class Separable(OneTape):
         super().__init__(leftovers)
         self.owner = owner
         self.given: dict[int, str] = {}  # state and differentiated arguments, by their ids
+        self._within = current_interceptor() is not None  # the run of another stage, of which this is a part
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an operation."""
@@ -45,6 +48,8 @@ class Separable(OneTape):
                 raise captured(self.owner, trees.describe(target))  # which is real, and would be written
             refuse_complex(getattr(func, "__name__", ""), target, *args, *kwargs.values())
         generators.check_kept(args, kwargs)
+        if self._within:
+            refuse_of_levels(self.owner, (args, kwargs))
         rule = operation.instead(Call(args, kwargs, traced=True, split=True))
         if rule is None:
             return func(*args, **kwargs)
@@ -54,6 +59,18 @@ class Separable(OneTape):
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         if id(tensor) in self.given and tensor.requires_grad != requires_grad:
             raise refused_mark(f"{self.given[id(tensor)]} ({trees.describe(tensor)})", requires_grad)
+
+
+def refuse_of_levels(owner: str, operands: Any) -> None:
+    """Refuse to take for a constant what the stage around a part has computed and did not hand it."""
+    for leaf in trees.flatten(operands)[0]:
+        if not isinstance(leaf, Tensor) or isinstance(ft.innermost(leaf), TRACED):
+            continue
+        if ft.innermost(leaf) is not leaf and not ft.is_dead(leaf):
+            raise TraceError(
+                f"{owner} reads a tensor ({trees.describe(leaf)}) that the stage around it has computed, "
+                "and is not handed it. Pass it as an argument."
+            )
 
 
 @torch.library.custom_op("funcstage::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

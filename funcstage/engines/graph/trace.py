@@ -39,7 +39,7 @@ from funcstage.engines.graph.refusals import (
     refuse_random_backward,
     refuse_writes,
 )
-from funcstage.engines.graph.separable import OWN, Separable
+from funcstage.engines.graph.separable import OWN, Separable, refuse_of_levels
 from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
@@ -199,6 +199,7 @@ class _Run:
                 result = call.apply(params, buffers, *args, **kwargs)
             output, new_buffers = checked_result(call.apply, result)
             refuse_writes(owner, containers)
+            refuse_of_levels(owner, result)
             if any(leaf.grad is not None for leaf in marked.values()):
                 raise PurityError(BACKWARD_CALLED)
             changes = self.state.changes(owner)

@@ -73,7 +73,8 @@ def run_apart(
     with without_torch_function():
         weights, names = trees.flatten(params)
         weights = [*map(split.current, weights)]
-        if not all(map(split.is_weight, weights)):
+        held = {name: split.current(buffer) for name, buffer in buffers.items()}
+        if not all(map(split.is_weight, weights)) or any(map(split.is_differentiated, held.values())):
             return None
         leaves, spec = trees.flatten(args)
         leaves = [*map(split.current, leaves)]
@@ -86,14 +87,11 @@ def run_apart(
             diff = [i for i, leaf in tensors if split.is_weight(leaf)]
         edges = [get_gradient_edge(weight) for weight in weights]
         bare = [split.bare(leaf) for leaf in leaves]
-        held = (
-            trees.unflatten(names, map(split.bare, weights)),
-            {name: split.bare(split.current(buffer)) for name, buffer in buffers.items()},
-        )
+        given = trees.unflatten(names, map(split.bare, weights)), trees.map_leaves(split.bare, held)
     split.paused = True
     try:
         with ft.down_to(0):
-            found = engine(*held, trees.unflatten(spec, bare), diff)
+            found = engine(*given, trees.unflatten(spec, bare), diff)
     finally:
         split.paused = False
     if found is None:
@@ -109,8 +107,10 @@ def run_apart(
         rerun = _Apart(split.rerunnable, empty, found.roots, len(results), diff, values)
         rerun.edges = edges if of_inputs else None
         rerun.first_kept = len(operands)
+        calls_back, split.had_apart = split.calls_back, True
         for i, value in zip(found.roots, Recomputed.apply(rerun, *operands, *residuals), strict=True):
             results[i] = value
+        split.calls_back = calls_back  # what runs in the reverse passes is none of the stage's Python
     return trees.unflatten(output_spec, results), new_buffers
 
 

@@ -115,7 +115,9 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
     if containers is not None:
         containers.give_back(call.name)
     modules = _held(call, new_buffers) if mode.calls_back and not mode.had_regions else []
-    origin = Origin(len(arg_leaves), len(param_leaves), state, switchboard, modules, weights, higher)
+    origin = Origin(
+        len(arg_leaves), len(param_leaves), state, switchboard, modules, weights, higher, mode.had_apart
+    )
     tape = InputTape(
         origin,
         roots=[(i, exit.outer) for i, exit in enumerate(exits) if exit.outer is not None],

@@ -50,6 +50,7 @@ class Split(Levels, TorchFunctionMode):
         alone: whether nobody differentiates the stage in turn.
         marked: whether the stage has marked tensors of its own as requiring grad.
         had_tapes: whether regions were among them in which autograd keeps a tape, as reentrant ones do not.
+        had_apart: whether another engine has run parts of the stage.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
         first_reads: where data meets parameters, if no argument is differentiated.
@@ -73,6 +74,7 @@ class Split(Levels, TorchFunctionMode):
         self.marked = False
         self.had_tapes = False
         self.had_regions = False
+        self.had_apart = False
         self.before_write: Callable[[Any, Any], None] | None = None
         self.first_reads: FirstReads | None = None
 

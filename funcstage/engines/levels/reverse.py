@@ -27,10 +27,17 @@ class Origin(on_nodes.Origin):
     Attributes:
         params: the parameter leaves, where the inner tape ends.
         higher: whether the gradients are to be differentiated in turn.
+        apart: whether another engine has run parts of the stage.
     """
 
     params: Entries
     higher: bool
+    apart: bool = False
+
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd runs all of the reverse passes."""
+        return not self.apart
 
     def retains(self, shared: bool) -> bool:
         """Whether a reverse pass leaves the nodes as they are."""

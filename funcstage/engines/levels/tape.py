@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -215,7 +215,11 @@ class InputTape(InputsOnNodes):
     home: Home
     captured: Sequence[weakref.ref[Tensor]] = ()
     first_reads: Sequence[GradientEdge] = ()
-    higher: ClassVar = True
+
+    @property
+    def higher(self) -> bool:
+        """Whether what I and W yield can be differentiated in turn."""
+        return bool(self.origin.by_autograd)
 
     def input_vjp(
         self, cotangents: Sequence[Tensor | None], retain: bool

@@ -238,6 +238,87 @@ def test_what_a_part_keeps_on_its_module_has_gradients_for_the_others() -> None:
     check_stage(Around().double(), torch.randn(3, 4).double(), engines=in_parts, flops=False)
 
 
+class Told(nn.Module):
+    """Reads what the stage around has put on it, or what a function of its has from around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.told: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).tanh()
+        told = self.told() if callable(self.told) else self.told
+        return y if told is None else y * told
+
+
+@pytest.mark.parametrize("how", ["of the input", "of a parameter", "in a closure", "returned", "a constant"])
+def test_a_part_that_reads_what_it_is_not_handed_runs_uncompiled(how: str) -> None:
+    class Returning(Told):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.told
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Returning() if how == "returned" else Told()
+            self.own = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            of_input, of_parameter = x.cos() * self.own, self.own * 2
+            self.part.told = {
+                "of the input": of_input,
+                "of a parameter": of_parameter,
+                "in a closure": lambda: of_input,
+                "returned": of_input,
+                "a constant": 3.0,
+            }[how]
+            y = self.part(x) + of_parameter
+            self.part.told = None
+            return y * x.detach().sum().item()
+
+    torch.manual_seed(0)
+    module = Around().double()
+    apply, params, buffers = fs.functionalize(module)
+    stage = in_parts(apply)
+    for _ in range(3):
+        x, g = torch.randn(2, 5, 4).double()
+        torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+
+
+def test_a_parameter_that_is_frozen_afterwards_still_has_its_gradient() -> None:
+    module, x = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    g = torch.randn(6, 4).double()
+    wanted = eager(module, x, g)
+    module.first.requires_grad_(False)
+    torch.testing.assert_close(split(in_parts(apply), params, buffers, x, g), wanted)
+
+
+def test_what_programs_cannot_do_is_refused_of_a_stage_with_parts() -> None:
+    module, x = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    g = torch.randn(6, 4).double()
+    _, _, pullback = fs.stage_vjp(in_parts(apply), params, buffers, x)
+    with pytest.raises(fs.LeafError, match=r"requires grad.*cannot be differentiated in turn"):
+        pullback(g.clone().requires_grad_())
+    with (
+        pytest.warns(UserWarning, match="Anomaly"),
+        torch.autograd.detect_anomaly(),
+        pytest.raises(fs.StageError, match="does not look for NaN"),
+    ):
+        pullback(g, retain=True)
+    weight_pullback = pullback(g)[1]
+    with (
+        pytest.warns(UserWarning, match="Anomaly"),
+        torch.autograd.detect_anomaly(),
+        pytest.raises(fs.StageError, match="does not look for NaN"),
+    ):
+        weight_pullback(retain=True)
+    found = dict(zip(params, eager(module, x, g)[2:], strict=True))
+    torch.testing.assert_close(weight_pullback(), found)
+
+
 def test_hooks_of_parts_run_once_and_checkpointed_parts_again() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:
