@@ -307,12 +307,17 @@ def test_what_else_a_forward_hook_does_happens_in_every_f_of_a_compiled_stage() 
     assert calls == ["forward"] * 3  # of a backward hook what it does to gradients is compiled, no more
 
 
-def test_a_hook_that_reads_values_is_refused_by_the_compiled_engine() -> None:
+def test_a_hook_that_reads_values_is_refused_in_one_graph_and_runs_in_parts() -> None:
     module = network()
     module[2].register_full_backward_hook(
         lambda owner, grads, outs: doubled(grads) if float(outs[0].norm()) > 1 else None
     )
     apply, params, buffers = fs.functionalize(module)
     with pytest.raises(fs.TraceError, match="uncompiled"):
-        fs.stage_vjp(aten(apply), params, buffers, X)
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, X)
+    _, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=False), params, buffers, X)
+    (dx,), weight_pullback = pullback(COTANGENT)
+    whole = X.clone().requires_grad_()
+    wanted = torch.autograd.grad(module(whole), [whole, *module.parameters()], COTANGENT)
+    torch.testing.assert_close((dx, *weight_pullback().values()), wanted)
     assert_same(split_run(module, X, COTANGENT, [])[1], eager_run(module, X, COTANGENT, [])[1])
