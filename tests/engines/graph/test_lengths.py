@@ -204,7 +204,7 @@ def test_what_reads_values_is_refused_as_for_one_length() -> None:
             return self.linear(x)[x.sum(-1) > 0]
 
     apply, params, buffers = fs.functionalize(Counts())
-    compiled = fs.compile(apply, backend="aten", dynamic=True)
+    compiled = fs.compile(apply, backend="aten", dynamic=True, fullgraph=True)
     with (
         pytest.warns(UserWarning, match="cannot be traced with open sizes"),
         pytest.raises(fs.StageError, match="value of a tensor"),
