@@ -69,8 +69,8 @@ def stage_backward(
         if cotangent is None:
             if output.numel() != 1:
                 raise LeafError(
-                    f"{where}: expected a gradient of shape {tuple(output.shape)}, got None, which only a "
-                    "scalar output may have; pass the gradient that the next stage returned."
+                    f"{where}: expected a gradient of shape {tuple(output.shape)}, got None. Only a scalar "
+                    "output may leave it out: pass the gradient that the next stage returned."
                 )
             cotangent = torch.ones_like(output)
         outputs.append(output)
@@ -305,7 +305,10 @@ def _pair(where: str, output: Any, cotangent: Any) -> Iterator[tuple[str, torch.
             expected = f"expected a {type(output).__name__} like the output"
             raise StructureError(f"{where}: {expected}, got {_kind(cotangent)}")
         if below.keys() != entries.keys():
-            raise StructureError(f"{where}: expected entries {[*entries]} like the output, got {[*below]}")
+            raise StructureError(
+                f"{where}: expected entries {[*entries]} like the output, got {[*below]}. Pass None for an "
+                "output whose gradient is zero."
+            )
         for key, entry in entries.items():
             yield from _pair(f"{where}[{key!r}]", entry, below[key])
 
@@ -325,25 +328,32 @@ def _check_shape(where: str, grad: Any, shape: torch.Size) -> None:
 
 def _check_group(where: str, group: Any, weights: dict[Node, torch.Tensor]) -> None:
     if not isinstance(group, dict) or "params" not in group:
-        raise StructureError(f"{where}: expected a dict from stage_backward_input, got {_kind(group)}")
+        raise StructureError(
+            f"{where}: expected a dict from stage_backward_input, got {_kind(group)}. Pass the param_groups "
+            "that it returned."
+        )
     if "intermediates" not in group:
         raise ConsumedError(
-            f"{where}: an earlier stage_backward_weight used this group and freed what it held; pass "
-            "retain_graph=True to that call to use the group again."
+            f"{where}: an earlier stage_backward_weight used this group and freed it. Pass retain_graph=True "
+            "to that call to use the group again."
         )
     if "grads" not in group:
-        raise StructureError(f'{where}: expected an entry "grads", got {[*group]}')
+        raise StructureError(
+            f'{where}: expected an entry "grads", got {[*group]}. Pass the groups of stage_backward_input; '
+            'their "grads" may be replaced, not removed.'
+        )
     sites, grads = group["intermediates"], group["grads"]
     if not isinstance(grads, (tuple, list)) or len(grads) != len(sites):
         raise StructureError(
-            f"{where}['grads']: expected a list of {len(sites)}, a tuple per intermediate, got {_kind(grads)}"
+            f"{where}['grads']: expected a list of {len(sites)}, a tuple per intermediate, got "
+            f"{_kind(grads)}. Keep one entry for each."
         )
     for k, node in enumerate(group["params"]):
         if node not in weights:
             shape = tuple(output_shapes(node)[0])
             raise StructureError(
-                f"{where}['params'][{k}]: `weights` lacks this weight of shape {shape}, so that its gradient "
-                "would be lost; pass the weights that stage_backward_input was given."
+                f"{where}['params'][{k}]: `weights` lacks this weight of shape {shape}, so its gradient "
+                "would be lost. Pass the weights that stage_backward_input was given."
             )
 
 
@@ -353,10 +363,14 @@ def _per_output(where: str, node: Node, grads: Any) -> Gradients:
     if grads is None:  # as stage_backward_input leaves it for a site that no gradient arrived at
         return (None,) * len(shapes)
     if not isinstance(grads, (tuple, list)) or not grads:
-        raise StructureError(f"{where}: expected a tuple of one or more tensors or None, got {_kind(grads)}")
+        raise StructureError(
+            f"{where}: expected a tuple of one or more tensors or None, got {_kind(grads)}. Pass one entry "
+            "for each output of the operation."
+        )
     if len(shapes) > 1 and len(grads) > len(shapes):
         raise StructureError(
-            f"{where}: expected at most {len(shapes)} entries, as {node.name()} has outputs, got {len(grads)}"
+            f"{where}: expected at most {len(shapes)} entries, one for each output of {node.name()}, got "
+            f"{len(grads)}. Leave out the others."
         )
     cotangents: list[torch.Tensor | None] = [None] * len(shapes)
     for k, grad in enumerate(grads):

@@ -102,21 +102,21 @@ def checked_accumulators(pullback: WeightPullback, accumulate: Any) -> list[Tens
             )
         if leaf.is_inference() and not torch.is_inference_mode_enabled():
             raise LeafError(
-                f"{name(i)} ({describe(leaf)}) was made in inference mode, outside of which torch adds "
-                "nothing into it. Pass tensor.clone()."
+                f"{name(i)} ({describe(leaf)}) was made in inference mode, and torch adds nothing into it "
+                "outside of that. Pass tensor.clone()."
             )
         if leaf.layout is torch.strided and trees.overlaps_itself(leaf):
             raise LeafError(
-                f"{name(i)} ({describe(leaf)}) is an expanded tensor or a sliding window, several of "
-                "whose elements share memory, so nothing can be added into it. Pass accumulate leaves "
-                "with memory of their own: tensor.contiguous()."
+                f"{name(i)} ({describe(leaf)}) has elements that share memory, as an expanded tensor or a "
+                "sliding window does, so nothing can be added into it. Pass accumulate leaves with memory "
+                "of their own: tensor.contiguous()."
             )
         if leaf.layout is torch.strided and leaf.numel():
             start = ft.storage_key(leaf), leaf.storage_offset()
             if starts.setdefault(start, i) != i:
                 raise LeafError(
-                    f"{name(i)} lies in the memory of {name(starts[start])}, so that their sums would mix. "
-                    "Pass accumulate leaves with memory of their own: tensor.clone()."
+                    f"{name(i)} lies in the memory of {name(starts[start])}, so their sums would mix. Pass "
+                    "accumulate leaves with memory of their own: tensor.clone()."
                 )
     return leaves
 
@@ -147,7 +147,10 @@ def check_callable(apply: object) -> None:
             "apply, params, buffers."
         )
     if not callable(apply):
-        raise StructureError(f"stage_vjp expects a stage function, got {describe(apply)}.")
+        raise StructureError(
+            f"stage_vjp expects a stage function, got {describe(apply)}. Pass apply(params, buffers, *args) "
+            "-> (output, new_buffers), which functionalize makes of a module."
+        )
 
 
 def differentiated_leaves(args: tuple[Any, ...], argnums: int | Sequence[int] | None) -> list[int]:
@@ -159,8 +162,8 @@ def every_differentiable(leaves: Sequence[Any], spec: optree.PyTreeSpec) -> list
     for i, leaf in enumerate(leaves):
         if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
             raise StructureError(
-                f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, whose tensors "
-                f"would not be differentiated. {WAY_OUT}; or say by argnums which arguments are."
+                f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, and the tensors in it "
+                f"would not be differentiated. {WAY_OUT}, or use argnums to say which arguments are."
             )
     return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
 

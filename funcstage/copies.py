@@ -22,8 +22,9 @@ class Unpicklable:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise StageError(
-            f"A {type(self).__name__} cannot be pickled, or sent to another process, as it holds nodes and "
-            "programs of this one: run the pullback here and pickle the gradients, or call stage_vjp there."
+            f"A {type(self).__name__} cannot be pickled or sent to another process: it holds autograd nodes "
+            "and programs of this one. Run the pullback here and pickle the gradients, or call stage_vjp "
+            "there."
         )
 
 

@@ -146,7 +146,10 @@ def derive(
         (torch.float32, [8.0, 8.0])
     """
     if not callable(make):
-        raise StructureError(f"derive expects a function of the parameters, got {describe(make)}.")
+        raise StructureError(
+            f"derive expects a function of the parameters, got {describe(make)}. Pass one that returns a "
+            "pytree of tensors."
+        )
     given, _ = trees.flatten(params)
     passed: list[int | None] = []
     spec: optree.PyTreeSpec

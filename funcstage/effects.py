@@ -26,8 +26,8 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "Compute a new tensor; make state that lasts across calls a buffer."
         )
     raise StageError(
-        f"The stage calls retain_grad() on a tensor ({tensor}), whose `.grad` a split backward does not "
-        "fill. Return the tensor as an output, or hook it with register_hook."
+        f"The stage calls retain_grad() on a tensor ({tensor}), but a split backward does not fill its "
+        "`.grad`. Return the tensor as an output, or hook it with register_hook."
     )
 
 
@@ -35,13 +35,13 @@ def refused_mark(owner: str, requires_grad: bool) -> PurityError:
     """The refusal of a stage that freezes, or thaws, what it was given."""
     if requires_grad:
         return PurityError(
-            f"The stage calls requires_grad_() on {owner} in its forward, which would get no gradient. Let "
-            "the parameter require grad before functionalize; if the stage takes gradients itself, call "
+            f"The stage calls requires_grad_() on {owner} in its forward, but that would get no gradient. "
+            "Let the parameter require grad before functionalize. If the stage takes gradients itself, call "
             "requires_grad_() on tensor.detach()."
         )
     return PurityError(
-        f"The stage freezes {owner} with requires_grad_(False) in its forward, but its gradient would be "
-        "computed all the same. Freeze it before functionalize, or read tensor.detach()."
+        f"The stage freezes {owner} with requires_grad_(False) in its forward, but its gradient would still "
+        "be computed. Freeze it before functionalize, or read tensor.detach()."
     )
 
 

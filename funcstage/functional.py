@@ -217,8 +217,8 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
     for i, leaf in enumerate(leaves):
         if type(leaf) is not Tensor and holds_tensor(leaf):
             raise StructureError(
-                f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}, in which there are "
-                f"tensors that no engine looks for. {WAY_OUT}."
+                f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}. It holds tensors, "
+                f"but no engine looks into it. {WAY_OUT}."
             )
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise StructureError(
@@ -312,7 +312,10 @@ def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Siz
     for name, shape in shapes.items():
         tensor = given[name]
         if not isinstance(tensor, Tensor):
-            raise StructureError(f"{owner}: {what}[{name!r}] must be a tensor, got {describe(tensor)}.")
+            raise StructureError(
+                f"{owner}: {what}[{name!r}] must be a tensor, got {describe(tensor)}. Pass the dict that "
+                "functionalize returned, or tensors like those in it."
+            )
         if tensor.shape != shape:
             raise LeafError(
                 f"{owner}: {what}[{name!r}] must have shape {list(shape)}, got {describe(tensor)}. "

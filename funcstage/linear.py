@@ -38,11 +38,11 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         if self._tape is None:
             if self._gone:
                 raise ConsumedError(f"This {type(self).__name__} of {self.stage} {self._gone}")
-            what = "A call of" if self._failed else "This"
-            how = "failed in its midst, which" if self._failed else "was used before, and using it"
+            what = "A call of this" if self._failed else "This"
+            how = "failed halfway" if self._failed else "was used before"
             raise ConsumedError(
-                f"{what} this {type(self).__name__} of {self.stage} {how} freed its "
-                f"residuals. Call it with retain=True wherever it is to be used again."
+                f"{what} {type(self).__name__} of {self.stage} {how}, which freed its residuals. To use it "
+                "again, call it with retain=True the first time."
             )
         return self._tape
 

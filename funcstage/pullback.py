@@ -144,7 +144,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         name = trees.leaf_names(self._output_spec, "output_grads")[i]
         if meta is None:
             raise LeafError(
-                f"{name} of {self.stage} must be None, as that output is no floating or complex tensor; "
+                f"{name} of {self.stage} must be None, because that output is no floating or complex tensor; "
                 f"got {describe(leaf)}."
             )
         if not isinstance(leaf, Tensor):
@@ -159,8 +159,8 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         i = next((i for i, leaf in leaves if leaf is not None and leaf.requires_grad), 0)
         name = trees.leaf_names(self._output_spec, "output_grads")[i] if cotangents else "output_grads"
         raise LeafError(
-            f"{name} of {self.stage} requires grad, or a transform of torch.func is active, but gradients "
-            "of a stage that is compiled or runs on DTensors cannot be differentiated in turn. Detach the "
+            f"{name} of {self.stage} requires grad, or a transform of torch.func is active. Gradients of a "
+            "stage that is compiled or runs on DTensors cannot be differentiated again. Detach the "
             "cotangent, or give stage_vjp the uncompiled `apply`."
         )
 

@@ -63,7 +63,7 @@ class Site(Unpicklable):
             or (cotangent.dtype, cotangent.device) != (wanted.dtype, wanted.device)
         ):
             raise LeafError(
-                f"The cotangent of the site {self.name} must look as the one that arrived, "
+                f"The cotangent of the site {self.name} must look like the one that arrived, "
                 f"{trees.describe(wanted)}; got {trees.describe(cotangent)}."
             )
         return self._vjp(cotangent)

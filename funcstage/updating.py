@@ -84,8 +84,8 @@ class Updating:
         if found is not None:
             if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
                 raise StructureError(
-                    f"update must return the parameter and its state, or None; of {self.name(i)} it returned "
-                    f"{trees.describe(found)}."
+                    f"update must return the parameter and its state, or None; for {self.name(i)} it "
+                    f"returned {trees.describe(found)}."
                 )
             self.params[i], self.states[i] = found
         self.done.append(i)

@@ -70,7 +70,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         """
         if args:
             raise StructureError(
-                f"W of {self.stage} takes no argument, as its cotangents came with I. Call weight_pullback() "
+                f"W of {self.stage} takes no argument: its cotangents came with I. Call weight_pullback() "
                 "without; pass output_grads to the pullback that returned it."
             )
         tape = self._live()
@@ -144,8 +144,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         pieces = tuple(map(self._rebuilt, tapes))
         self._keep(None)
         self._gone = (
-            "was split, and its pieces have its residuals: use those. Where the whole is needed too, split a "
-            "copy of it, copy.copy(weight_pullback)."
+            "was split, and its pieces have its residuals. Use those. If you need the whole too, split a copy "
+            "of it, copy.copy(weight_pullback)."
         )
         return pieces
 
@@ -172,9 +172,9 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         except Summed as summed:
             params = ", ".join(names[i] for i in summed.reached)
             raise StageError(
-                f"I of {self.stage} has summed the gradients of {params} already, as a sum takes less "
-                "memory until W than its terms, so that their sites are gone. "
-                "Compile by fs.compile(apply, sites=True), which leaves all sums to W."
+                f"I of {self.stage} has summed the gradients of {params} already, because a sum takes less "
+                "memory until W than its terms. So their sites are gone. Compile with fs.compile(apply, "
+                "sites=True), which leaves all sums to W."
             ) from None
         if places is None:
             raise StageError(
@@ -289,7 +289,10 @@ def stage_backward_weight(
     """
     pending = [weight_pullbacks] if isinstance(weight_pullbacks, WeightPullback) else list(weight_pullbacks)
     if not pending:
-        raise StructureError("stage_backward_weight needs at least one weight pullback, got none.")
+        raise StructureError(
+            "stage_backward_weight needs at least one weight pullback, got none. Pass one, or an iterable "
+            "of them."
+        )
     _check_pending(pending)
     first = pending[0]
     total = given = checked_accumulators(first, accumulate)
@@ -338,8 +341,8 @@ def _check_pending(pending: Sequence[WeightPullback]) -> None:
             if weight_pullback._gone:
                 weight_pullback._live()  # says where to
             raise ConsumedError(
-                f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. Call it "
-                "yourself with retain=True where its gradients are needed again."
+                f"Weight pullback {i} of {weight_pullback.stage} was used before or is listed twice. If you "
+                "need its gradients again, call it yourself with retain=True."
             )
         seen.add(id(weight_pullback))
         weight_pullback._check_ready(weight_pullback._live())

@@ -38,9 +38,9 @@ def check_unwrapped(module: nn.Module) -> None:
         for kind, wrapper, way_out in kinds:
             if isinstance(part, kind):
                 raise StructureError(
-                    f"{type(module).__name__}: {_place(name)} is wrapped by {wrapper}, whose hooks would not "
-                    f"see gradients that are no work of autograd. {way_out}, and average the gradients that "
-                    "W returns over the replicas (torch.distributed.all_reduce), or give a "
+                    f"{type(module).__name__}: {_place(name)} is wrapped by {wrapper}, whose hooks never see "
+                    f"the gradients that a pullback returns. {way_out}, and average the gradients that W "
+                    "returns over the replicas (torch.distributed.all_reduce), or give a "
                     "FunctionalPipelineStage `data_parallel=`, which does that once a step."
                 )
 

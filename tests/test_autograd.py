@@ -784,7 +784,7 @@ def test_an_input_backward_that_fails_changes_nothing() -> None:
 
 def test_full_backward_of_a_tensor_without_gradient_is_refused() -> None:
     x = torch.randn(5, 6, requires_grad=True)
-    with pytest.raises(LeafError, match="only a scalar"):
+    with pytest.raises(LeafError, match="Only a scalar"):
         stage_backward(x * 2, None, [x])
 
 

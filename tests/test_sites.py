@@ -330,7 +330,7 @@ def test_a_cotangent_that_is_not_the_sites_is_refused(wrong: Any, engine: str) -
     if wrong is None:
         assert site.vjp(wrong).keys() == {"weight", "bias"}  # the one that arrived
         return
-    with pytest.raises(fs.LeafError, match=r"must look as the one that arrived, float64\[4, 2\]"):
+    with pytest.raises(fs.LeafError, match=r"must look like the one that arrived, float64\[4, 2\]"):
         site.vjp(wrong)
 
 

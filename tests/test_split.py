@@ -160,7 +160,7 @@ def test_splitting_consumes_the_whole_and_says_where_it_went(engine: str) -> Non
         lambda: fs.stage_backward_weight(weight_pullback),
     ):
         with pytest.raises(
-            fs.ConsumedError, match=r"was split, and its pieces have its residuals: use those"
+            fs.ConsumedError, match=r"was split, and its pieces have its residuals\. Use those"
         ):
             use()
     for piece in pieces:

@@ -41,9 +41,9 @@ class AccumulatingStage(ModuleStage):
         self._shared = {name for name, p in self._parameters.items() if len(STAGES_OF[p]) > 1}
         if self._shared and self._replicas is not None:
             raise StructureError(
-                f"{self._name}: {min(self._shared)!r} is a parameter of another stage of this process too, "
-                "and `data_parallel` would average the gradients of both apart. Leave it out, and average "
-                "the gradients after the step."
+                f"{self._name}: {min(self._shared)!r} is also a parameter of another stage of this process, "
+                "and `data_parallel` would average their gradients separately. Leave `data_parallel` out, "
+                "and average the gradients after the step."
             )
         gathered = self._shared - self._own.keys()
         if gathered:

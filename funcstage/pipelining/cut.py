@@ -103,8 +103,8 @@ def cut(
     for name, stage in zip([*names, None], stages, strict=True):
         if not list(stage.children()) and not list(stage.parameters()):
             raise CutError(
-                f"{_class(module)}: no module would be in the stage that ends before {name!r}. Leave out "
-                "that name, or name a later module in its place."
+                f"{_class(module)}: the stage that ends before {name!r} would be empty. Leave out that name, "
+                "or name a later module in its place."
             )
     return stages
 
@@ -197,8 +197,8 @@ def _cut_symbolically(module: nn.Module, names: Sequence[str]) -> list[nn.Module
     for container in containers:
         if has_hooks(container):
             raise CutError(
-                f"{_class(module)}: hooks are registered on {_class(container)}, which would be cut apart; "
-                "they have no place in the stages. Register them on modules that stay whole."
+                f"{_class(module)}: hooks are registered on {_class(container)}, which would be cut apart, "
+                "so no stage would run them. Register them on modules that stay whole."
             )
     modes = [container.training for container in containers]
     try:
@@ -212,8 +212,8 @@ def _cut_symbolically(module: nn.Module, names: Sequence[str]) -> list[nn.Module
     for name, value in _constants(traced, graph).items():
         if not torch.equal(value, _constants(other, other_graph).get(name, value)):
             raise CutError(
-                f"{_class(module)}: its forward makes a tensor of {look(value)} that differs from call to "
-                "call, between the modules that stay whole. Make it in a submodule, or give an example. "
+                f"{_class(module)}: between the modules that stay whole, its forward makes a tensor of "
+                f"{look(value)} that differs from call to call. Make it in a submodule, or give an example. "
                 f"{_BY_HAND}"
             )
     same = graph.python_code("self").src == other_graph.python_code("self").src
@@ -230,16 +230,16 @@ def _traced(module: nn.Module, names: Sequence[str]) -> tuple[nn.Module, fx.Grap
         graph = tracer.trace(root)
     except Exception as error:
         raise CutError(
-            f"{_class(module)}: its forward cannot be traced symbolically: {_reason(error)}. Give `example`, "
-            "the arguments of one microbatch, and torch.export traces it, which follows more. Or write the "
-            "stages as modules of your own, out of the model's submodules."
+            f"{_class(module)}: its forward cannot be traced symbolically: {_reason(error)}. Pass `example`, "
+            "the arguments of one microbatch: torch.export then traces it, and follows more. Or write the "
+            "stages as modules of your own, from the model's submodules."
         ) from error
     finally:
         changed = [name for part, was in zip(parts, before, strict=True) for name in _restored(part, *was)]
     if changed:
         raise CutError(
-            f"{_class(module)}: its forward assigns {', '.join(map(repr, changed))}, which no stage would "
-            f"do. Do it in a submodule, or give an example. {_BY_HAND}"
+            f"{_class(module)}: its forward assigns {', '.join(map(repr, changed))}, and no stage would do "
+            f"that. Do it in a submodule, or give an example. {_BY_HAND}"
         )
     _check_order(module, names, tracer.entered)
     return root, graph
@@ -453,9 +453,11 @@ def _stage(root: nn.Module, graph: fx.Graph, kind: type[fx.GraphModule], name: s
 
 def _checked_names(module: nn.Module, at: Sequence[str]) -> list[str]:
     if not isinstance(module, nn.Module):
-        raise StructureError(f"cut expects an nn.Module, got {describe(module)}.")
+        raise StructureError(f"cut expects an nn.Module, got {describe(module)}. Pass the whole model.")
     if isinstance(at, str) or not all(isinstance(name, str) for name in at):
-        raise StructureError(f"at must be a list of names of submodules, got {at!r}.")
+        raise StructureError(
+            f"at must be a list of names of submodules, such as ['layers.2', 'layers.4'], got {at!r}."
+        )
     known = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     for i, name in enumerate(at):
         if name not in known:

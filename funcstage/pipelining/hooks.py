@@ -84,24 +84,24 @@ def check_shared(stage: str, names: Collection[str], shared: Collection[str], re
     if names and replicated:
         raise StructureError(
             f"{stage}: {min(names)!r} has a hook that runs once its gradient is accumulated, but with "
-            "`data_parallel` gradients are averaged after that, once a step. Do what the hook does after the "
+            "`data_parallel` gradients are averaged after that, once a step. Do the hook's work after the "
             "step, or leave `data_parallel` out."
         )
     both = set(names) & set(shared)
     if both:
         raise StructureError(
-            f"{stage}: {min(both)!r} has a hook that runs once its gradient is accumulated, and is a "
-            "parameter of another stage of this process too, so that its gradient is whole only after the "
-            "step. Do what the hook does after the step; `register_hook` works."
+            f"{stage}: {min(both)!r} has a hook that runs once its gradient is accumulated. It is also a "
+            "parameter of another stage of this process, so its gradient is whole only after the step. Do "
+            "the hook's work after the step; `register_hook` works."
         )
 
 
 def warn_of_idle(stage: str, names: Collection[str]) -> None:
     """Say that hooks did not run, where torch's own stage leaves them out without a word."""
     warnings.warn(
-        f"{stage}: under this schedule the hooks of {min(names)!r} that run once its gradient is accumulated "
-        "(register_post_accumulate_grad_hook, hooks of AccumulateGrad) do not run in a W that is apart from "
-        "its I, as under torch's own PipelineStage. Use a schedule without W, such as 1F1B, or do what they "
-        "do after the step.",
+        f"{stage}: hooks of {min(names)!r} that run once its gradient is accumulated "
+        "(register_post_accumulate_grad_hook, hooks of AccumulateGrad) do not run where this schedule runs "
+        "W apart from I. Under torch's own PipelineStage they do not either. Use a schedule without W, such "
+        "as 1F1B, or do their work after the step.",
         stacklevel=2,
     )

@@ -95,7 +95,10 @@ def pipeline_value_and_grad(
     """
     functions = [_stage_function(i, stage) for i, stage in enumerate(stages)]
     if not callable(loss_fn):
-        raise StructureError(f"loss_fn must be a function of output and target, got {describe(loss_fn)}.")
+        raise StructureError(
+            f"loss_fn must be a function of output and target, got {describe(loss_fn)}. Pass one that "
+            "returns a scalar, such as torch.nn.functional.mse_loss."
+        )
     order = _order(schedule, len(functions), num_microbatches)
     waiting = stays(order, offload)
     if captured and offload:

@@ -178,8 +178,8 @@ class ModuleStage(ExchangingStage):
         change = self._snapshot.change(self.submod)
         if change:
             raise StructureError(
-                f"{self._name}: {change} in the midst of a step, before microbatch {chunk}. Do that between "
-                "steps, which take it up."
+                f"{self._name}: {change} in the middle of a step, before microbatch {chunk}. Make such "
+                "changes between steps: the next step uses them."
             )
         if self._owned.changed(self._binding.updated):
             if self._whole is None:
@@ -218,7 +218,7 @@ class ModuleStage(ExchangingStage):
             )
         if any(new.requires_grad > old.requires_grad for new, old in zip(now, told, strict=True)):
             raise StructureError(
-                f"{self._name}: parameters that were frozen are to be trained, but the next stage was told "
+                f"{self._name}: parameters that were frozen now require grad, but the next stage was told "
                 f"that this one needs no gradients. {way_out}"
             )
 
@@ -252,9 +252,8 @@ class ModuleStage(ExchangingStage):
             if is_raised_by_stage(error):
                 raise
             raise LeafError(
-                f"its forward fails on the inputs that it gets, {looks(received)}: "
-                f"{type(error).__name__}: {error}. Pass input_args that it takes, or mend what the stage "
-                "before it returns."
+                f"its forward fails on the inputs that it gets, {looks(received)}: {type(error).__name__}: "
+                f"{error}. Pass input_args that it takes, or fix what the previous stage returns."
             ) from error
         sent = tensors(output)
         if self._given.outputs is not None and not alike(sent, tensors(self._given.outputs)):

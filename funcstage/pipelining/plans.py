@@ -119,12 +119,12 @@ def check_agreement(
         if rank_of.get(i, rank) != rank:
             raise StructureError(
                 f"Rank {rank} of the pipeline and its schedule disagree about where stage {i} is: the "
-                f"schedule looks for it on rank {rank_of[i]}. Make it there."
+                f"schedule expects it on rank {rank_of[i]}. Construct it there."
             )
     missing = set(range(plan.num_stages)).difference(plan.stages, *(p.stages for p in plans.values()))
     if len(plans) == world - 1 and missing:
         raise StructureError(
-            f"Stage {min(missing)} of {plan.num_stages} is on no rank of the pipeline. Make it on one."
+            f"Stage {min(missing)} of {plan.num_stages} is on no rank of the pipeline. Construct it on one."
         )
 
 

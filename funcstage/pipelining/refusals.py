@@ -33,7 +33,9 @@ def check_position(stage_index: int, num_stages: int) -> None:
 
 def check_module(module: nn.Module, device: torch.device) -> None:
     if not isinstance(module, nn.Module):
-        raise StructureError(f"submodule must be an nn.Module, got {describe(module)}.")
+        raise StructureError(
+            f"submodule must be an nn.Module, got {describe(module)}. Put a function into the forward of one."
+        )
     for part in module.modules():
         if isinstance(part, OptimizedModule):
             raise StructureError(
@@ -60,7 +62,10 @@ def check_loss(loss_fn: LossFunction | None) -> None:
     if loss_fn is None:
         return
     if not callable(loss_fn):
-        raise StructureError(f"loss_fn must be a function of output and target, got {describe(loss_fn)}.")
+        raise StructureError(
+            f"loss_fn must be a function of output and target, got {describe(loss_fn)}. Pass one that "
+            "returns a scalar, such as torch.nn.functional.mse_loss."
+        )
     if isinstance(loss_fn, nn.Module) and any(map(requires_grad, loss_fn.parameters())):
         raise StructureError(
             f"loss_fn has parameters to train ({type(loss_fn).__name__}). Make it a part of the last stage's "

@@ -346,7 +346,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             return
         if bwd_chunk_id not in self._weight_pullbacks:
             raise StructureError(
-                f"{self._name}: W of microbatch {bwd_chunk_id} has no I before it, or comes a second time. "
+                f"{self._name}: W of microbatch {bwd_chunk_id} has no I before it, or runs a second time. "
                 "Correct the schedule."
             )
         # On the first stage torch's I does nothing, and its W is the whole backward.
@@ -382,7 +382,10 @@ class FunctionalPipelineStage(AccumulatingStage):
     def _backward_of_loss(self, chunk: int, loss: Tensor | None) -> None:
         """Take the gradients of the output from what the schedule computed with it."""
         if not isinstance(loss, Tensor):
-            raise StructureError(f"{self._name}: the schedule's loss must be a tensor, got {describe(loss)}.")
+            raise StructureError(
+                f"{self._name}: the schedule's loss must be a tensor, got {describe(loss)}. Let its loss_fn "
+                "return a scalar tensor."
+            )
         if chunk in self._pending:  # the loss did not read the output
             self._pending[chunk].output()
         torch.autograd.backward(loss)

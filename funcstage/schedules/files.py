@@ -104,7 +104,7 @@ def check_order(order: Order) -> None:
                 done[part] += order.pieces if part.kind == "W" and action.kind == "B" else 1
                 if done[part] > (order.pieces if part.kind == "W" else 1):
                     often = "twice" if order.pieces == 1 else f"more often than its {order.pieces} pieces"
-                    raise ScheduleError(f"{order.schedule}: {part} is there {often}; leave one out.")
+                    raise ScheduleError(f"{order.schedule}: {part} is there {often}. Leave one out.")
     for stage in range(order.num_stages):
         for microbatch in range(order.num_microbatches):
             for kind in ("F", "I", "W"):
@@ -134,6 +134,4 @@ def _read(cell: str, where: str, pieces: set[int]) -> Iterator[Action]:
         for part in overlapped[1].split(";"):
             yield from _read(part.strip(), where, pieces)
     elif not _NO_WORK.fullmatch(cell):
-        raise ScheduleError(
-            f"{where}: {cell!r} is no action. One is written as 2F0: stage, kind, microbatch."
-        )
+        raise ScheduleError(f"{where}: {cell!r} is not an action. Write one as 2F0: stage, kind, microbatch.")

@@ -33,7 +33,7 @@ def interactive_timeline(
     """
     every = [timelines] if isinstance(timelines, Timeline) else list(timelines)
     if not every:
-        raise ScheduleError("timelines must be one timeline at least, got none.")
+        raise ScheduleError("timelines must be one timeline or more, got none.")
     try:
         from plotly import graph_objects
     except ImportError as missing:

@@ -135,7 +135,10 @@ def _spans(path: Path, pieces: set[int]) -> tuple[int | None, list[Span]]:
         events = trace["traceEvents"] if isinstance(trace, dict) else trace
         found = [(match, event) for event in events if (match := _RANGE.fullmatch(str(event.get("name"))))]
     except (ValueError, KeyError, AttributeError, gzip.BadGzipFile) as error:
-        raise ScheduleError(f"{path} is no trace in JSON, as torch.profiler exports it.") from error
+        raise ScheduleError(
+            f"{path} is not a trace in JSON. Pass a file that torch.profiler has exported "
+            "(export_chrome_trace)."
+        ) from error
     found = [(match, event) for match, event in found if event.get("ph") == "X"]
     device = [(m, event) for m, event in found if event.get("cat") == "gpu_user_annotation"]
     if not found:

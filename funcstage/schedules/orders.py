@@ -204,7 +204,8 @@ def _placed(schedule: str, num_stages: int, num_ranks: int | None) -> int:
         if num_stages % num_ranks or per_rank not in (None, num_stages // num_ranks):
             share = "the same number of stages" if per_rank is None else f"{per_rank} stage(s)"
             raise ScheduleError(
-                f"{schedule} has {share} on every rank; {num_stages} stages on {num_ranks} ranks do not fit."
+                f"{schedule} has {share} on every rank; {num_stages} stages on {num_ranks} ranks do not fit. "
+                "Change one of these numbers."
             )
         return num_ranks
     if per_rank is None:

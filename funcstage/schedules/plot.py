@@ -115,7 +115,7 @@ def plot_comparison(
         StageError: if matplotlib is not installed.
     """
     if not timelines:
-        raise ScheduleError("timelines must be one timeline at least, got none.")
+        raise ScheduleError("timelines must be one timeline or more, got none.")
     rows = [max(3, min(len(timeline.ends), 16)) for timeline in timelines]
     figure: Figure = (
         _figure((12, sum(0.42 * row + 0.9 for row in rows) + 0.5))

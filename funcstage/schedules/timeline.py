@@ -267,7 +267,8 @@ def _check(order: Order, costs: Sequence[Costs], comm: float) -> None:
         )
     if len(costs) != order.num_stages:
         raise ScheduleError(
-            f"{order.schedule} has {order.num_stages} stages, but {len(costs)} costs are given."
+            f"{order.schedule} has {order.num_stages} stages, but {len(costs)} costs are given. Pass one for "
+            "each stage."
         )
     for name, values in [("comm", (comm,)), *((f"costs[{i}]", cost) for i, cost in enumerate(costs))]:
         if not all(math.isfinite(value) and value >= 0 for value in values):

@@ -113,12 +113,13 @@ class Containers:
             if sum(each.given is other.given for other in self._found) > 1:
                 raise PurityError(
                     f"{stage} writes into {each.name}, a {type(each.given).__qualname__} that is among the "
-                    f"arguments more than once, of which it is handed several copies. {WAY_OUT}"
+                    "arguments more than once. The stage gets a copy for each of these places, so they "
+                    f"would no longer agree. {WAY_OUT}"
                 )
             if type(each.given) not in _FILLED and not _is_open_dataclass(each.given):
                 raise PurityError(
-                    f"{stage} writes into {each.name}, a {type(each.given).__qualname__} of which it is "
-                    f"handed a copy, so that the caller's would not change. {WAY_OUT}"
+                    f"{stage} writes into {each.name}, a {type(each.given).__qualname__}. The stage gets a "
+                    f"copy of it, so the caller's would not change. {WAY_OUT}"
                 )
         for each in changed:
             given, handed = each.given, each.handed

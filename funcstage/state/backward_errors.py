@@ -25,8 +25,8 @@ def explain(error: BaseException, stage: str, phase: str) -> None:
         raise written_error("A tensor that was captured", stage, phase) from error
     if says(error, CHECKPOINT_UNLIKE):
         raise StageError(
-            f"{phase} of {stage} cannot run a selective checkpoint again: its policy saves what an operation "
-            "makes and another one then writes into, as dropout does on the CPU, or decides otherwise than "
-            f"in the first run ({str(error).partition(chr(10))[0]}). Save matrix products alone and let the "
-            "rest be recomputed, or compile the stage by funcstage.compile."
+            f"{phase} of {stage} cannot run a selective checkpoint again "
+            f"({str(error).partition(chr(10))[0]}). Its policy saves a value that a later operation writes "
+            "into, as dropout does on the CPU, or it decides otherwise in the second run. Save only matrix "
+            "products and let the rest be recomputed, or compile the stage with funcstage.compile."
         ) from error

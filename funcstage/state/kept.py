@@ -282,8 +282,9 @@ class State:
         """
         if any(differs(*pair) for pair in self._handed):
             raise TraceError(
-                f"{owner} writes into an object that it is handed as an argument, such as a cache, which a "
-                "compiled stage would do in its first call alone. Pass the tensors and return the new ones."
+                f"{owner} writes into an object that it is handed as an argument, such as a cache. A "
+                "compiled stage would do so only in its first call. Pass the tensors and return the new "
+                "ones."
             )
         pairs = [*zip(self._holders, self._contents, strict=True)]
         changed = [i for i, pair in enumerate(pairs) if differs(*pair)]
@@ -324,7 +325,7 @@ class State:
             except Exception as error:
                 raise TraceError(
                     f"{owner} leaves something on its module ({_names(new)}) that a compiled stage cannot "
-                    f"make anew in each call ({error}). Return it, or register its tensors as buffers."
+                    f"make again in each call ({error}). Return it, or register its tensors as buffers."
                 ) from error
         return Changes(self._holders, writes, stand_ins, known), tensors
 
@@ -344,7 +345,7 @@ class State:
                 if now is not value and (isinstance(holder, dict) or differs(holder, contents)):
                     raise TraceError(
                         f"{owner} reads a tensor that it has kept on its module in an earlier call "
-                        f"({place!r}) and replaces it, which a compiled stage cannot do. Register it as a "
+                        f"({place!r}), and replaces it. A compiled stage cannot do that. Register it as a "
                         "buffer (`register_buffer`), or pass it in and return it."
                     )
                 if hasattr(value, MARK):

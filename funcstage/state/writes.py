@@ -180,9 +180,9 @@ def refuse_written(
 def written_error(name: str, stage: str, phase: str) -> WrittenError:
     """The refusal of a phase that would read this leaf."""
     return WrittenError(
-        f"{name} of {stage} was written in place after F or I had run with it, and {phase} reads it again, "
-        f"so that its gradients would be wrong. Run {phase} before the write, or give the stage a clone of "
-        "that tensor, or write into a clone."
+        f"{name} of {stage} was written in place after F or I had used it. {phase} reads it again, so its "
+        f"gradients would be wrong. Run {phase} before the write, give the stage a clone of that tensor, or "
+        "write into a clone."
     )
 
 

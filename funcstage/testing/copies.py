@@ -105,8 +105,8 @@ class _Unrepeatable:
 
     def __next__(self) -> NoReturn:
         raise StageError(
-            f"check_stage: {self.name} is a generator that the stage takes values from; no two runs of the "
-            "stage are alike, and none can be compared with another. Pass what it yields as an argument."
+            f"check_stage: {self.name} is a generator that the stage takes values from, so no two runs are "
+            "alike and none can be compared with another. Pass what it yields as an argument."
         )
 
     def send(self, value: object) -> NoReturn:

@@ -179,7 +179,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "wrap": wrap,
 }
 SAID = {
-    "thaw": "parameters that were frozen are to be trained",
+    "thaw": "parameters that were frozen now require grad",
     "widen": "the next stage was told",
     "narrow the input": "its forward fails on the inputs that it gets",
     "cast": "must have the same dtype",

@@ -108,7 +108,7 @@ def test_another_structure_in_the_midst_of_a_step_is_refused_and_the_next_step_t
     module, x, target = made()
     stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
     run = schedule(stage, MICROBATCHES, loss_fn=Once(lambda: REFUSED[said](stage)))
-    with pytest.raises(fs.StructureError, match=f"{said} in the midst of a step, before microbatch 1"):
+    with pytest.raises(fs.StructureError, match=f"{said} in the middle of a step, before microbatch 1"):
         run.step(x, target=target)
     stage.submod.zero_grad()
     reference = copy.deepcopy(stage.submod)

@@ -37,7 +37,7 @@ def test_several_timelines_are_written_as_one_page_that_needs_no_network(tmp_pat
     page = (tmp_path / "step.html").read_text()
     assert "1F1B: rank 3" in page
     assert "<script src=" not in page.replace(" charset=", " ")
-    with pytest.raises(fs.StageError, match="at least, got none"):
+    with pytest.raises(fs.StageError, match="or more, got none"):
         interactive_timeline([])
 
 

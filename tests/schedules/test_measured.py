@@ -112,9 +112,9 @@ def test_waits_are_the_bubble_and_say_what_they_wait_for() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("not json", "is no trace in JSON"),
+        ("not json", "is not a trace in JSON"),
         ("[]", "has no actions of a pipeline"),
-        ('{"other": 1}', "is no trace in JSON"),
+        ('{"other": 1}', "is not a trace in JSON"),
         ('{"traceEvents": [{"ph": "X", "name": "stage 0 F mb 0", "ts": 0, "dur": 1}]}', "0I0 is missing"),
     ],
 )

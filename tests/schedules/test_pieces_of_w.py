@@ -99,7 +99,7 @@ def test_a_file_says_which_w_are_pieces_and_torch_does_not_take_them_for_whole_o
         ("0F0,0B0,1/2:0W0", "0W0 is there more often than its 2 pieces"),
         ("0F0,0F1,0I0,1/2:0W0,1/2:0W0,0I1,0W1", "W is in 1 and in 2 pieces"),
         ("0F0,0I0,1/0:0W0", "pieces must be a positive integer, got 0"),
-        ("0F0,0I0,1/2:0I0", "'1/2:0I0' is no action"),
+        ("0F0,0I0,1/2:0I0", "'1/2:0I0' is not an action"),
     ],
 )
 def test_pieces_that_do_not_make_a_whole_are_refused(text: str, complaint: str, tmp_path: Path) -> None:

@@ -372,8 +372,8 @@ class CompiledStage:
         misses = ("; ".join(reasons(old, new)) or "?" for old, new in itertools.pairwise(seen))
         listed = "\n".join(f"  {i}: {miss}" for i, miss in enumerate(misses, 2))
         warnings.warn(
-            f"{self.__qualname__} was traced for {len(seen)} signatures, each of which is compiled apart. "
-            f"What differed from the one before:\n{listed}",
+            f"{self.__qualname__} was traced for {len(seen)} signatures, and each is compiled separately. "
+            f"What changed each time:\n{listed}",
             stacklevel=2,
         )
 
@@ -446,7 +446,8 @@ def compile(
         raise StructureError(f"dynamic must be None, True or False, got {dynamic!r}.")
     if dynamic and cuda_graphs:
         raise StructureError(
-            "cuda_graphs=True replays one length, so that dynamic=True cannot be had with it. Leave one out."
+            "cuda_graphs=True replays fixed sizes, so it cannot be combined with dynamic=True. Leave one of "
+            "them out."
         )
     if not isinstance(sites, bool):
         raise StructureError(f"sites must be True or False, got {sites!r}.")

@@ -332,18 +332,19 @@ class Recorder(TorchFunctionMode):
         self.generators.refuse()
         for what, where in self._noted.draws.items():
             raise TraceError(
-                f"The stage draws a random number ({what}, at {where}), which a trace keeps for all calls. "
-                "Draw with torch.rand, or outside and pass the number as an argument."
+                f"The stage draws a random number ({what}, at {where}), and a trace would repeat it in every "
+                "call. Draw with torch.rand, or draw outside and pass the number as an argument."
             )
         for label, value in self._unwatchable():
             raise TraceError(
                 f"The stage reads {label}, of type {type(value).__module__}.{type(value).__qualname__}, "
-                "whose state cannot be compared, so that a later change of it would go unnoticed. Pass "
-                "what is read of it as an argument."
+                "whose state cannot be compared: a later change would go unnoticed. Pass what the stage "
+                "reads of it as an argument."
             )
         for what, where in self._noted.clocks.items():
             warnings.warn(
-                f"The stage reads a clock ({what}, at {where}), which stands still in its compiled programs.",
+                f"The stage reads a clock ({what}, at {where}), which stands still in its compiled programs. "
+                "Pass the time as an argument.",
                 stacklevel=2,
             )
 

@@ -35,8 +35,8 @@ def refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
     while node.op != "output":
         if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
             raise TraceError(
-                f"{name_of(apply)} draws random numbers in its backward ({node.target}), which a compiled "
-                "stage would draw at another time than eager. Draw them in the forward."
+                f"{name_of(apply)} draws random numbers in its backward ({node.target}). A compiled stage "
+                "would draw them at another time than eager does. Draw them in the forward."
             )
         node = node.next
 
@@ -58,8 +58,8 @@ def check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 layout = str(value.layout).removeprefix("torch.")
                 raise TraceError(
-                    f"{name_of(apply)} makes a tensor of {layout} layout ({node.target}), whose gradients a "
-                    "trace loses. Keep it dense."
+                    f"{name_of(apply)} makes a tensor of {layout} layout ({node.target}), and a trace loses "
+                    "its gradients. Keep it dense."
                 )
         if node.target is torch.ops.aten._efficientzerotensor.default:
             node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
@@ -69,8 +69,8 @@ def refuse_writes(owner: str, containers: Containers) -> None:
     """Refuse a stage that has written into a list, or the like, among its arguments."""
     for each in containers.changed():
         raise TraceError(
-            f"{owner} writes into {each.name}, a {type(each.given).__qualname__}, which a compiled stage "
-            f"would do in its first call alone. {WAY_OUT}"
+            f"{owner} writes into {each.name}, a {type(each.given).__qualname__}. A compiled stage would do "
+            f"so only in its first call. {WAY_OUT}"
         )
 
 
@@ -83,8 +83,8 @@ def impure(apply: Callable[..., Any]) -> PurityError:
 
 def captured(owner: str, which: str) -> PurityError:
     return PurityError(
-        f"{owner} writes in place into a tensor that it captured from outside ({which}), which a compiled "
-        "stage would not do again. Register the tensor as a buffer, or update a clone of it."
+        f"{owner} writes in place into a tensor that it captured from outside ({which}). A compiled stage "
+        "would not repeat the write. Register the tensor as a buffer, or update a clone of it."
     )
 
 

@@ -175,8 +175,8 @@ class Region:
         place = self.place(leaf)
         if place is None and isinstance(leaf, nn.Parameter):
             raise StageError(
-                f"A checkpointed region reads a parameter ({trees.describe(leaf)}) when it is run again that "
-                "it had not read before: its module was not found. Pass the module to `checkpoint`, or a "
+                f"A checkpointed region reads a parameter ({trees.describe(leaf)}) in its second run that it "
+                "did not read in the first: its module was not found. Pass the module to `checkpoint`, or a "
                 "function that holds it."
             )
         return leaf if place is None else stand_ins[place]

@@ -29,8 +29,8 @@ def written_into_own(func: Any, target: Any) -> Exception:
     if isinstance(target, Tensor) and target.requires_grad and target.is_leaf:
         return RuntimeError(_LEAF_WRITTEN)  # as torch says
     return PurityError(
-        f"The stage writes a value that needs a gradient, with {getattr(func, '__name__', func)}, into a "
-        f"parameter that it made itself ({trees.describe(target)}). Use the value as it is instead."
+        "The stage writes a value that needs a gradient into a parameter that it made itself "
+        f"({trees.describe(target)}), with {getattr(func, '__name__', func)}. Use the value directly instead."
     )
 
 
@@ -119,8 +119,8 @@ def _refusal(error: Exception) -> StageError | None:
         )
     if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(
-            "The stage applies a torch.autograd.Function whose forward takes `ctx` through an `apply` that "
-            "was bound before the stage ran, which torch 2.14 and later hide from funcstage. Write "
+            "The stage applies a torch.autograd.Function whose forward takes `ctx`, through an `apply` that "
+            "was bound before the stage ran. torch 2.14 and later hide that from funcstage. Write "
             "`MyFunction.apply(...)` in the stage, or give the function a separate setup_context "
             "staticmethod."
         )

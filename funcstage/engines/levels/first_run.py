@@ -56,10 +56,10 @@ class Numbers:
             if _counts(func, result):
                 if func is not noted:
                     raise StageError(
-                        f"A checkpointed region called {_name(noted)} when it ran first and {_name(func)} "
-                        "when it was run again, so that its gradients would be another function's. What "
-                        "changes from run to run (a counter, a random number of Python) is to be decided "
-                        "outside of the checkpoint and passed as an argument."
+                        f"A checkpointed region called {_name(noted)} in its first run and {_name(func)} in "
+                        "its second, so its gradients would be those of another function. Decide what "
+                        "changes from run to run (a counter, a random number of Python) outside of the "
+                        "checkpoint, and pass it as an argument."
                     )
                 following = next(calls, _NO_CALL)
             return result

@@ -78,9 +78,9 @@ class Refusing(TorchFunctionMode):
     ) -> Any:
         if takes_gradients(func):
             raise StageError(
-                f"The backward of {self._function} takes gradients itself, somewhere behind what it calls, "
-                "where F could not see it. Say `with torch.enable_grad():` in the code of that backward, or "
-                "compile the stage with funcstage.compile."
+                f"The backward of {self._function} takes gradients itself, in something that it calls, where "
+                "F could not see it. Write `with torch.enable_grad():` in that backward itself, or compile "
+                "the stage with funcstage.compile."
             )
         return func(*args, **(kwargs or {}))
 

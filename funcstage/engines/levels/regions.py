@@ -168,7 +168,7 @@ class _Captured:
                     if self._split.is_differentiated(value):
                         raise PurityError(
                             f"A checkpointed region writes into its input ({trees.describe(value)}) in "
-                            f"place, by {getattr(func, '__name__', func)}, so that it cannot be run again. "
+                            f"place, by {getattr(func, '__name__', func)}, so it cannot run a second time. "
                             "Work on a clone."
                         )
                     with ft.down_to(0):
@@ -253,8 +253,8 @@ class _Rerun(Rerun):
         found = [(value.shape, value.dtype, value.device) for value in output]
         if found != self._metas:
             raise StageError(
-                f"A checkpointed region returned {self._metas} at first and {found} when it was run again. "
-                "Take out of the checkpoint what changes from run to run."
+                f"A checkpointed region returned {self._metas} in its first run and {found} in its second. "
+                "Move what changes from run to run out of the checkpoint."
             )
         return replace(tape, origin=replace(tape.origin, state=self._board.state))
 

@@ -57,6 +57,6 @@ def refuse_without_dx(node: Node) -> None:
     if x.is_cpu and suggest_memory_format(x) != torch.contiguous_format:
         raise StructureError(
             f"A group norm on the CPU has an input in channels-last memory, {trees.describe(x)}, that "
-            f"requires no grad. Its backward would end the process in torch {torch.__version__}; torch 2.14 "
-            "can do it. Give the stage x.contiguous(), or x.requires_grad_()."
+            f"requires no grad. Its backward would crash the process in torch {torch.__version__}; torch "
+            "2.14 has mended that. Give the stage x.contiguous(), or x.requires_grad_()."
         )

@@ -280,7 +280,7 @@ def test_other_choices_are_refused(wrong: Any) -> None:
 
 
 def test_cuda_graphs_of_any_length_are_refused() -> None:
-    with pytest.raises(fs.StructureError, match="one length"):
+    with pytest.raises(fs.StructureError, match="fixed sizes"):
         fs.compile(fs.functionalize(nn.Linear(4, 4)).apply, cuda_graphs=True, dynamic=True)
 
 

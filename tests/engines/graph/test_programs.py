@@ -97,7 +97,7 @@ def test_a_pullback_that_failed_in_its_midst_is_consumed_and_says_so_unless_reta
     if retain:
         assert torch.equal(run(), torch.ones(2))
     else:
-        with pytest.raises(fs.ConsumedError, match="failed in its midst"):
+        with pytest.raises(fs.ConsumedError, match="failed halfway"):
             run()
 
 

@@ -65,7 +65,7 @@ def test_a_second_run_that_takes_another_branch_is_refused() -> None:
         return checkpoint(region, x * params, use_reentrant=False), buffers
 
     _, _, pullback = fs.stage_vjp(apply, torch.randn(3), (), torch.randn(3))
-    with pytest.raises(fs.StageError, match=r"called tanh when it ran first and sigmoid when"):
+    with pytest.raises(fs.StageError, match=r"called tanh in its first run and sigmoid in"):
         pullback(torch.ones(3))
 
 
