@@ -144,8 +144,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         pieces = tuple(map(self._rebuilt, tapes))
         self._keep(None)
         self._gone = (
-            "was split, and its pieces have its residuals. Use those. If you need the whole too, split a copy "
-            "of it, copy.copy(weight_pullback)."
+            "was split, and its pieces have its residuals. Use those. If you need the whole too, split a "
+            "copy of it, copy.copy(weight_pullback)."
         )
         return pieces
 

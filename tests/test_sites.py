@@ -456,11 +456,13 @@ def check_sums(module: nn.Module, seed: int, engine: str, argnums: Any = None) -
 MODULES = strategies.modules(PRECISE, dtype=torch.float64)
 
 
+@settings(deadline=None)
 @given(module=MODULES, seed=st.integers(0, 99))
 def test_any_stages_sites_sum_up_to_its_weight_gradient(module: nn.Module, seed: int) -> None:
     check_sums(module, seed, "uncompiled")
 
 
+@settings(deadline=None)
 @given(module=MODULES, seed=st.integers(0, 99))
 def test_any_first_stages_sites_and_pieces_sum_up_to_w(module: nn.Module, seed: int) -> None:
     check_sums(module, seed, "uncompiled", argnums=())

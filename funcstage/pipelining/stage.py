@@ -382,10 +382,7 @@ class FunctionalPipelineStage(AccumulatingStage):
     def _backward_of_loss(self, chunk: int, loss: Tensor | None) -> None:
         """Take the gradients of the output from what the schedule computed with it."""
         if not isinstance(loss, Tensor):
-            raise StructureError(
-                f"{self._name}: the schedule's loss must be a tensor, got {describe(loss)}. Let its loss_fn "
-                "return a scalar tensor."
-            )
+            raise StructureError(f"{self._name}: the schedule's loss must be a tensor, got {describe(loss)}.")
         if chunk in self._pending:  # the loss did not read the output
             self._pending[chunk].output()
         torch.autograd.backward(loss)
