@@ -194,6 +194,13 @@ def test_a_compressed_cotangent_gives_the_gradient_of_the_compressed(engine: str
     torch.testing.assert_close((found["weight"], found["bias"]), expected)
 
 
+def test_a_norm_before_a_view_has_the_cotangent_of_the_norm(engine: str) -> None:
+    module = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Flatten())
+    sites = weight_pullback_of(module, torch.randn(2, 4, 5), torch.randn(2, 12), engine).sites
+    (norm,) = [site for site in sites if "1.weight" in site.params]
+    assert norm.cotangent.shape == (2, 4, 3)
+
+
 def test_a_site_says_what_it_is() -> None:
     module = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
     norm, linear = weight_pullback_of(module, torch.randn(2, 4, 5), torch.randn(2, 4, 3)).sites

@@ -212,7 +212,7 @@ class _Run:
             cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]
             as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
             grads: list[Tensor | None] = [None] * len(values)
-            if roots and wanted:
+            if wanted:
                 held = {} if call.module is None else {**buffers, **params}
                 with swapped(state_with(call.module, held)), autocast_off():
                     found = torch.autograd.grad(

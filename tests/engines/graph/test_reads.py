@@ -175,6 +175,10 @@ class Slots:
         self.__private = value
 
 
+class Measured(float):
+    unit = 1.0
+
+
 class Mode(enum.Enum):
     SLOW = 1.0
     FAST = 2.0
@@ -241,6 +245,11 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any],
         lambda v: setattr(v, "scale", 5.0),
     ),
     "slots": (Slots, lambda v: v.total(), lambda v: setattr(v, "scale", 5.0)),
+    "a number with attributes": (
+        lambda: Measured(2.0),
+        lambda v: v * v.unit,
+        lambda v: setattr(v, "unit", 5.0),
+    ),
     "a private slot": (Slots, lambda v: v.total(), lambda v: v.set_private(5.0)),
     "a dataclass": (Config, lambda v: v.scale, lambda v: setattr(v, "scale", 5.0)),
     "a dict in a dataclass": (Config, lambda v: v.table["a"][0], lambda v: v.table["a"].insert(0, 5.0)),
@@ -421,6 +430,12 @@ def test_a_number_of_a_tensor_is_read_beside_activations_of_one_element() -> Non
     number = torch.ones(1)
     set_global(number)
     check_change(compiled(OfOneNumber()), lambda: number.fill_(5.0), torch.randn(2, 4))
+
+
+def test_an_attribute_that_appears_on_a_subclass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_on_class(1.0)
+    stage = compiled(Reading(inherited, float))
+    check_change(stage, lambda: monkeypatch.setattr(Heir, "setting", 2.0, raising=False), torch.randn(2, 4))
 
 
 def test_a_method_put_in_place_of_another_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
