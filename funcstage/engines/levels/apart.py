@@ -108,7 +108,11 @@ def run_apart(
         rerun.edges = edges if of_inputs else None
         rerun.first_kept = len(operands)
         calls_back, split.had_apart = split.calls_back, True
-        for i, value in zip(found.roots, Recomputed.apply(rerun, *operands, *residuals), strict=True):
+        captured = (rerun, *operands, *residuals)
+        with without_torch_function():  # no site, and nothing else that the mode need see
+            run = Recomputed.apply
+            outputs = split.above(run, captured, {}) if of_inputs else run(*captured)
+        for i, value in zip(found.roots, outputs, strict=True):
             results[i] = value
         split.calls_back = calls_back  # what runs in the reverse passes is none of the stage's Python
     return trees.unflatten(output_spec, results), new_buffers
