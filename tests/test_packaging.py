@@ -34,3 +34,19 @@ def test_the_sdist_holds_every_suite_and_every_page() -> None:
     assert [path for path in included if not (ROOT / path).exists()] == []
     tracked = {"tests", "property_tests", "model_tests", "benchmarks", "examples", "docs"}
     assert tracked | {page.name for page in ROOT.glob("*.md")} <= {*included}
+
+
+def test_the_recipe_for_conda_asks_for_what_the_package_does() -> None:
+    recipe = (ROOT / "packaging" / "conda" / "recipe.yaml").read_text()
+    assert f'version: "{fs.__version__}"' in recipe
+    named = {"torch": "pytorch", "typing-extensions": "typing_extensions", "matplotlib": "matplotlib-base"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
+    asked += [*extras["demo"], *extras["schedules"], *extras["interactive"]]
+    lines = {line.strip().removeprefix("- ") for line in recipe.splitlines()}
+    for requirement in asked:
+        name, bound = re.fullmatch(r"([a-z-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
+        assert " ".join([named.get(name, name), *([bound] if bound else [])]) in lines
+    (command,) = PROJECT["project"]["scripts"].items()
+    assert " = ".join(command) in lines
+    assert f"python {PROJECT['project']['requires-python']}" in lines
