@@ -125,9 +125,11 @@ class ModuleFunction:
         contents: what it holds, from call to call.
         gathering: how parameters that FSDP shards become whole.
         refuses_hooks: whether parameters may have no hooks, as nobody would run them.
+        reduces: whether its W reduces gradients of what FSDP shards.
     """
 
     refuses_hooks = False
+    reduces = True
     _gathers = True
 
     def __init__(self, module: nn.Module, params: Params, buffers: Buffers, frozen: frozenset[str]) -> None:
@@ -175,7 +177,7 @@ class ModuleFunction:
         state = {name: b if name in self._frozen else b.clone() for name, b in buffers.items()}
         state.update(params)
         if self.gathering.groups and self._gathers:
-            state = self.gathering.whole(self.__qualname__, state)
+            state = self.gathering.whole(self.__qualname__, state, self.reduces)
         for alias, name in self._aliases.items():
             state[alias] = state[name]
         recurrent = self._parts.recurrent

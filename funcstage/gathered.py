@@ -69,8 +69,13 @@ class Gathering:
 
             self.groups = groups_of(module)
 
-    def whole(self, owner: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(self, owner: str, state: Mapping[str, Tensor], reduces: bool = True) -> dict[str, Tensor]:
         """Return state with whole parameters in the place of shards.
+
+        Args:
+            owner: the name of the module.
+            state: parameters and buffers.
+            reduces: whether W is to reduce the gradients.
 
         Raises:
             LeafError: if there is anything else than a shard.
@@ -78,7 +83,8 @@ class Gathering:
         """
         from funcstage._torch.fsdp import check_reduces
 
-        check_reduces(owner, self.groups)
+        if reduces:
+            check_reduces(owner, self.groups)
         found = dict(state)
         for group in self.groups:
             names = [parameter.name for parameter in group.parameters]

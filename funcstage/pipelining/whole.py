@@ -28,6 +28,7 @@ class WholeParameters:
     """
 
     def __init__(self, module: nn.Module, function: ModuleFunction) -> None:
+        function.reduces = False  # schedules see to that, whatever FSDP was told before
         self.apply: StageFunction = function.for_whole_parameters()
         self._module = module
         self._groups = function.gathering.groups

@@ -349,6 +349,16 @@ def test_parameters_and_gradients_of_the_stage_are_shards_at_any_time(mesh: Devi
     assert {type(value) for value in seen} == {DTensor}
 
 
+@COMPILE
+def test_a_step_reduces_gradients_even_if_fsdp_was_told_to_keep_them_back(
+    mesh: DeviceMesh, compile: Any
+) -> None:
+    module, twin = made()
+    expected = eager(twin, *batch(0))
+    fully_shard(module, mesh=mesh).set_requires_gradient_sync(False)  # as torch's own stage does
+    check_step(module, one_stage(module, "1F1B", compile), expected)
+
+
 def test_a_parameter_of_two_stages_is_refused_where_fsdp_would_reduce_it_twice(mesh: DeviceMesh) -> None:
     shared = nn.Linear(WIDTH, WIDTH)
     parts = [nn.Sequential(nn.Tanh(), shared), nn.Sequential(shared, nn.Tanh())]
