@@ -6,7 +6,8 @@ threads that somebody records, so that their compiled functions refuse to run. N
 Model libraries read the values of masks to choose a faster way, unless they are compiled: they ask
 `torch.compiler.is_compiling`, whose answer is a setting of the process. While a stage is traced that
 function asks for the thread first; torch's own code, which would go other ways, gets torch's answer.
-Private: the patched methods, the flag, and that the function is Python.
+The Python of what is recorded, which each pass would write again, is left until somebody reads it.
+Private: the patched methods, the flag, that the function is Python, and graph modules that wait with theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
+from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def recording() -> Iterator[None]:
     for function, asking in zip(functions, (_is_compiling, _is_dynamo_compiling), strict=True):
         function.__code__ = asking.__code__
     try:
-        yield
+        with lazy_graph_modules(True):
+            yield
     finally:
         for function, code in zip(functions, codes, strict=True):
             function.__code__ = code
