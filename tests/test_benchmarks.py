@@ -77,3 +77,12 @@ def test_sharded_stages_are_measured_on_all_ranks(tmp_path):
         assert 0 < result["total_ms"] < 1e5
         assert result["relative_error"] < 2e-2
         assert (result["held_after_forward_mib"] is None) == (system != "funcstage aten")
+
+
+def test_deep_stages_are_measured():
+    options = ["--backend", "aten", "--size", "XS", "--blocks", "1", "2", "--repeats", "2"]
+    command = [sys.executable, "-m", "benchmarks.depth", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for system in ("repeated", "one program", "torch.compile"):
+        assert f"2 blocks, {system}: first " in run.stdout
