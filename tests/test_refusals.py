@@ -176,6 +176,17 @@ def test_an_embedding_that_renormalises_its_weight_is_refused() -> None:
     assert torch.equal(module.weight, before)
 
 
+def test_an_argument_that_is_overwritten_in_a_list_is_refused_and_stays() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        torch._foreach_mul_([x], 2.0)
+        return x * params, buffers
+
+    x = torch.ones(2)
+    with pytest.raises(fs.PurityError, match=r"positional argument \[0\].*_foreach_mul_"):
+        fs.stage_vjp(apply, torch.ones(2), (), x)
+    assert x.eq(1).all()
+
+
 def test_a_stage_may_overwrite_its_argument_but_the_callers_tensor_stays() -> None:
     class Stage(nn.Module):
         def __init__(self) -> None:

@@ -100,6 +100,15 @@ def test_what_the_caller_gave_and_got_stays_as_it_was(stage: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_cotangent_that_w_reads_itself_stays_as_it_was() -> None:
+    stage = fs.compile(lambda params, buffers, x: (x.sin() * params, buffers), backend="inductor")
+    x, weight, cotangent = (torch.randn(64, 64, device=DEVICE) for _ in range(3))
+    before = cotangent.clone()
+    _, weight_pullback = fs.stage_vjp(stage, weight, (), x)[2](cotangent)
+    torch.testing.assert_close(weight_pullback(), before * x.sin())
+    assert torch.equal(cotangent, before)
+
+
 def test_a_gradient_that_was_summed_up_early_is_handed_over_and_not_copied() -> None:
     apply, params, buffers = fs.functionalize(Gated())
     x = torch.randn(2**16, 8)  # sums of little are left to W
