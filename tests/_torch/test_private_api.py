@@ -725,7 +725,6 @@ CALLED = {
     "scale_grads",
     "_prepare_forward_infra",
     "_prepare_backward_infra",
-    "_sent_grad",
 }
 """What a schedule calls of a stage, in any torch."""
 
