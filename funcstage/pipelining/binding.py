@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage._torch.operators import copy_into_all
+from funcstage.dtensors import placement
 from funcstage.functional import function_of
 from funcstage.trees import Buffers, PyTree
 
@@ -154,8 +155,12 @@ def update(places: Places, before: Buffers, after: Buffers) -> bool:
     owned = read(changed)
     same = [name for name, buffer in owned.items() if _fits(buffer, after[name])]
     with torch.no_grad():
-        if same:
-            copy_into_all([owned[name] for name in same], [after[name] for name in same])
+        placed = [name for name in same if placement(owned[name]) or placement(after[name])]
+        for name in placed:  # DTensors, which are not copied all at once
+            owned[name].copy_(after[name])
+        plain = [name for name in same if name not in placed]
+        if plain:
+            copy_into_all([owned[name] for name in plain], [after[name] for name in plain])
         for name in changed.keys() - set(same):
             value = after[name]
             changed[name].put(value.detach().clone() if isinstance(value, Tensor) else value)
