@@ -8,6 +8,7 @@ call has found is noted first, and put back if it fails in any way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ def undone_if_interrupted(function: Function) -> Function:
         try:
             return function(*args, **kwargs)
         except BaseException as error:
+            interrupt = _interrupt_behind(error)
+            _close_contexts(interrupt)
             while modes.dispatch_modes() > dispatched:
                 modes.pop_dispatch_mode()
             while modes.function_modes() > entered:
@@ -45,10 +48,28 @@ def undone_if_interrupted(function: Function) -> Function:
             _interception.restore(asked)
             _calls.restore(called)
             modes.set_grad_enabled(grad)
-            interrupt = error.__context__
-            left = isinstance(error, RuntimeError) and says(error, NOT_ENTERED)
-            if left and interrupt is not None:
+            if interrupt is not error:
                 raise interrupt from None
             raise
 
     return run  # type: ignore[return-value]  # with the same parameters
+
+
+def _interrupt_behind(error: BaseException) -> BaseException:
+    """What came between entering and leaving a mode, if that is why it could not be left."""
+    left = isinstance(error, RuntimeError) and says(error, NOT_ENTERED)
+    return error.__context__ or error if left else error
+
+
+def _close_contexts(error: BaseException) -> None:
+    """Let torch's context managers that an interrupt came into put modes back now, not when they are freed.
+
+    What raises the interrupt, a handler of signals or a profiler, is given the frame that it came into.
+    """
+    traceback = None if isinstance(error, Exception) else error.__traceback__
+    while traceback is not None:
+        frame, traceback = traceback.tb_frame, traceback.tb_next
+        name = str(frame.f_globals.get("__name__"))
+        if traceback is None or name.partition(".")[0] in ("torch", "contextlib"):
+            with suppress(RuntimeError):  # it still runs
+                frame.clear()

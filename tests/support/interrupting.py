@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from inspect import CO_GENERATOR
 from typing import Any
 
 import torch
@@ -52,14 +53,17 @@ def state_of_everything(module: nn.Module) -> tuple[Any, ...]:
 
 
 class Interrupt:
-    """Raises at the n-th call of a Python function."""
+    """Raises at the n-th call of a Python function, or the next one if that is a generator.
+
+    Python swallows what is raised in a generator that it is closing, and leaves its blocks half done.
+    """
 
     def __init__(self, n: int) -> None:
         self.n, self.calls = n, 0
 
     def __call__(self, frame: Any, event: str, arg: Any) -> None:
         self.calls += event == "call"
-        if self.calls == self.n and event == "call":
+        if event == "call" and 0 < self.n <= self.calls and not frame.f_code.co_flags & CO_GENERATOR:
             sys.setprofile(None)
             raise KeyboardInterrupt
 

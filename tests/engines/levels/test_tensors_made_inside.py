@@ -234,7 +234,7 @@ def test_a_mark_on_a_parameter_is_refused_by_name(case: Any, engine: str, argnum
         if case is thaws
         else r"freezes param.*'proj\.(weight|bias)'"
     )
-    with pytest.raises(fs.PurityError, match=rf"{name}.* before functionalize[;,]"):
+    with pytest.raises(fs.PurityError, match=rf"{name}.* before functionalize[.;,]"):
         fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
     assert not module.frozen.requires_grad
 
@@ -272,7 +272,7 @@ def test_an_activation_written_into_a_parameter_that_was_made_is_eagers_or_refus
     module, x = made(case)
     assert_as_eager(module, x, "aten", None)
     apply, params, buffers = staged(module, "closures")
-    with pytest.raises(fs.PurityError, match=r"copy_.*a parameter that it made itself \(float64\[3\]"):
+    with pytest.raises(fs.PurityError, match=r"a parameter that it made itself \(float64\[3\].*copy_"):
         fs.stage_vjp(apply, params, buffers, x)
 
 
