@@ -52,4 +52,5 @@ def test_no_built_in_schedule_within_the_limit_is_faster_than_the_found_one(
     assert len(done) == len(set(done)) == 3 * len(costs) * microbatches
     assert limit is None or max(timeline.peak_memory) <= limit
     for order in others:
-        assert timeline.makespan <= simulate(order, costs, comm=comm).makespan, order.schedule
+        built_in = simulate(order, costs, comm=comm).makespan  # of the same numbers, added in another order
+        assert timeline.makespan <= built_in * (1 + 1e-12), order.schedule
