@@ -99,7 +99,10 @@ FILES: dict[str, list[str]] = {}
 for _file, _names in NAMES.items():
     for _name in _names:
         FILES.setdefault(_name, []).append(_file)
-NOT_YET_IN_2_11 = ("_StageBackwardMeta", "_StageForwardMeta", "_TensorMeta", "_TensorMeta.from_tensor")
+NOT_YET_IN_2_11 = (
+    *("_StageBackwardMeta", "_StageForwardMeta", "_TensorMeta", "_TensorMeta.from_tensor"),
+    "extract_tensor_meta",
+)
 
 
 def looked_up(name: str) -> Any:
@@ -838,9 +841,10 @@ def steps_that_fail_and_schedules_in_turn() -> None:
 
 @stands_on("_torch/sharded_messages.py", "_torch/pipelining.py", "_torch/dtensor.py")
 def dtensors_between_ranks() -> None:
-    import test_sharded_activations as sharded
     from pipeline_cases import Case
     from torch.distributed.tensor import Shard
+
+    from tests.pipelining import test_sharded_activations as sharded
 
     if not is_2_11():
         sharded.assert_trains(Case("Interleaved1F1B", 4, 4, compile={"backend": "aten"}), Shard(1))
