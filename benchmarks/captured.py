@@ -29,6 +29,7 @@ from benchmarks.pipeline import (
     alone,
     batch,
     chosen,
+    error_of,
     is_possible,
     order_of,
     ours,
@@ -40,11 +41,11 @@ from benchmarks.pipeline import (
     seconds_between,
     size_of,
     start,
+    step_of,
     theirs,
     theirs_compiled,
     told,
 )
-from benchmarks.split import relative_error
 from funcstage.pipelining import Order, captured, simulate
 
 
@@ -96,23 +97,11 @@ def measure(
     stages = [system.stage(module, i, n, device) for i, module in modules]
     schedule = schedule_of(system, order, stages)
     runs = captured(schedule) if contestant.captured else schedule
-    x, target = batch(size, order.num_microbatches, device)
-    has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
-
-    def step() -> None:
-        for _, module in modules:
-            module.zero_grad(set_to_none=True)
-        runs.step(
-            *((x,) if has_first else ()), **({"target": target} if has_last else {}), return_outputs=False
-        )
-
+    step = step_of(runs, modules, n, *batch(size, order.num_microbatches, device))
     for _ in range(6):
         step()
         torch.cuda.synchronize()
-    error = 0.0
-    if expected is not None:
-        grad = dict(modules)[0][0].qkv.weight.grad
-        error = relative_error([grad.float()], [expected])
+    error = error_of(modules, expected)
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()

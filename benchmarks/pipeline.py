@@ -216,6 +216,30 @@ def schedule_of(system: System, order: Order, stages: list[Any]) -> Any:
     return schedule
 
 
+def step_of(
+    schedule: Any, modules: list[tuple[int, nn.Module]], n: int, x: Tensor, target: Tensor
+) -> Callable[[], None]:
+    """A training step of this rank, with gradients made anew."""
+    has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
+
+    def step() -> None:
+        for _, module in modules:
+            module.zero_grad(set_to_none=True)
+        schedule.step(
+            *((x,) if has_first else ()), **({"target": target} if has_last else {}), return_outputs=False
+        )
+
+    return step
+
+
+def error_of(modules: list[tuple[int, nn.Module]], expected: Tensor | None) -> float:
+    """How far the first block's gradient is from the expected one, on the rank that knows it."""
+    if expected is None:
+        return 0.0
+    block: Any = dict(modules)[0]
+    return relative_error([block[0].qkv.weight.grad.float()], [expected])
+
+
 def measure(
     system: System, size: Size, order: Order, repeats: int, device: torch.device, expected: Tensor | None
 ) -> Result:
@@ -228,23 +252,11 @@ def measure(
     for stage in stages:
         timed.watch(stage)
     schedule = schedule_of(system, order, stages)
-    x, target = batch(size, order.num_microbatches, device)
-    has_first, has_last = any(i == 0 for i, _ in modules), any(i == n - 1 for i, _ in modules)
-
-    def step() -> None:
-        for _, module in modules:
-            module.zero_grad(set_to_none=True)
-        schedule.step(
-            *((x,) if has_first else ()), **({"target": target} if has_last else {}), return_outputs=False
-        )
-
+    step = step_of(schedule, modules, n, *batch(size, order.num_microbatches, device))
     for _ in range(4):
         step()
         clock.sync()
-    error = 0.0
-    if expected is not None:
-        grad = dict(modules)[0][0].qkv.weight.grad
-        error = relative_error([grad.float()], [expected])
+    error = error_of(modules, expected)
     gc.collect()
     if clock.cuda:
         torch.cuda.empty_cache()
