@@ -10,21 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from tests.support.checkpointed import Regions
 
 ENGINES = ("closures", "none", "min_cut", "full")
-
-
-class Regions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False)
-        return self.last(y)
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {

@@ -14,20 +14,10 @@ import optree
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage import away
-
-
-class Regions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False)
-        return self.last(y)
+from tests.support.checkpointed import Regions
 
 
 class TakesGradients(nn.Module):
