@@ -69,6 +69,7 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     if not any(node.op == "call_function" for node in graph.nodes):
         return module.forward
     _write_parts_in_place(graph)
+    low_on_cpu = _round_as_eager(graph)
     constants = _as_inputs(graph, module)
     nodes = graph.find_nodes(op="placeholder")
     for node in nodes:
@@ -82,7 +83,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]
     try:
-        with config.patch(_OPTIONS), V.set_fake_mode(fake_mode), tracing(context):
+        options = {**_OPTIONS, "emulate_precision_casts": low_on_cpu}
+        with config.patch(options), V.set_fake_mode(fake_mode), tracing(context):
             compiled = compile_fx_inner(
                 GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
             )
@@ -106,6 +108,27 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
         return found
 
     return run
+
+
+def _round_as_eager(graph: Graph) -> bool:
+    """Round to low precision after each operation, also where Inductor fuses several.
+
+    What one program has stored and what another computes again must be the same number, however each is
+    fused: `x - mean(x)` of two different `x` may be anything.
+
+    Returns:
+        Whether some of it is computed on the CPU, where Inductor takes roundings before a cast back unless
+        it is told not to. (Elsewhere that option would forbid fused multiplications and additions, too.)
+    """
+    on_cpu = False
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        low = getattr(value, "dtype", None) in (torch.bfloat16, torch.float16)
+        if low and node.op == "call_function":
+            node.meta["low_precision_pointwise_barrier"] = True
+            node._rename(f"rounded_{node.name}")  # for Inductor's cache, which does not look at `meta`
+            on_cpu |= value.is_cpu
+    return on_cpu
 
 
 def _orders(results: Sequence[Any], strides: Sequence[Any]) -> dict[int, list[int]]:

@@ -127,3 +127,35 @@ assert everything["compile"] is compile
 assert not hasattr(fs, "nothing")
 """
     run(IMPORTS.format(then=then))
+
+
+class Narrow(torch.nn.Module):
+    """Normalizes values that bfloat16 rounds to three levels: which one decides about every gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = (x * self.weight.bfloat16()).sigmoid() * 1.1 + 100.0
+        return torch.nn.functional.layer_norm(levels.float(), (8,))
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="before 2.13, Inductor's C++ takes back roundings before a cast, always",
+)
+@pytest.mark.parametrize("remat", ["none", "min_cut", "full"])
+def test_every_program_rounds_to_low_precision_where_eager_does(remat: Any) -> None:
+    torch.manual_seed(0)
+    module, x = Narrow(), torch.randn(4, 8).bfloat16().requires_grad_()
+    expected = module(x)
+    cotangent = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, [x, module.weight], cotangent)
+    apply, params, buffers = fs.functionalize(module)
+    compiled = fs.compile(apply, backend="inductor", remat=remat)
+    output, _, pullback = fs.stage_vjp(compiled, params, buffers, x.detach())
+    (dx,), weight_pullback = pullback(cotangent)
+    torch.testing.assert_close(output, expected.detach(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(dx, grads[0], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(weight_pullback()["weight"], grads[1], atol=1e-2, rtol=1e-2)
