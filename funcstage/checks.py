@@ -102,7 +102,7 @@ def checked_accumulators(pullback: WeightPullback, accumulate: Any) -> list[Tens
             )
         if leaf.is_inference() and not torch.is_inference_mode_enabled():
             raise LeafError(
-                f"{name(i)} ({describe(leaf)}) was made in inference mode, and torch adds nothing into it "
+                f"{name(i)} ({describe(leaf)}) was made in inference mode, and torch cannot add into it "
                 "outside of that. Pass tensor.clone()."
             )
         if leaf.layout is torch.strided and trees.overlaps_itself(leaf):
@@ -130,8 +130,7 @@ def checked_parts(parts: object) -> int:
                 return count
     got = repr(parts) if isinstance(parts, bool | int | float | str) else describe(parts)
     raise StructureError(
-        f"split takes the number of pieces, a whole number of 1 or more; got {got}. There are fewer "
-        "pieces where there is less to divide."
+        f"split takes the number of pieces, a whole number of 1 or more; got {got}. Pass 1 for W as a whole."
     )
 
 
@@ -162,8 +161,9 @@ def every_differentiable(leaves: Sequence[Any], spec: optree.PyTreeSpec) -> list
     for i, leaf in enumerate(leaves):
         if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
             raise StructureError(
-                f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, and the tensors in it "
-                f"would not be differentiated. {WAY_OUT}, or use argnums to say which arguments are."
+                f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, which is no pytree, "
+                f"so tensors in it would not be differentiated. {WAY_OUT}, or use argnums to say which "
+                "arguments are."
             )
     return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]
 

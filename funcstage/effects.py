@@ -35,7 +35,7 @@ def refused_mark(owner: str, requires_grad: bool) -> PurityError:
     """The refusal of a stage that freezes, or thaws, what it was given."""
     if requires_grad:
         return PurityError(
-            f"The stage calls requires_grad_() on {owner} in its forward, but that would get no gradient. "
+            f"The stage calls requires_grad_() on {owner} in its forward, which is too late for a gradient. "
             "Let the parameter require grad before functionalize. If the stage takes gradients itself, call "
             "requires_grad_() on tensor.detach()."
         )

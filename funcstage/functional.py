@@ -160,7 +160,7 @@ class ModuleFunction:
             differ = sorted(names ^ known)
             raise StructureError(
                 f"{self.__qualname__}: the module was changed after functionalize, and {differ[0]!r} is "
-                f"{'new' if differ[0] in names else 'no parameter of it any more'}. Call functionalize again."
+                f"{'new' if differ[0] in names else 'no longer a parameter'}. Call functionalize again."
             )
         self._look_at_parts()
 
@@ -212,8 +212,8 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
     if not isinstance(result, tuple) or len(result) != 2:
         raise StructureError(
             f"{name}: a stage function returns (output, new_buffers), got {describe(result)}. Return "
-            "`output, buffers` where the function updates no buffer; modules become stage functions by "
-            "funcstage.functionalize(module)."
+            "`output, buffers` where the function updates no buffer; funcstage.functionalize turns a module "
+            "into a stage function."
         )
     leaves, spec = flatten(result[0])
     for i, leaf in enumerate(leaves):

@@ -92,9 +92,9 @@ class Gathering:
                 given = state[parameter.name]
                 if not parameter.is_shard(given):
                     raise LeafError(
-                        f"{owner}: FSDP shards {parameter.name!r}, placed {parameter.spec.placements} over "
-                        f"{parameter.spec.mesh}; got {describe(given)}. Pass a DTensor like the module's: "
-                        "call functionalize after fully_shard."
+                        f"{owner}: {parameter.name!r} must be placed {parameter.spec.placements} over "
+                        f"{parameter.spec.mesh}, as FSDP shards it; got {describe(given)}. Pass a DTensor "
+                        "like the module's: call functionalize after fully_shard."
                     )
             whole = Gathered.apply(group, *(state[name] for name in names))
             found.update(zip(names, whole, strict=True))

@@ -67,16 +67,17 @@ def leave(pullback: AnyPullback) -> tuple[AnyPullback, Sent | None]:
         return pullback._given_to(tape, pullback._away, "offloaded"), None
     if tape.differentiated:
         raise StageError(
-            f"offload cannot move the residuals of {pullback.stage}, as what it is given is differentiated: "
-            "copies in host memory would have no gradient. Leave offload out, or detach what is given."
+            f"offload cannot move the residuals of {pullback.stage}, which are differentiated in turn: "
+            "copies in host memory would have no gradient. Leave offload out, or detach parameters, "
+            "arguments and cotangents."
         )
     leaves = tape.leaves()
     elsewhere = {leaf.device.type for leaf in leaves}.difference(FAR, ("cpu", "cuda", "meta"))
     if elsewhere:
         raise StageError(
-            f"{pullback.stage} has residuals on {min(elsewhere)!r}, and offload moves those of CUDA devices. "
-            "Move them yourself, by optree.tree_map(lambda t: t.cpu(), pullback, namespace='funcstage'), and "
-            "back before use."
+            f"{pullback.stage} has residuals on {min(elsewhere)!r}, but offload moves only those on "
+            "CUDA. Move them yourself, with optree.tree_map(lambda t: t.cpu(), pullback, "
+            "namespace='funcstage'), and back before use."
         )
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise StageError(

@@ -172,9 +172,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         except Summed as summed:
             params = ", ".join(names[i] for i in summed.reached)
             raise StageError(
-                f"I of {self.stage} has summed the gradients of {params} already, because a sum takes less "
-                "memory until W than its terms. So their sites are gone. Compile with fs.compile(apply, "
-                "sites=True), which leaves all sums to W."
+                f"I of {self.stage} has already summed the gradients of {params}, to save memory until W, so "
+                "their sites are gone. fs.compile(apply, sites=True) leaves all sums to W."
             ) from None
         if places is None:
             raise StageError(

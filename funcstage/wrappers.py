@@ -60,7 +60,7 @@ def check_alone(module: nn.Module, asked: Mapping[str, object]) -> None:
             if value is not None:
                 raise StructureError(
                     f"{type(module).__name__}: {_place(name)} was given to fully_shard (or replicate), which "
-                    f"does itself what {option}= asks for. Leave that out, and give {_INSTEAD[option]}."
+                    f"already does what {option}= asks for. Leave that out, and give {_INSTEAD[option]}."
                 )
 
 

@@ -260,8 +260,8 @@ def check_reduces(owner: str, groups: Sequence[Group]) -> None:
         ):
             if not getattr(group.torchs, setting):
                 raise StructureError(
-                    f"{owner}: FSDP was told by {said} to keep gradients back, and W returns them reduced. "
-                    "Set it to True again; sums over microbatches are funcstage.stage_backward_weight's."
+                    f"{owner}: {said} tells FSDP to hold gradients back, but W returns them reduced. Set it "
+                    "to True again; funcstage.stage_backward_weight sums over microbatches."
                 )
 
 
@@ -305,10 +305,10 @@ def _groups(state: Any) -> list[Any]:
 def _read(owner: str, group: Any, names: dict[int, str], is_root: bool) -> Group:
     meshes = group.mesh_info
     if group._all_reduce_hook is not None:
-        raise _unread(owner, "an all-reduce hook", "Reduce the gradients that W returns yourself")
+        raise _unread(owner, "to run an all-reduce hook", "Reduce the gradients that W returns yourself")
     for kind in (group._all_gather_comm, group._reduce_scatter_comm):
         if not type(kind).__module__.startswith("torch."):
-            raise _unread(owner, f"collectives of your own ({type(kind).__name__})", "Leave them out")
+            raise _unread(owner, f"to use collectives of your own ({type(kind).__name__})", "Leave them out")
     gathers = meshes.shard_process_group if isinstance(meshes, FSDPMeshInfo) else None
     return Group(
         group,
@@ -325,11 +325,11 @@ def _parameter(owner: str, parameter: Any, names: dict[int, str]) -> Sharded:
     shard = getattr(info.module, info.param_name)
     name = names.get(id(shard), info.param_name)
     if parameter.offload_to_cpu:
-        raise _unread(owner, f"{name!r} to be offloaded to the CPU", "Leave `offload_policy` out")
+        raise _unread(owner, f"to offload {name!r} to the CPU", "Leave `offload_policy` out")
     if hasattr(local_of(shard), "fsdp_pre_all_gather"):
-        raise _unread(owner, f"{name!r} gathered by its own class", "Give it a tensor of a plain class")
+        raise _unread(owner, f"to gather {name!r} as its class says", "Give it a tensor of a plain class")
     if getattr(parameter, "is_spmd_types", False):
-        raise _unread(owner, f"{name!r} annotated by spmd_types", "Make it a DTensor")
+        raise _unread(owner, f"to shard {name!r}, which spmd_types annotates", "Make it a DTensor")
     dtype, asked = shard.dtype, parameter.mp_policy.param_dtype
     whole = getattr(parameter, "_unsharded_dtensor_spec", None) or getattr(parameter, "_tp_spec", None)
     return Sharded(
@@ -347,7 +347,7 @@ def _parameter(owner: str, parameter: Any, names: dict[int, str]) -> Sharded:
 
 def _unread(owner: str, what: str, instead: str) -> StructureError:
     return StructureError(
-        f"{owner}: FSDP was asked for {what}, which a functional stage does not do. {instead}, or run the "
+        f"{owner}: FSDP was asked {what}, which a functional stage does not do. {instead}, or run the "
         "module itself, with funcstage.autograd for a split backward."
     )
 

@@ -60,8 +60,8 @@ def table_of(torch_class: str, num_stages: int, num_microbatches: int, num_ranks
         return [[unit for given in order[rank] for unit in _units(given)] for rank in range(num_ranks)]
     except (AttributeError, TypeError, KeyError) as change:
         raise RuntimeError(
-            f"torch {torch.__version__} builds its pipeline schedules in another way than torch {TRIED[0]} "
-            f"to {TRIED[-1]}, which funcstage was tested with; use one of them. ({change!r})"
+            f"torch {torch.__version__} builds its pipeline schedules differently from torch {TRIED[0]} to "
+            f"{TRIED[-1]}, which funcstage was tested with. Use one of those. ({change!r})"
         ) from change
 
 

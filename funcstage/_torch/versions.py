@@ -29,8 +29,8 @@ def warn_if_newer(found: str) -> None:
     """
     if series(found) > series(TRIED[-1]):
         warnings.warn(
-            f"This is torch {found}; funcstage was tried with torch {', '.join(TRIED[:-1])} and {TRIED[-1]}. "
-            "Private parts of torch that it stands on may have moved: run its "
+            f"This is torch {found}; funcstage was tested with torch {', '.join(TRIED[:-1])} and "
+            f"{TRIED[-1]}. Private parts of torch that it relies on may have changed: run its "
             f"tests/_torch/test_private_api.py to see, or install torch {TRIED[-1]}.",
             stacklevel=4,  # the import of funcstage
         )

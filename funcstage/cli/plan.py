@@ -43,7 +43,7 @@ def _remat(given: str) -> Any:
     with suppress(ValueError):
         if 0 <= float(given) <= 1:
             return float(given)
-    raise argparse.ArgumentTypeError(f"{given!r} is neither none, min_cut, full nor a number from 0 to 1")
+    raise argparse.ArgumentTypeError(f"must be none, min_cut, full or a number from 0 to 1, got {given!r}")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -167,7 +167,7 @@ def _order(arguments: argparse.Namespace) -> tuple[Order, list[Costs]]:
     costs = _costs(arguments, ranks * share, share)
     if arguments.memory_limit is not None:
         raise StageError(
-            f"--memory-limit is for --schedule {_FOUND}; {arguments.schedule} holds what it holds."
+            f"--memory-limit goes with --schedule {_FOUND} alone: {arguments.schedule} is one fixed order."
         )
     if arguments.schedule == _ZB_H1:
         return zero_bubble_h1(ranks, microbatches), costs

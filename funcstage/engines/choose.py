@@ -59,9 +59,9 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
                 before.restore()
                 for iterator in before.moved_iterators():
                     raise StageError(
-                        "The stage takes gradients inside its forward. That is noticed during a first run, "
-                        f"which then starts over, but the module holds an iterator ({_type(iterator)}) that "
-                        "may have advanced. Keep a list and an index into it instead."
+                        "The stage takes gradients inside its forward, so it has to start over, but its "
+                        f"module holds an iterator ({_type(iterator)}) that may have advanced. Keep a list "
+                        "and an index into it instead."
                     ) from None
         with suppress(TypeError):  # some callables cannot be remembered
             _TAKING.add(call.apply)

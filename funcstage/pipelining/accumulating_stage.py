@@ -29,8 +29,8 @@ class AccumulatingStage(ModuleStage):
     def _check_reduces(self, schedule: object) -> None:
         if self._whole is not None and keeps_gradients_back(schedule):
             raise StructureError(
-                f"{self._name}: with finalize_gradients=False FSDP would keep gradients back for later steps"
-                ", which this stage does not. Let one step have the microbatches of them all."
+                f"{self._name}: finalize_gradients=False holds FSDP's gradients back for later steps, which "
+                "this stage does not do. Run the microbatches of those steps in one."
             )
 
     def _find_shared(self) -> None:
@@ -49,7 +49,7 @@ class AccumulatingStage(ModuleStage):
         if gathered:
             raise StructureError(
                 f"{self._name}: {min(gathered)!r} is a parameter of another stage of this process too, but "
-                "FSDP reduces its gradients for each stage apart. Keep it out of fully_shard "
+                "FSDP reduces its gradients for each stage separately. Keep it out of fully_shard "
                 "(`ignored_params=`) in both stages, or give each stage a parameter of its own."
             )
         if self.has_backward:

@@ -46,9 +46,8 @@ class Position(NamedTuple):
             for name in ("output_grads", "input_grads", "get_mesh"):
                 if getattr(read, name) is not None:
                     raise StructureError(
-                        f"{name}= is not known to the pipelines of this torch, whose stages send each other "
-                        "plain tensors: leave it out, and let stages return DTensors' to_local(); or "
-                        "upgrade torch, to 2.12 at least."
+                        f"{name}= needs torch 2.12, before which stages send each other plain tensors alone. "
+                        "Upgrade torch, or leave it out and let stages return tensor.to_local()."
                     )
         elif isinstance(self.output_grads, dist.ProcessGroup):
             raise StructureError(
@@ -143,8 +142,8 @@ def check_grads(name: str, grads: Sequence[Any], of: Sequence[Tensor]) -> None:
     """
     if len(grads) != len(of):
         raise LeafError(
-            f"{name} has {len(grads)} entries, and there are {len(of)} tensors for them. Give one for each, "
-            "None for what needs no gradient."
+            f"{name} has {len(grads)} entries for {len(of)} tensors. Give one for each, None for what needs "
+            "no gradient."
         )
     for i, (grad, tensor) in enumerate(zip(grads, of, strict=True)):
         if grad is None:

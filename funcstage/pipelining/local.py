@@ -319,5 +319,5 @@ def _check_per_stage(name: str, values: object, num_stages: int) -> None:
         found = f"{len(values)} entries" if isinstance(values, (list, tuple)) else describe(values)
         raise StructureError(
             f"{name} must be a list with one entry for each of the {num_stages} stages, got {found}. "
-            "Pass those of functionalize in the order of the stages."
+            "Pass those that functionalize returned, in the order of the stages."
         )

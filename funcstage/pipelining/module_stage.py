@@ -270,7 +270,7 @@ class ModuleStage(ExchangingStage):
         if not TAKES_GRADS_AND_MESHES and any(map(placement, crossing)):
             raise StructureError(
                 f"a DTensor crosses between stages ({looks(crossing)}), which torch's pipelines take from "
-                "torch 2.12 on. Let stages return to_local(), or upgrade torch."
+                "torch 2.12 on. Let stages return tensor.to_local(), or upgrade torch."
             )
         if self.has_backward and not self.is_first:
             self._given.sent_grads(received)
@@ -333,8 +333,8 @@ class ModuleStage(ExchangingStage):
         if not alike(found, expected):
             raise LeafError(
                 f"{self._name}: the {what} of microbatch {call.chunk} is {looks(found)}, but the stages "
-                f"were prepared for {looks(expected)}. What stages send each other may change only with the "
-                "shapes of what the first stage is given: give it, too, what this depends on."
+                f"were prepared for {looks(expected)}. Between microbatches it may change only with the "
+                "shapes of what the first stage is given. Give the first stage what else it depends on."
             )
 
     @property

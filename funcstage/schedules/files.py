@@ -68,8 +68,8 @@ def read_order(path: str | os.PathLike[str]) -> Order:
         raise ScheduleError(f"{name}: there is no action in the file.")
     if len(pieces) > 1:
         raise ScheduleError(
-            f"{name}: W is in {' and in '.join(map(str, sorted(pieces)))} pieces. Divide every W into as "
-            "many; pieces that follow one another cost what the whole does."
+            f"{name}: W is in {' and in '.join(map(str, sorted(pieces)))} pieces. Divide every W into "
+            "equally many; pieces that follow one another cost no more than the whole."
         )
     order = Order(
         name,
@@ -104,7 +104,7 @@ def check_order(order: Order) -> None:
                 done[part] += order.pieces if part.kind == "W" and action.kind == "B" else 1
                 if done[part] > (order.pieces if part.kind == "W" else 1):
                     often = "twice" if order.pieces == 1 else f"more often than its {order.pieces} pieces"
-                    raise ScheduleError(f"{order.schedule}: {part} is there {often}. Leave one out.")
+                    raise ScheduleError(f"{order.schedule}: {part} occurs {often}. Leave one out.")
     for stage in range(order.num_stages):
         for microbatch in range(order.num_microbatches):
             for kind in ("F", "I", "W"):

@@ -115,7 +115,7 @@ def find_schedule(
     if memory_limit is not None and memory_limit < least:
         raise ScheduleError(
             f"No order holds at most {memory_limit:,} bytes a rank: a single microbatch in flight holds "
-            f"{least:,}. Raise memory_limit to {least:,} at least, or cut the microbatch."
+            f"{least:,}. Raise memory_limit to {least:,} at least, or make microbatches smaller."
         )
     limit = float("inf") if memory_limit is None else memory_limit
 

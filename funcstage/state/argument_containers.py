@@ -23,10 +23,7 @@ from funcstage.state.kept import holders, replace_in
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
 
-WAY_OUT = (
-    "Return what is new instead, or make a copy of the container first (copy.copy) and write into that, or "
-    "take from it."
-)
+WAY_OUT = "Return what is new instead, or copy the container first (copy.copy) and change the copy."
 
 
 def are_among(spec: optree.PyTreeSpec) -> bool:

@@ -27,6 +27,6 @@ def explain(error: BaseException, stage: str, phase: str) -> None:
         raise StageError(
             f"{phase} of {stage} cannot run a selective checkpoint again "
             f"({str(error).partition(chr(10))[0]}). Its policy saves a value that a later operation writes "
-            "into, as dropout does on the CPU, or it decides otherwise in the second run. Save only matrix "
+            "into, as dropout does on the CPU, or it decides differently in the second run. Save only matrix "
             "products and let the rest be recomputed, or compile the stage with funcstage.compile."
         ) from error

@@ -89,7 +89,9 @@ class Subject:
     ) -> Subject:
         if isinstance(given, (nn.Module, FunctionalStage)):
             if params is not None or buffers is not None:
-                raise StructureError("check_stage takes params and buffers only with a stage function.")
+                raise StructureError(
+                    "check_stage takes params and buffers only with a stage function. Leave them out."
+                )
             module = given if isinstance(given, nn.Module) else None
             if module is not None:
                 _check_arguments(module, args, kwargs)

@@ -1049,5 +1049,5 @@ def test_v_shaped_schedules_fold_the_stages_over_the_ranks(schedule: str) -> Non
 
 def test_a_torch_that_moved_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch_schedules, "ScheduleGPipe")
-    with pytest.raises(RuntimeError, match=r"torch .* builds its pipeline schedules in another way"):
+    with pytest.raises(RuntimeError, match=r"torch .* builds its pipeline schedules differently"):
         pipeline_order("GPipe", 2, 2)

@@ -29,7 +29,7 @@ def warnings_of(version: str) -> list[str]:
         [sys.executable, "-W", "always::UserWarning", "-c", program], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stderr.splitlines() if "funcstage was tried" in line]
+    return [line for line in done.stderr.splitlines() if "funcstage was tested" in line]
 
 
 @pytest.mark.slow

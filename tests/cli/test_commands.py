@@ -289,7 +289,7 @@ def test_a_found_schedule_is_written_for_torch_for_perfetto_and_for_the_eye(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--schedule", "1F1B", "--memory-limit", 4], "--memory-limit is for --schedule found"),
+        (["--schedule", "1F1B", "--memory-limit", 4], "--memory-limit goes with --schedule found"),
         (["--schedule", "found", "--memory-limit", 1], "Raise memory_limit to 2 at least"),
         (["--csv", "absent.csv"], "--csv absent.csv cannot be read: No such file"),
         (["-o", "no/such/timeline.png"], "there is no folder no/such"),

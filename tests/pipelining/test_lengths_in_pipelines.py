@@ -308,7 +308,7 @@ def test_a_length_that_only_a_later_rank_knows_of_is_refused_with_a_way_out() ->
     answers = ranks(3).run(cuts, [1], group_seconds=20)
     for answer in answers:
         assert isinstance(answer, Raised)
-        assert "give it, too, what this depends on" in answer.message
+        assert "Give the first stage what else it depends on" in answer.message
     losses = run(3, cuts, [0, 1])[2]
     torch.manual_seed(0)
     modules = [Cutting(3, 3), Cutting(3, 3), Mixing(3, 3)]

@@ -294,8 +294,8 @@ class CompiledStage:
                 self._lengths.close(call.whole[1])
                 if self.dynamic:
                     warnings.warn(
-                        f"{self.__qualname__} cannot be traced with open sizes. It is traced for each "
-                        f"length apart: {error}",
+                        f"{self.__qualname__} cannot be traced with open sizes, so it is traced for each "
+                        f"length separately: {error}",
                         stacklevel=2,
                     )
         return self._trace(call, {})
@@ -362,8 +362,8 @@ class CompiledStage:
 
     def _warn_of_parts(self, refusal: ReadsValue) -> None:
         warnings.warn(
-            f"{refusal} It runs uncompiled, but for those of its submodules that can be traced. "
-            "fullgraph=True refuses it instead, fullgraph=False says nothing of it.",
+            f"{refusal} It runs uncompiled, except for those of its submodules that can be traced. "
+            "fullgraph=True raises this as an error, fullgraph=False silences it.",
             stacklevel=2,
         )
 

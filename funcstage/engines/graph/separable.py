@@ -69,7 +69,7 @@ def refuse_of_levels(owner: str, operands: Any) -> None:
         if ft.innermost(leaf) is not leaf and not ft.is_dead(leaf):
             raise TraceError(
                 f"{owner} reads a tensor ({trees.describe(leaf)}) that the stage around it has computed, "
-                "and is not handed it. Pass it as an argument."
+                "but was not given it. Pass it as an argument."
             )
 
 

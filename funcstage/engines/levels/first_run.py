@@ -58,7 +58,7 @@ class Numbers:
                     raise StageError(
                         f"A checkpointed region called {_name(noted)} in its first run and {_name(func)} in "
                         "its second, so its gradients would be those of another function. Decide what "
-                        "changes from run to run (a counter, a random number of Python) outside of the "
+                        "changes from run to run (a counter, a random number from Python) outside of the "
                         "checkpoint, and pass it as an argument."
                     )
                 following = next(calls, _NO_CALL)

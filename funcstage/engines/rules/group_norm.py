@@ -58,5 +58,5 @@ def refuse_without_dx(node: Node) -> None:
         raise StructureError(
             f"A group norm on the CPU has an input in channels-last memory, {trees.describe(x)}, that "
             f"requires no grad. Its backward would crash the process in torch {torch.__version__}; torch "
-            "2.14 has mended that. Give the stage x.contiguous(), or x.requires_grad_()."
+            "2.14 has fixed that. Give the stage x.contiguous(), or x.requires_grad_()."
         )

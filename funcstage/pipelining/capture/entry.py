@@ -161,11 +161,11 @@ def record(
     if kept.written():
         raise CannotCaptureError(
             "the step writes into its arguments, and a graph has only copies of them. Return the new values, "
-            "or let the step hold what it writes instead of being given it."
+            "or write into something that the step holds and is not given."
         )
     if change := entry.baked.change():
         raise CannotCaptureError(
-            f"{change} by the step itself, which in a graph would not happen. Do that outside of the stages."
+            f"{change} by the step itself, which a replay would not repeat. Do that outside of the stages."
         )
     result = _returned(result, kept.tensors, detached=bool(stages))
     return Graph(recording, kept, result, recorded, _written(entry, device), received)
@@ -180,8 +180,8 @@ def _check_draws(process: RandomState, host: Tensor) -> None:
     process.restore()
     if names:
         raise CannotCaptureError(
-            f"the step draws random numbers on the host ({', '.join(names)}), which a graph would not do "
-            "again. Draw them on the device, or outside of the step, and pass them as tensors."
+            f"the step draws random numbers on the host ({', '.join(names)}), which a replay would not "
+            "repeat. Draw them on the device, or outside of the step, and pass them as tensors."
         )
 
 
@@ -199,8 +199,8 @@ def _returned(result: Any, arguments: Sequence[Tensor], detached: bool) -> Any:
         if isinstance(leaf, Tensor) and id(leaf) not in own:
             if leaf.requires_grad and not detached:
                 raise CannotCaptureError(
-                    f"{trees.leaf_names(spec, 'the result')[i]} requires grad, and gradients cannot go on "
-                    "into a graph. Take the gradients inside, and return `tensor.detach()`."
+                    f"{trees.leaf_names(spec, 'the result')[i]} requires grad, but gradients cannot flow "
+                    "back into a graph. Take the gradients inside, and return `tensor.detach()`."
                 )
             if leaf.layout is not torch.strided and not detached:
                 name = trees.leaf_names(spec, "the result")[i]

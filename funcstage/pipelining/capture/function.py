@@ -118,14 +118,16 @@ class CapturedFunction(Generic[P, T]):
             CannotCaptureError: if this one cannot be, whatever it does.
         """
         if torch.compiler.is_compiling() or current_level():
-            raise CannotCaptureError("it is called inside of a transformation. Capture that as a whole.")
+            raise CannotCaptureError(
+                "it is called inside a transformation or torch.compile. Capture the whole of that instead."
+            )
         if self._recorder is None or self._device is None:
             tensors = [leaf for leaf in trees.flatten(arguments)[0] if isinstance(leaf, Tensor)]
             found = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
             if found is None:
                 places = ", ".join(sorted({str(tensor.device) for tensor in tensors})) or "no device"
                 raise CannotCaptureError(
-                    f"the tensors among its arguments are on {places}, and only work on CUDA devices can be "
+                    f"the tensors among its arguments are on {places}, but only work on a CUDA device can be "
                     "captured. Pass tensors on one."
                 )
             self._recorder, self._device = Graphs(found), found

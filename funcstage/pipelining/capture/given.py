@@ -172,7 +172,7 @@ def check_structure(spec: PyTreeSpec, root: str) -> None:
 def unfit_value(leaf: Any) -> str:
     """Say why something that is no tensor cannot be baked into a graph; nothing if it can."""
     plain = is_plain(leaf) or isinstance(leaf, (enum.Enum, torch.Size))
-    return "" if plain else f"{trees.describe(leaf)}, which may change without being another one"
+    return "" if plain else f"{trees.describe(leaf)}, which may change unnoticed. Use tensors for that"
 
 
 def _unfit(leaf: Any, device: torch.device) -> str:

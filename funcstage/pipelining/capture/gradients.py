@@ -158,7 +158,9 @@ class Recorded:
             grad = parameter.grad
             if grad is None:
                 if self._kept.pop(i, None) is not None and self._before[i] is not None:
-                    raise CannotCaptureError("the step takes gradients away that were there before it.")
+                    raise CannotCaptureError(
+                        "the step removes gradients that were there before it. Remove them before the step."
+                    )
                 continue
             if grad.layout is not torch.strided:
                 raise CannotCaptureError(

@@ -234,8 +234,8 @@ class CapturedSchedule:
         assert self._recorder is not None
         if self._gathered():
             raise CannotCaptureError(
-                f"FSDP shards parameters of stage {self._gathered()[0]}, whose memory it takes and lets go "
-                "of in each step. Average over replicas by data_parallel= instead, if they fit."
+                f"FSDP shards parameters of stage {self._gathered()[0]}, and allocates and frees their "
+                "memory in each step. If they fit as a whole, use data_parallel= instead."
             )
         if self._prepared_for is not entry:
             with self._recorder.prepared():
