@@ -108,7 +108,7 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         holder = frame.f_locals.get("self")
         owner = names.get(holder, owner) if _is_module(holder) else owner
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     kind = TraceError
