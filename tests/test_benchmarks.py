@@ -86,3 +86,18 @@ def test_deep_stages_are_measured():
     assert run.returncode == 0, run.stderr
     for system in ("repeated", "one program", "torch.compile"):
         assert f"2 blocks, {system}: first " in run.stdout
+
+
+def test_pipelines_of_sharded_stages_are_measured_on_all_ranks(tmp_path):
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--size", "XS", "--mesh", "2,1,1", "--microbatches", "4", "--repeats", "2"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *launch, "-m", "benchmarks.three_dimensions", *options]
+    run = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads(file.read_text())
+    assert len(results) == 5
+    for result in results:
+        assert 0 < result["step_ms"] < 1e6
+        assert result["relative_error"] < 3e-2
+        assert result["peak_mib"] is None, "there is nothing to see on a CPU"
