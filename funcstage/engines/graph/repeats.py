@@ -44,7 +44,7 @@ def ordered(graph: Graph) -> list[Node]:
         while pending:
             order.append(pending.pop())
             entries = [user for user in order[-1].users if user.target is operator.getitem]
-            pending += sorted(entries, key=lambda entry: entry.args[1], reverse=True)
+            pending += sorted(entries, key=lambda entry: entry.args[1])
     return order
 
 
@@ -119,9 +119,7 @@ def _periods(looks: Sequence[int], least: int) -> list[int]:
         if look in last:
             distances[i - last[look]] += 1
         last[look] = i
-    frequent = [
-        distance for distance, n in distances.most_common(_MOST_PERIODS) if n > 1 or distance >= least
-    ]
+    frequent = (distance for distance, _ in distances.most_common(_MOST_PERIODS))
     return [*dict.fromkeys(distance * -(-least // distance) for distance in frequent)]
 
 

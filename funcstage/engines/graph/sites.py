@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from funcstage._torch.shapes import hint
 from funcstage.engines.graph.absent import without
 from funcstage.engines.graph.extract import Program
-from funcstage.engines.graph.nodes import aten, dependents, is_cheap, is_view
+from funcstage.engines.graph.nodes import aten, dependents, is_cheap
 from funcstage.engines.graph.pieces import cut_out
 from funcstage.engines.graph.sizes import Sizes
 from funcstage.engines.pieces import connected
@@ -212,15 +211,7 @@ def _transposes(node: Node) -> bool:
 
 def _reshapes(node: Node) -> bool:
     """Tell whether a node shows all of a value, once, in another shape."""
-    if node.op != "call_function" or not is_view(node) or not isinstance(node.args[0], Node):
-        return False
-    value, source = node.meta["val"], node.args[0].meta["val"]
-    plain = isinstance(value, Tensor) and isinstance(source, Tensor) and value.dtype == source.dtype
-    return (
-        plain
-        and hint(value.numel()) == hint(source.numel())
-        and (_transposes(node) or node.target in _RESHAPES)
-    )
+    return _transposes(node) or node.target in _RESHAPES
 
 
 def restored(cotangent: Tensor, values: Sequence[Tensor], views: Sequence[Node]) -> Tensor:

@@ -93,7 +93,7 @@ def _differentiates(function: Any) -> bool:
 def codes(function: Any) -> Iterator[types.CodeType]:
     """The code of a function, of those within it, and of those it calls by global names or closes over."""
     stack, seen = [function], set[int]()
-    while stack and len(seen) < 200:
+    while stack:
         found = stack.pop()
         if id(found) in seen:
             continue

@@ -127,7 +127,7 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         hooked=mode.hooked,
         shared=False,
         home={},
-        captured=mode.captured_among(state, arg_leaves, kwarg_leaves),
+        captured=[*mode.plain.values()],
         first_reads=[] if mode.first_reads is None or mode.hooked else [*mode.first_reads.edges],
     )
     return Linearized(output, new_buffers, tape)

@@ -63,13 +63,6 @@ class Levels:
                     found |= self.reads_weights(operand.values(), {})
         return found
 
-    def captured_among(self, *given: Iterable[Any]) -> list[weakref.ref[Tensor]]:
-        """The operands so far on none of the levels, except those that were given."""
-        if not self.plain:
-            return []
-        known = {id(leaf) for leaves in given for leaf in leaves}
-        return [reference for reference in self.plain.values() if id(reference()) not in known]
-
     def is_activation(self, value: Tensor) -> bool:
         """Tell whether a value without its inner wrapper depends on a differentiated input."""
         return value.requires_grad and ft.level_of(value) == self.outer_level

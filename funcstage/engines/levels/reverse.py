@@ -41,7 +41,7 @@ class Origin(on_nodes.Origin):
 
     def retains(self, shared: bool) -> bool:
         """Whether a reverse pass leaves the nodes as they are."""
-        return shared or self.higher or self.switchboard.taken_out
+        return shared or self.switchboard.taken_out
 
     def read_behind(self, edges: Sequence[GradientEdge], home: Home) -> Iterator[Tensor]:
         """What a reverse pass from these places reads, and what the regions there read again."""
