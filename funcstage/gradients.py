@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,21 @@ from funcstage.batches import microbatches as cut
 from funcstage.checks import check_callable
 from funcstage.errors import LeafError, StructureError
 from funcstage.pullback import stage_vjp
-from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.trees import AnyBuffers, AnyParams, Buffers, NoBuffers, Params, PyTree, describe
 from funcstage.weight_pullback import stage_backward_weight
 
 
+class ValueAndGrad(Protocol[AnyBuffers]):
+    """What `value_and_grad` returns: a pure function."""
+
+    def __call__(
+        self, params: AnyParams, buffers: AnyBuffers | NoBuffers, *args: Any, **kwargs: Any
+    ) -> tuple[Any, AnyBuffers, AnyParams]: ...
+
+
 def value_and_grad(
-    apply: Callable[..., Any], *, has_aux: bool = False, microbatches: int = 1
-) -> Callable[..., tuple[Any, Buffers, Params]]:
+    apply: Callable[..., tuple[Any, AnyBuffers]], *, has_aux: bool = False, microbatches: int = 1
+) -> ValueAndGrad[AnyBuffers]:
     """Make a function that computes a loss, new buffers, and the gradients of the parameters.
 
     The counterpart of `torch.func.grad_and_value` for stage functions, with the split under the hood: each

@@ -34,7 +34,7 @@ from funcstage.state.captured import Captured
 from funcstage.state.grad_mode import in_ordinary_mode, outside_inference_mode
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.state.writes import Part, Watch, refuse_written
-from funcstage.trees import AnyBuffers, AnyParams, Output, PyTree, describe
+from funcstage.trees import AnyBuffers, AnyParams, NoBuffers, Output, PyTree, describe
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 
@@ -196,7 +196,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
 def stage_vjp(
     apply: Callable[..., tuple[Output, AnyBuffers]],
     params: AnyParams,
-    buffers: AnyBuffers,
+    buffers: AnyBuffers | NoBuffers,
     *args: Any,
     argnums: int | Sequence[int] | None = None,
     **kwargs: Any,

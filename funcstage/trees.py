@@ -8,7 +8,7 @@ not know are registered there when `flatten` first meets them (`registration`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Never, TypeAlias
 
 import optree
 import torch
@@ -25,6 +25,9 @@ Tensors: TypeAlias = dict[str, torch.Tensor]
 
 AnyParams = TypeVar("AnyParams", default=Any)
 AnyBuffers = TypeVar("AnyBuffers", default=Any)
+NoBuffers: TypeAlias = dict[Never, Never]
+"""`{}`, which would be of no other type to a type checker, though buffers of the stage's type are meant."""
+
 Output = TypeVar("Output", default=Any)
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import ScheduleGPipe
 
 import funcstage as fs
-from funcstage.pipelining import SCHEDULES, Costs, cut, pipeline_order, pipeline_value_and_grad, simulate
+from funcstage.pipelining import (
+    SCHEDULES,
+    Costs,
+    FunctionalPipelineStage,
+    captured,
+    cut,
+    pipeline_order,
+    pipeline_value_and_grad,
+    simulate,
+)
 from funcstage.testing import check_stage
 
 
@@ -42,6 +55,38 @@ def test_a_stage_written_by_hand_has_the_types_of_its_own_trees() -> None:
     _, weight_pullback = fs.stage_backward_input(pullback, [torch.ones(4, 2), torch.ones(2)])
     weight, bias = weight_pullback()
     assert (product.shape, twice.shape) == ((4, weight.shape[1]), bias.shape)
+
+
+def without_buffers(
+    params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return (x @ params["w"]).sum(), buffers
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_empty_dict_of_buffers_is_one_of_the_stages_own(compiled: bool) -> None:
+    params, x = {"w": torch.ones(3)}, torch.ones(4, 3)
+    stage = fs.compile(without_buffers, backend="aten") if compiled else without_buffers
+    loss, buffers, pullback = fs.stage_vjp(stage, params, {}, x, argnums=())
+    assert (loss.item(), buffers.get("count")) == (12, None)
+    _, grads = fs.stage_backward(pullback, torch.ones_like(loss))
+    value, buffers, same = fs.value_and_grad(stage, microbatches=2)(params, {}, x)
+    assert (value.item(), len(buffers)) == (6, 0)
+    assert grads["w"].sum() == 2 * same["w"].sum() == 12
+
+
+def test_a_stage_of_torchs_pipelines(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'group'}")
+    try:
+        stage = FunctionalPipelineStage(nn.Linear(2, 2), 0, 1, torch.device("cpu"), compile=False)
+        losses: list[Tensor] = []
+        with pytest.warns(UserWarning, match="not as a CUDA graph"):
+            step = captured(ScheduleGPipe(stage, n_microbatches=2, loss_fn=loss_fn))
+        step.step(torch.ones(4, 2), target=torch.zeros(4, 2), losses=losses)
+        shapes = {name: tuple(grad.shape) for name, grad in stage.grads.items() if grad is not None}
+        assert shapes == {name: tuple(p.shape) for name, p in stage.params.items()}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_pipeline_and_its_schedule() -> None:

@@ -43,7 +43,7 @@ from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.whole import WholeParameters, whole_parameters
-from funcstage.trees import Buffers, Params, PyTree, describe
+from funcstage.trees import Buffers, Params, PyTree, Tensors, describe
 from funcstage.wrappers import check_alone
 
 STAGES_OF: Any = WeakIdKeyDictionary()
@@ -338,12 +338,12 @@ class ModuleStage(ExchangingStage):
             )
 
     @property
-    def params(self) -> Params:
+    def params(self) -> Tensors:
         """The trainable parameters by name, detached, as `functionalize` returns them."""
         return {name: parameter.detach() for name, parameter in self._trained().items()}
 
     @property
-    def grads(self) -> Params:
+    def grads(self) -> dict[str, Tensor | None]:
         """The gradients by name, with the structure of `params`; `None` where there is none."""
         return {name: parameter.grad for name, parameter in self._trained().items()}
 

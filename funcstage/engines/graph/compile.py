@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ from funcstage.errors import StructureError, TraceError
 from funcstage.report import table
 from funcstage.state.ambient import generators_kept, of_process
 from funcstage.state.module import Fingerprint, locked
-from funcstage.trees import Buffers, Params, PyTree
+from funcstage.trees import AnyBuffers, Buffers, NoBuffers, Output, Params
 
 MAX_SIGNATURES = 64
 """How many signatures a compiled stage keeps; the least recently used one makes room."""
@@ -54,7 +54,7 @@ MAX_SIGNATURES = 64
 WARN_SIGNATURES = 8
 
 
-class CompiledStage:
+class CompiledStage(Generic[Output, AnyBuffers]):
     """A stage function whose forward and split backward run as compiled programs.
 
     You call it like the function that it was made from, and `stage_vjp` gets F, I and W from it. A call that
@@ -64,7 +64,7 @@ class CompiledStage:
 
     def __init__(
         self,
-        apply: Callable[..., Any],
+        apply: Callable[..., tuple[Output, AnyBuffers]],
         backend: str,
         remat: Remat,
         cuda_graphs: bool,
@@ -95,7 +95,9 @@ class CompiledStage:
         self._unreadable: dict[Hashable, ReadsValue] = {}
         self._parts: Parts | None = None
 
-    def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
+    def __call__(
+        self, params: Params, buffers: AnyBuffers | NoBuffers, *args: Any, **kwargs: Any
+    ) -> tuple[Output, AnyBuffers]:
         call = StageCall.of(self.apply, params, buffers, args, kwargs, None)
         found = self._whole(call)
         if found is None:
@@ -379,7 +381,7 @@ class CompiledStage:
 
 
 def compile(
-    apply: Callable[..., Any],
+    apply: Callable[..., tuple[Output, AnyBuffers]],
     *,
     backend: Literal["inductor", "aten"] = "inductor",
     remat: Remat = "min_cut",
@@ -388,7 +390,7 @@ def compile(
     sites: bool = False,
     repeated: bool | None = None,
     fullgraph: bool | None = None,
-) -> CompiledStage:
+) -> CompiledStage[Output, AnyBuffers]:
     """Compile a stage function: traced once for each signature, F, I and W become three programs.
 
     A signature is all that a trace depends on: tree structure, shapes, dtypes, devices and strides of the
