@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import contextvars
 import dataclasses
-import enum
 import functools
 import hashlib
 import os
@@ -20,6 +19,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -65,7 +65,9 @@ def content(value: Any, seen: set[int]) -> Hashable:
         return Same(value)
     seen.add(id(value))
     head, parts = reader_of(kind)(value)
-    inside = [content(part, seen) for _, part in parts]
+    inside = [
+        (name, content(part, seen)) if type(name) is str else content(part, seen) for name, part in parts
+    ]
     return (head, *inside) if inside else head
 
 
@@ -106,10 +108,10 @@ def _reader_of(kind: Any) -> Callable[[Any], Parts]:
     owner = kind.__module__.partition(".")[0]
     if owner == "torch" and not issubclass(kind, nn.Module) and "distributions" not in kind.__module__:
         return _same
-    if kind.__module__ in _OF_NO_CONSEQUENCE or owner in ("triton", "numba") or kind is object:
+    if kind.__module__ in _OF_NO_CONSEQUENCE or owner in ("triton", "numba"):
         return _same
     may_be_key = kind.__eq__ is not object.__eq__ and kind.__hash__ is not None
-    if may_be_key and owner in _STANDARD and not issubclass(kind, enum.Enum):
+    if may_be_key and owner in _STANDARD:
         return _equal  # dates, paths, fractions, patterns: what may be a key of a dict does not change
     if any("__dict__" in vars(base) or "__slots__" in vars(base) for base in kind.__mro__):
         return _object
@@ -231,9 +233,7 @@ def _bytes(value: Any) -> Parts:
 def _ndarray(value: Any) -> Parts:
     if value.dtype.hasobject:
         return (type(value), value.shape), enumerate(value.ravel().tolist())
-    data = value.tobytes()
-    if len(data) > 1 << 16:
-        data = hashlib.blake2b(data).digest()
+    data = hashlib.blake2b(value.tobytes()).digest()
     return (type(value), str(value.dtype), value.shape, data), ()
 
 
@@ -276,14 +276,12 @@ def _attributes(value: Any) -> list[tuple[Any, Any]]:
     """What an object's own namespace and slots hold."""
     try:
         own = object.__getattribute__(value, "__dict__")
-    except (AttributeError, TypeError):
+    except AttributeError:
         own = None
     found = [*own.items()] if isinstance(own, dict) else []
     for name, slot in _slots(type(value)):
-        try:
+        with suppress(AttributeError):  # not filled
             found.append((name, slot.__get__(value)))
-        except AttributeError:
-            found.append((name, None))
     return found
 
 
@@ -332,7 +330,7 @@ if "numpy" in sys.modules:
 
 reader_of: Callable[[Any], Callable[[Any], Parts]] = functools.lru_cache(maxsize=4096)(_reader_of)
 _slots: Callable[[Any], tuple[tuple[str, Any], ...]] = functools.lru_cache(maxsize=4096)(_slots_of)
-_STANDARD = sys.stdlib_module_names | {"builtins"}
+_STANDARD = sys.stdlib_module_names
 _OF_NO_CONSEQUENCE = frozenset(
     {"logging", "threading", "_thread", "typing", "re", "_io", "abc", "_abc", "operator", "_operator"}
 )
