@@ -192,6 +192,9 @@ class _Keeping(Around):
             self.kept["last"] = value
         elif self.how == "on a part":
             self.module.kept = value
+        elif self.how == "on a new part":
+            self.made = nn.Identity()
+            self.made.kept = value
         else:
             self.kept = value
         return output
@@ -203,18 +206,46 @@ class Kept(Situation):
 
     how: str = "attribute"
     refusable = ("closures", "aten")
-    HOWS: ClassVar = ("attribute", "list", "dict", "on a part", "detached")
+    HOWS: ClassVar = ("attribute", "list", "dict", "on a part", "on a new part", "detached")
 
     def build(self, module: nn.Module) -> nn.Module:
         return _Keeping(module, self.how)
 
     def observed(self, module: nn.Module) -> list[Any]:
         keeping = next(m for m in module.modules() if isinstance(m, _Keeping))
-        held = keeping.module.kept if self.how == "on a part" else keeping.kept
+        parts = {"on a part": keeping.module, "on a new part": getattr(keeping, "made", None)}
+        held = getattr(parts.get(self.how, keeping), "kept", None)
         return trees.flatten(held)[0]
 
 
 SCALE = 1.0
+
+
+class _Remaking(Around):
+    def __init__(self, inner: nn.Module, how: str) -> None:
+        super().__init__(inner)
+        self.how, self.own = how, nn.Parameter(torch.ones(()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.how == "makes":
+            self.made = nn.Parameter(torch.ones(()))
+        elif self.how == "exchanges":
+            self.own = nn.Parameter(self.own.detach() / 2)
+        else:
+            self.layer = nn.Linear(2, 2)
+        return super().forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Remade(Situation):
+    """The forward makes parameters, or exchanges those that it has."""
+
+    how: str = "makes"
+    refused = True
+    HOWS: ClassVar = ("makes", "exchanges", "makes a layer")
+
+    def build(self, module: nn.Module) -> nn.Module:
+        return _Remaking(module, self.how)
 
 
 class _Packed:

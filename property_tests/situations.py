@@ -22,6 +22,7 @@ from of_modules import (
     ModuleHook,
     ParameterHook,
     Raised,
+    Remade,
     Returned,
     Wrapped,
 )
@@ -48,6 +49,7 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "module hook": tuple(ModuleHook(kind, place) for kind in HOOKS for place in range(5)),
     "wrapper": tuple(map(Wrapped, WRAPPERS)),
     "kept tensor": tuple(map(Kept, Kept.HOWS)),
+    "remade parameter": tuple(map(Remade, Remade.HOWS)),
     "change": tuple(map(Changed, READS)),
     "shared state": tuple(map(Shared, SHARED)),
     "captured tensor": tuple(

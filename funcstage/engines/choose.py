@@ -50,22 +50,29 @@ def uncompiled(call: StageCall) -> Linearized[Any]:
 def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
     if is_differentiated(call.of_params[0]) or is_differentiated(call.arg_leaves):
         return levels.linearize(call)
-    if not _is_known(call.apply):
-        with locked(call.module):
-            before = Before.of(call.apply, call.module, call.leaves)
-            try:
-                return levels.linearize(call, held=before.held)
-            except TakesGradients:
-                before.restore()
-                for iterator in before.moved_iterators():
-                    raise StageError(
-                        "The stage takes gradients inside its forward, so it has to start over, but its "
-                        f"module holds an iterator ({_type(iterator)}) that may have advanced. Keep a list "
-                        "and an index into it instead."
-                    ) from None
-        with suppress(TypeError):  # some callables cannot be remembered
-            _TAKING.add(call.apply)
-    return tape.linearize(call)
+    with locked(call.module):
+        before = Before.of(call.apply, call.module, call.leaves)
+        try:
+            if not _is_known(call.apply):
+                with suppress(TakesGradients):
+                    return levels.linearize(call, held=before.held)
+                _start_over(call, before)
+            return tape.linearize(call)
+        except StageError:  # a refused call changes nothing
+            before.restore()
+            raise
+
+
+def _start_over(call: StageCall, before: Before) -> None:
+    """Give up a run in the middle of which the stage has taken gradients."""
+    before.restore()
+    for iterator in before.moved_iterators():
+        raise StageError(
+            "The stage takes gradients inside its forward, so it has to start over, but its module holds an "
+            f"iterator ({_type(iterator)}) that may have advanced. Keep a list and an index into it instead."
+        )
+    with suppress(TypeError):  # some callables cannot be remembered
+        _TAKING.add(call.apply)
 
 
 def _type(value: Any) -> str:

@@ -93,6 +93,40 @@ def taken_out(
                     held.replace_changed(_alive)
 
 
+@contextmanager
+def detached(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[None]:
+    """Take what a forward keeps off the tape on which it was recorded; as `taken_out`."""
+    roots = (*handed, *(() if module is None else (module,)))
+    if not roots:
+        yield
+        return
+    with locked(module):
+        there = [value for root in roots for holder in holders(root) for value in _tensors_of(holder)]
+        known = {*map(id, there)}  # which `there` keeps from being given anew
+
+        def off_tape(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                is_new = value.requires_grad and id(value) not in known
+                return value.detach() if is_new and not isinstance(value, nn.Parameter) else value
+            return _in_tuples(off_tape, value)
+
+        try:
+            yield
+        finally:
+            for root in roots:
+                for holder in holders(root):
+                    replace_in(holder, off_tape)
+
+
+def _tensors_of(holder: Any) -> Iterator[Tensor]:
+    """The tensors that a container holds, by itself or in tuples."""
+    for value in [*holder.values()] if isinstance(holder, dict) else [*holder]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, frozenset)):
+            yield from _tensors_of(value)
+
+
 def objects_among(leaves: Iterable[Any]) -> list[Any]:
     """The leaves of arguments that are objects of the user's, which a forward may write into."""
     return [leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in INERT]
@@ -101,8 +135,13 @@ def objects_among(leaves: Iterable[Any]) -> list[Any]:
 def _alive(value: Any) -> Any:
     if isinstance(value, Tensor):
         return ft.without_dead_wrappers(value).detach() if ft.is_dead(value) else value
+    return _in_tuples(_alive, value)
+
+
+def _in_tuples(of: Callable[[Any], Any], value: Any) -> Any:
+    """Replace what a tuple or frozenset holds."""
     if isinstance(value, (tuple, frozenset)):
-        items = [_alive(item) for item in value]
+        items = [of(item) for item in value]
         if any(new is not old for new, old in zip(items, value, strict=True)):
             return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
     return value
@@ -261,12 +300,13 @@ class State:
     """What a module, and objects among the arguments, hold before a run that may be undone."""
 
     def __init__(self, module: nn.Module | None, handed: Sequence[Any] = ()) -> None:
-        self._holders = [] if module is None else [*holders(module)]
+        self._modules = [] if module is None else [*module.modules()]
+        spaces = [part._modules for part in self._modules]  # what a forward puts there is made in it, too
+        self._holders = [] if module is None else [*holders(module), *spaces]
         own = {*map(id, self._holders)}
         others = [holder for root in handed for holder in holders(root) if id(holder) not in own]
         self._handed = [(holder, copy.copy(holder)) for holder in others]
         self._contents = [copy.copy(holder) for holder in self._holders]
-        self._modules = [] if module is None else [*module.modules()]
 
     def restore(self, *, tensors_only: bool = False) -> None:
         """Put back what has changed, or of this what has got tensors."""

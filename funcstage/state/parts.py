@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, compress
 from operator import getitem, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from funcstage._torch import functorch as ft
+from funcstage._torch.operators import without_torch_function
+from funcstage.errors import PurityError
 from funcstage.state.parameter_hooks import any_hooked
 
 
@@ -30,6 +33,8 @@ class Parts:
         self._kinds = [*map(type, self._parts)]
         self._spaces = [*chain.from_iterable(map(_SPACES, self._namespaces))]
         parameters, submodules = self._spaces[::3], self._spaces[2::3]
+        self._structure = [(space, dict(space)) for space in submodules]
+        self._empty_places = [(space, [k for k in space if space[k] is None]) for space in parameters]
         self._parameters = [space for space in parameters if space]
         self._submodules = [space for space in submodules if space]
         self._empty = [space for space in (*parameters, *submodules) if not space]
@@ -45,6 +50,7 @@ class Parts:
         ]
         self.names = [name for *_, name in places]
         self._names = frozenset(self.names)
+        self._is_parameter = [space is part._parameters for part, space, *_ in places]
         self._owners = [part for part, *_ in places]
         self._holders, self._keys = [space for _, space, *_ in places], [key for *_, key, _ in places]
         self._holding = [*{id(part): vars(part) for part in self._owners}.values()]
@@ -88,17 +94,56 @@ class Parts:
             before = []
         if not (before and self._names.issuperset(state)):
             return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
+        lent = [*map(state.get, self.names, before)]
         try:
-            for holder, key, tensor in zip(holders, keys, map(state.get, self.names, before), strict=True):
+            for holder, key, tensor in zip(holders, keys, lent, strict=True):
                 holder[key] = tensor
             output = self.module(*args, **kwargs)
             left = self._take_back(before)
         except BaseException:  # an interrupt may come while the tensors are exchanged
             self._take_back(before)
             raise
-        lent = zip(self.names, left, strict=True)
-        state.update((name, now) for name, now in lent if name in state and now is not _GONE)
+        self._check_parameters(before, lent, left)
+        places = zip(self.names, left, strict=True)
+        state.update((name, now) for name, now in places if name in state and now is not _GONE)
         return output
+
+    def _check_parameters(self, before: list[Any], lent: list[Any], left: list[Any]) -> None:
+        """Refuse a forward that has exchanged parameters for others, or made new ones.
+
+        The stage's are those that it is given: others would get no gradients, or be forgotten.
+        """
+        of = self._is_parameter
+        if not all(map(is_, compress(lent, of), compress(left, of))):
+            with without_torch_function():
+                for name, own, now in compress(zip(self.names, lent, left, strict=True), of):
+                    if now is not own and not _is_alias(now, own):
+                        raise PurityError(
+                            f"{type(self.module).__name__} exchanges its parameter {name!r} in its forward, "
+                            "but a stage's parameters are those that it is given. Compute a new tensor and "
+                            "leave the parameter; make state that lasts across calls a buffer."
+                        )
+        if self.unchanged():
+            return
+        known = {*map(id, before)}
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in known:
+                self._put_back_structure(known)
+                raise PurityError(
+                    f"{type(self.module).__name__} makes a parameter, {name!r}, in its forward and keeps it "
+                    "on its module, but a stage's parameters are those that it is given. Make it in "
+                    "__init__; where the first call makes it, call the module once before functionalize."
+                )
+
+    def _put_back_structure(self, known: set[int]) -> None:
+        """Take away parameters and submodules that were not there, and put back those that were."""
+        for space, empty in self._empty_places:
+            for name in [name for name, parameter in space.items() if id(parameter) not in known]:
+                del space[name]
+            space.update(dict.fromkeys(empty))
+        for space, submodules in self._structure:
+            space.clear()
+            space.update(submodules)
 
     def _take_back(self, before: list[Any]) -> list[Any]:
         """Let all places hold what they held before; return what they have held by now."""
@@ -110,6 +155,11 @@ class Parts:
                     holder[key] = tensor
                 return left
         return [*map(_exchanged, self._owners, keys, before)]
+
+
+def _is_alias(now: Any, own: Any) -> bool:
+    """Tell whether a forward has put back what it found, as another object."""
+    return isinstance(now, Tensor) and now.shape == own.shape and ft.storage_key(now) == ft.storage_key(own)
 
 
 def _exchanged(owner: nn.Module, key: str, tensor: Any) -> Any:

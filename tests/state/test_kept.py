@@ -133,6 +133,29 @@ def in_a_region(m: Any, h: Tensor) -> Tensor:
     return checkpoint(region, h, use_reentrant=False)
 
 
+def of_a_region_and_used_outside(m: Any, h: Tensor) -> Tensor:
+    def region(h: Tensor) -> Tensor:
+        m.aux = h.tanh()
+        return m.aux.sin()
+
+    out: Tensor = checkpoint(region, h, use_reentrant=False)
+    return out * m.aux
+
+
+def beside_a_gradient(m: Any, h: Tensor) -> Tensor:
+    leaf = h.detach().requires_grad_()
+    (m.aux,) = torch.autograd.grad(leaf.sin().sum(), leaf, create_graph=True)
+    m.pair = (h, leaf)
+    return h * m.aux
+
+
+def in_a_new_submodule(m: Any, h: Tensor) -> Tensor:
+    m.act = nn.Tanh()
+    m.act.last = h
+    out: Tensor = m.act(h)
+    return out
+
+
 def in_an_empty_buffer(m: Any, h: Tensor) -> Tensor:
     m.empty = h.sin()
     return h + m.empty
@@ -174,6 +197,9 @@ KEEP = [
     toggled,
     made_once,
     in_a_region,
+    of_a_region_and_used_outside,
+    beside_a_gradient,
+    in_a_new_submodule,
     in_an_empty_buffer,
     in_an_empty_buffer_once,
     in_a_new_buffer,

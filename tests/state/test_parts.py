@@ -47,6 +47,62 @@ def move_to_attribute(module: Counting) -> None:
     module.calls = now
 
 
+class Remaking(nn.Module):
+    """Makes or exchanges parameters in its forward, in one of several ways."""
+
+    def __init__(self, remake: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.proj, self.remake = nn.Linear(4, 4), remake
+        self.register_parameter("later", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.remake(self)
+        y: Tensor = self.proj(x)
+        return y
+
+
+def new_parameter(m: Any) -> None:
+    m.proj.scale = nn.Parameter(torch.ones(4))
+
+
+def registered(m: Any) -> None:
+    m.register_parameter("scale", nn.Parameter(torch.ones(4), requires_grad=False))
+
+
+def where_none_was(m: Any) -> None:
+    m.later = nn.Parameter(torch.ones(4))
+
+
+def new_layer(m: Any) -> None:
+    m.more = nn.Linear(4, 4)
+
+
+def layer_of_the_same_names(m: Any) -> None:
+    m.proj = nn.Linear(4, 4)
+
+
+def normalised(m: Any) -> None:
+    m.proj.weight = nn.Parameter(m.proj.weight.detach() / 2)
+
+
+def computed(m: Any) -> None:
+    m.proj._parameters["weight"] = m.proj.weight * 2
+
+
+def as_an_attribute(m: Any) -> None:
+    weight = m.proj.weight * 2
+    del m.proj.weight
+    m.proj.weight = weight
+
+
+def dropped(m: Any) -> None:
+    m.proj.bias = None
+
+
+MADE = [new_parameter, registered, where_none_was, new_layer, layer_of_the_same_names]
+EXCHANGED = [normalised, computed, as_an_attribute, dropped]
+
+
 def stage_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(fs.functionalize(module))
 
@@ -132,3 +188,93 @@ def test_a_dict_of_known_keys_with_something_else_in_it_is_looked_into() -> None
     assert trees.unflatten(spec, leaves) == {"p": 1, "q": [2, 3]}
     leaves, spec = trees.flatten({"q": 2, "p": 1})
     assert [*trees.unflatten(spec, leaves)] == ["q", "p"]
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize("remake", [*MADE, *EXCHANGED])
+def test_a_forward_that_makes_or_exchanges_parameters_is_refused_and_the_module_is_as_it_was(
+    remake: Callable[[Any], Any], engine: Any
+) -> None:
+    module = Remaking(remake)
+    before = {name: id(p) for name, p in module.named_parameters()}
+    parts = [*module.modules()]
+    apply, params, buffers = stage_of(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    generator = torch.get_rng_state()
+    said = r"makes a parameter, '(proj\.scale|scale|later|more\.weight|proj\.weight)'.*__init__"
+    if remake in EXCHANGED:
+        said = r"exchanges its parameter 'proj\.(weight|bias)'.*a buffer"
+    for _ in range(2):
+        with pytest.raises(fs.PurityError, match=said):
+            fs.stage_vjp(stage, params, buffers, torch.ones(2, 4))
+        assert {name: id(p) for name, p in module.named_parameters()} == before
+        assert [*module.modules()] == parts
+        assert "scale" not in module._parameters
+        assert module.later is None
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_parameter_that_the_first_call_makes_is_trained_where_that_came_before(engine: Any) -> None:
+    def lazily(m: Any) -> None:
+        if m.later is None:
+            m.later = nn.Parameter(torch.full((4,), 2.0))
+
+    module = Remaking(lazily)
+    module.register_forward_hook(lambda m, args, y: y * m.later)
+    x = torch.randn(2, 4)
+    module(x)
+    apply, params, buffers = stage_of(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    grads = pullback(torch.ones_like(output))[1]()
+    module(x).sum().backward()
+    torch.testing.assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_forward_may_exchange_a_parameter_for_a_while(engine: Any) -> None:
+    def doubled(module: nn.Module, args: Any) -> None:
+        part: Any = module
+        part.own = module._parameters.pop("weight")
+        part.weight = part.own * 2
+
+    def as_before(module: nn.Module, args: Any, output: Any) -> None:
+        del module.weight
+        module._parameters["weight"] = vars(module).pop("own")
+
+    module = nn.Linear(4, 4)
+    expected = 2 * module.weight.detach().sum(0)
+    module.register_forward_pre_hook(doubled)
+    module.register_forward_hook(as_before)
+    apply, params, buffers = stage_of(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    for _ in range(2):
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, torch.randn(2, 4))
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        weight_pullback()
+        torch.testing.assert_close(dx, expected.expand(2, 4))
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_call_that_is_refused_has_drawn_nothing_and_left_nothing(engine: Any) -> None:
+    class Refused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.calls = nn.Linear(4, 4), 0
+            self.last: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last, self.calls = nn.functional.dropout(self.proj(x)), self.calls + 1
+            self.last.retain_grad()
+            y: Tensor = self.last
+            return y
+
+    module = Refused()
+    apply, params, buffers = stage_of(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    generator = torch.get_rng_state()
+    with pytest.raises(fs.StageError, match="retain_grad"):
+        fs.stage_vjp(stage, params, buffers, torch.ones(2, 4))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert (module.last, module.calls) == (None, 0)

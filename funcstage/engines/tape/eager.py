@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -41,6 +42,7 @@ from funcstage.residuals import (
     nodes_between,
     saved_in,
 )
+from funcstage.state import kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.module import state_with
 
@@ -51,9 +53,17 @@ class Origin(on_nodes.Origin):
 
     Attributes:
         params: the leaves of the tape that stand for parameters, by number.
+        reruns: whether there are checkpointed regions, which run again in the reverse passes.
     """
 
     params: dict[int, Tensor]
+    reruns: bool
+
+    @contextmanager
+    def reading(self, home: Home) -> Iterator[None]:
+        root = self.modules[0].module if self.reruns and self.modules else None
+        with on_nodes.Origin.reading(self, home), kept.detached(root):
+            yield
 
     def added_directly(self) -> dict[int, Tensor]:
         """Take away what backward() calls within a reverse pass have added to parameters' `.grad`."""
@@ -241,8 +251,9 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
     regions = _AsTheyCome()
     modes = WatchedWrites(call.given), OneTape(regions.leftovers)
+    keeping = kept.detached(call.module, kept.objects_among((*arg_leaves, *kwarg_leaves)))
     try:
-        with torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
+        with keeping, torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
         if says(error, LEAF_WRITTEN):
@@ -260,7 +271,9 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
     )
     modules = state_with(call.module, trees.map_leaves(_held, named))
-    origin = Origin(len(arg_leaves), len(param_leaves), call.state, Switchboard(), modules, trained)
+    origin = Origin(
+        len(arg_leaves), len(param_leaves), call.state, Switchboard(), modules, trained, regions.seen
+    )
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     tape = InputTape(origin, wanted, inputs, shared=False, home={})
     return Linearized(
@@ -283,9 +296,11 @@ class _AsTheyCome:
 
     def __init__(self) -> None:
         self.leftovers = Leftovers()
+        self.seen = False
 
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         asked = Call.of(call)
+        self.seen = True
         return self.leftovers.run(asked.run) if asked.reentrant and not asked.constant else asked.run()
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
