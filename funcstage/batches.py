@@ -8,16 +8,22 @@ from typing import Any
 from torch import Tensor
 
 from funcstage import trees
+from funcstage._torch.block_masks import is_block_mask, split
 from funcstage.errors import LeafError
 from funcstage.trees import PyTree, describe
 
 
 def microbatches(root: str, batch: PyTree, count: int) -> list[PyTree]:
-    """Cut the tensors of a batch along dimension 0 into equal views; all else goes to each microbatch."""
-    leaves, spec = trees.flatten(batch)
+    """Cut the tensors of a batch along dimension 0 into equal views; all else goes to each microbatch.
+
+    FlexAttention's masks are cut as torch's pipelines cut them.
+    """
+    leaves, spec = trees.flatten_down_to(_is_mask, batch)
     columns: list[Sequence[Any]] = []
     for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
+        if _is_mask(leaf):
+            columns.append(split(leaf, count))
+        elif not isinstance(leaf, Tensor):
             columns.append([leaf] * count)
         elif leaf.dim() and leaf.shape[0] % count == 0:
             columns.append(leaf.unflatten(0, (count, leaf.shape[0] // count)).unbind(0))
@@ -30,3 +36,7 @@ def microbatches(root: str, batch: PyTree, count: int) -> list[PyTree]:
                 "or make what is the same for all samples a constant of the stage."
             )
     return [trees.unflatten(spec, row) for row in zip(*columns, strict=True)] if leaves else [batch] * count
+
+
+def _is_mask(value: object) -> bool:
+    return is_block_mask(type(value))

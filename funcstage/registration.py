@@ -1,9 +1,9 @@
 """Types that optree was not told of, told to it when they are first met in arguments or outputs.
 
-Dataclasses (and attrs classes), subclasses of dict, list and tuple, as model libraries return them, and what
-is registered in `torch.utils._pytree`. They are rebuilt by their contents, without their constructors, as a
-cotangent or a gradient need not be what those accept. The namespace is ours alone, and what a user has
-registered there, or for all namespaces, comes first.
+Dataclasses (and attrs classes), subclasses of dict, list and tuple, as model libraries return them, what is
+registered in `torch.utils._pytree`, and FlexAttention's masks (`masks.py`). They are rebuilt by their
+contents, without their constructors, as a cotangent or a gradient need not be what those accept. The
+namespace is ours alone, and what a user has registered there, or for all namespaces, comes first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcstage._torch.block_masks import is_block_mask
 from funcstage._torch.pytree import SUPPORTED_NODES
+from funcstage.masks import flatten_mask, unflatten_mask
 
 NAMESPACE = "funcstage"
 
@@ -67,6 +69,8 @@ def _rule(kind: type) -> tuple[Any, Any, Any] | None:
     """How instances of a class are taken apart and put together; None where they are leaves."""
     if issubclass(kind, _NEVER):
         return None
+    if is_block_mask(kind):
+        return flatten_mask, unflatten_mask, optree.AutoEntry
     if issubclass(kind, dict):
         return _flatten_dict, partial(_unflatten_dict, kind), optree.AutoEntry
     if issubclass(kind, list):

@@ -49,6 +49,12 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
     return leaves, spec
 
 
+def flatten_down_to(is_leaf: Callable[[Any], bool], tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The same, but for nodes that are to count as leaves."""
+    flatten(tree)  # for types that are new
+    return optree.tree_flatten(tree, is_leaf=is_leaf, none_is_leaf=True, namespace=NAMESPACE)
+
+
 class _Flat(NamedTuple):
     """What dicts of these keys, in their order, and of nothing but leaves are: parameters, as a rule.
 

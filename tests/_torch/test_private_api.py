@@ -891,6 +891,26 @@ def attention_as_a_program() -> None:
         pass
 
 
+@stands_on("_torch/block_masks.py")
+def parts_of_block_masks() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from funcstage._torch.block_masks import is_block_mask, split, with_offset_as_tensor
+
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    whole = create_block_mask(
+        lambda b, h, q, k: documents[b, q] == documents[b, k], 2, None, 4, 4, device="cpu", BLOCK_SIZE=2
+    )
+    assert is_block_mask(type(whole))
+    q, k = torch.arange(4)[:, None], torch.arange(4)
+    for i, part in enumerate(split(whole, 2)):
+        made = with_offset_as_tensor(part.mask_mod)
+        assert any(isinstance(cell.cell_contents, Tensor) for cell in made.__closure__)
+        expected = documents[i][:, None] == documents[i]
+        for function in (made, part.mask_mod):
+            assert torch.equal(function(torch.zeros_like(q), torch.zeros_like(q), q, k), expected)
+
+
 def blamed(error: BaseException, files: tuple[str, ...]) -> list[str]:
     """The private names that an error is about: said by it, on the lines where it arose, or in the files."""
     said = [name for file in files for name in NAMES.get(file, {}) if name.rpartition(".")[2] in str(error)]
