@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interrupting import FAIL, Brittle, Interrupt, state_of_everything
+from interrupting import FAIL, Brittle, calls_of, interrupted, state_of_everything
 from one_process import one_process
 from pipeline_ranks import Raised, ranks
 from torch import Tensor, nn
@@ -246,21 +244,6 @@ class Square(nn.Module):
         return self.b(self.norm(y))
 
 
-def interrupted(run: Callable[[], Any], share: float) -> None:
-    """Run something, and interrupt it after a share of its calls."""
-    profiler, counter = sys.getprofile(), Interrupt(-1)
-    sys.setprofile(counter)
-    run()
-    sys.setprofile(Interrupt(1 + int(share * counter.calls)))
-    try:
-        run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.setprofile(profiler)
-    gc.collect(0)
-
-
 @pytest.fixture(scope="module")
 def batches() -> dict[Any, Batch]:
     return {}
@@ -283,7 +266,7 @@ def test_a_step_interrupted_anywhere_leaves_nothing_behind(
         batches[key] = Batch(schedule, ATEN if compiled else False, folded=folded, kind=Square)
     batch = batches[key]
     before = state_of_everything(nn.ModuleList(batch.modules))
-    interrupted(batch.step, share)
+    interrupted(batch.step, 1 + int(share * calls_of(batch.step)))
     assert state_of_everything(nn.ModuleList(batch.modules)) == before
     batch.assert_right_step()
 
@@ -301,7 +284,7 @@ def test_a_local_pipeline_interrupted_anywhere_leaves_nothing_behind(schedule: s
         return step([s.params for s in stages], [s.buffers for s in stages], x, target)
 
     before = state_of_everything(nn.ModuleList(modules))
-    interrupted(run, share)
+    interrupted(run, 1 + int(share * calls_of(run)))
     assert state_of_everything(nn.ModuleList(modules)) == before
     loss, _, grads = run()
     parts = zip(x.chunk(4), target.chunk(4), strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from interrupting import (
     FAIL,
     Brittle,
-    Interrupt,
     Interrupts,
+    calls_of,
     drop_what_autograd_left,
+    interrupted,
     state_of_everything,
 )
 from torch import Tensor, nn
@@ -142,21 +142,10 @@ def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> No
         return [output, dx, *weight_pullback().values()]
 
     expected, before = run(), state_of_everything(module)
-    counter = Interrupt(-1)
-    profiler = sys.getprofile()
-    sys.setprofile(counter)
-    run()
-    sys.setprofile(profiler)
-    for n in range(1, counter.calls, max(1, counter.calls // share)):
-        sys.setprofile(Interrupt(n))
-        try:
-            run()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.setprofile(profiler)
-        gc.collect(0)
-        assert state_of_everything(module) == before, f"at call {n} of {counter.calls}"
+    calls = calls_of(run)
+    for n in range(1, calls, max(1, calls // share)):
+        interrupted(run, n)
+        assert state_of_everything(module) == before, f"at call {n} of {calls}"
         torch.testing.assert_close(run(), expected)
 
 

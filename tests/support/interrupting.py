@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Callable
 from inspect import CO_GENERATOR
 from typing import Any
 
@@ -53,7 +55,7 @@ def state_of_everything(module: nn.Module) -> tuple[Any, ...]:
 
 
 class Interrupt:
-    """Raises at the n-th call of a Python function, or the next one if that is a generator.
+    """Raises once, at the n-th call of a Python function, or the next one if that is a generator.
 
     Python swallows what is raised in a generator that it is closing, and leaves its blocks half done.
     """
@@ -65,7 +67,30 @@ class Interrupt:
         self.calls += event == "call"
         if event == "call" and 0 < self.n <= self.calls and not frame.f_code.co_flags & CO_GENERATOR:
             sys.setprofile(None)
+            self.n = 0  # once, though a recorder sets it again
             raise KeyboardInterrupt
+
+
+def calls_of(run: Callable[[], object]) -> int:
+    """How many Python functions are called in a run."""
+    counter, profiler = Interrupt(-1), sys.getprofile()
+    sys.setprofile(counter)
+    run()
+    sys.setprofile(profiler)
+    return counter.calls
+
+
+def interrupted(run: Callable[[], object], call: int) -> None:
+    """Run something, and interrupt it at a call."""
+    profiler = sys.getprofile()
+    sys.setprofile(Interrupt(call))
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(profiler)
+    gc.collect(0)
 
 
 class Interrupts(TorchDispatchMode):
