@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from funcstage.engines.graph import tapes
 from funcstage.engines.graph.joint import Joint, Sharding
 from funcstage.state.writes import Watch, Watching
 from funcstage.tensors import added
+
+OnListTape = TypeVar("OnListTape", bound=tapes.OnList)
 
 
 def sharded(
@@ -58,22 +60,18 @@ class _Both(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class InputTape(Unpicklable):
-    """What F retains for I and W.
+class OnRank(Unpicklable, Generic[OnListTape]):
+    """What both tapes have in common.
 
     Attributes:
         tape: that of the programs.
         sharding: which cotangents and gradients are DTensors.
-        watch: over what I and W may read of the caller's.
     """
 
-    tape: tapes.InputTape
+    tape: OnListTape
     sharding: Sharding
-    watch: Any
     checks_nan: ClassVar = False
     differentiated: ClassVar = False
-    higher: ClassVar = False
-    captured: ClassVar = ()
 
     @property
     def lent(self) -> bool:
@@ -82,6 +80,28 @@ class InputTape(Unpicklable):
     @property
     def intact(self) -> bool:
         return self.tape.intact
+
+    def leaves(self) -> list[Tensor]:
+        return self.tape.leaves()
+
+    def share(self) -> list[Tensor]:
+        return self.tape.share()
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
+        return replace(self, tape=self.tape.with_leaves(leaves))
+
+
+@dataclass(slots=True, eq=False)
+class InputTape(OnRank[tapes.InputTape]):
+    """What F retains for I and W.
+
+    Attributes:
+        watch: over what I and W may read of the caller's.
+    """
+
+    watch: Any
+    higher: ClassVar = False
+    captured: ClassVar = ()
 
     def input_vjp(
         self, cotangents: Sequence[Tensor | None], retain: bool
@@ -95,37 +115,11 @@ class InputTape(Unpicklable):
     def reads(self, cotangents: Sequence[Tensor | None]) -> Iterable[Tensor]:
         return self.tape.reads(cotangents)
 
-    def leaves(self) -> list[Tensor]:
-        return self.tape.leaves()
 
-    def share(self) -> list[Tensor]:
-        return self.tape.share()
+class WeightTape(OnRank[tapes.WeightTape]):
+    """What F and I retain for W."""
 
-    def with_leaves(self, leaves: Sequence[Tensor]) -> InputTape:
-        return replace(self, tape=self.tape.with_leaves(leaves))
-
-
-@dataclass(slots=True, eq=False)
-class WeightTape(Unpicklable):
-    """What F and I retain for W.
-
-    Attributes:
-        tape: that of the programs.
-        sharding: which gradients are DTensors.
-    """
-
-    tape: tapes.WeightTape
-    sharding: Sharding
-    checks_nan: ClassVar = False
-    differentiated: ClassVar = False
-
-    @property
-    def lent(self) -> bool:
-        return self.tape.lent
-
-    @property
-    def intact(self) -> bool:
-        return self.tape.intact
+    __slots__ = ()
 
     @property
     def shares(self) -> Sequence[int] | None:
@@ -141,7 +135,7 @@ class WeightTape(Unpicklable):
         return self.tape.reached()
 
     def split(self, parts: int) -> Sequence[WeightTape]:
-        return [replace(self, tape=tape) for tape in self.tape.split(parts)]
+        return [WeightTape(tape, self.sharding) for tape in self.tape.split(parts)]
 
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
@@ -158,12 +152,3 @@ class WeightTape(Unpicklable):
         kept = {i for i in specs if sums[i] is local[i]}
         wrapped = dtensors.wrapped(sums, {i: specs.get(i, spec) for i, spec in grads.items()})
         return [totals[i] if i in kept else total for i, total in enumerate(wrapped)]
-
-    def leaves(self) -> list[Tensor]:
-        return self.tape.leaves()
-
-    def share(self) -> list[Tensor]:
-        return self.tape.share()
-
-    def with_leaves(self, leaves: Sequence[Tensor]) -> WeightTape:
-        return replace(self, tape=self.tape.with_leaves(leaves))
