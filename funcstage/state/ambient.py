@@ -94,7 +94,7 @@ class Generator(NamedTuple):
     set_state: Callable[[Any], object]
 
 
-_CPU = Generator("torch", torch.default_generator.get_state, torch.default_generator.set_state)
+_CPU = Generator("torch, on the CPU", torch.default_generator.get_state, torch.default_generator.set_state)
 
 
 def of_torch(devices: Iterable[torch.device] = ()) -> Iterator[Generator]:
@@ -131,8 +131,12 @@ def among(objects: Iterable[Any]) -> Iterator[Generator]:
             yield Generator("numpy.random", partial(getattr, bits, "state"), partial(setattr, bits, "state"))
 
 
-def _comparable(state: Any) -> tuple[Any, ...]:
-    return tuple(tuple(part.tolist()) if hasattr(part, "tolist") else part for part in state)
+def _comparable(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _comparable(part) for key, part in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_comparable, state))
+    return state.tolist() if hasattr(state, "tolist") else state
 
 
 class RandomState:
@@ -153,7 +157,7 @@ class RandomState:
             generator.set_state(state)
 
     def moved(self) -> list[str]:
-        """The names of those that have another state now; of the process's, whose states can be compared."""
+        """The names of those that have another state now."""
         return [
             generator.name
             for generator, state in self._noted

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage.errors import StageError, StructureError
 from funcstage.gathered import is_sharded
+from funcstage.state.ambient import RandomState, among
 from funcstage.state.kept import holders, objects_among
 
 
@@ -120,16 +120,14 @@ def left_alone(module: nn.Module | None, args: Any) -> Iterator[None]:
 
     Args:
         module: its submodules' attributes, the contents of lists, dicts and sets among these included.
-        args: a pytree, for what objects in it hold, and its `torch.Generator`s.
+        args: a pytree, for what objects in it hold, and its random generators.
     """
     parts = [] if module is None else list(module.modules())
     restore: list[Callable[[], object]] = [_restoring(part) for part in parts]
     handed = [(h, copy.copy(h)) for root in objects_among(trees.flatten(args)[0]) for h in holders(root)]
     restore += [functools.partial(_refill, holder, before) for holder, before in handed]
     held = [value for part in parts for value in vars(part).values()]
-    for generator in [*trees.flatten(args)[0], *trees.flatten(held)[0]]:
-        if isinstance(generator, torch.Generator):
-            restore.append(functools.partial(generator.set_state, generator.get_state()))
+    restore.append(RandomState(among([*trees.flatten(args)[0], *trees.flatten(held)[0]])).restore)
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ class Asked:
         self._before = RandomState(())
         self._first: str | None = None
         self._within_reach: dict[int, torch.Generator] = {}
-        self._left: list[tuple[torch.Generator, torch.Tensor]] | None = None
+        self._left: RandomState | None = None
         self._torchs = RandomState(of_torch())
         self._seed = torch.default_generator.initial_seed()
 
@@ -92,19 +92,19 @@ class Asked:
     def begin(self) -> None:
         """Watch what was found, and from now on what is."""
         if self._left is None:
-            self._left = []
+            self._left = RandomState(())
             for generator in self._within_reach.values():
                 self._watch(generator, self._left)
 
-    def _watch(self, generator: torch.Generator, left: list[tuple[torch.Generator, torch.Tensor]]) -> None:
-        self._before.note(Generator("of the stage", generator.get_state, generator.set_state))
+    def _watch(self, generator: torch.Generator, left: RandomState) -> None:
+        watched = Generator("of the stage", generator.get_state, generator.set_state)
+        self._before.note(watched)
         if generator.device.type == "cpu":
             generator.seed()
-        left.append((generator, generator.get_state()))
+        left.note(watched)
 
     def _moved(self) -> bool:
-        moved = any(not torch.equal(g.get_state(), state) for g, state in self._left or ())
-        return moved or self._torchs_is_seeded()
+        return self._torchs_is_seeded() or (self._left is not None and bool(self._left.moved()))
 
     def _torchs_is_seeded(self) -> bool:
         return torch.default_generator.initial_seed() != self._seed

@@ -28,7 +28,7 @@ from funcstage.pipelining.capture.given import (
 )
 from funcstage.pipelining.capture.gradients import Gradients, Pattern, Recorded
 from funcstage.pipelining.capture.graphs import Recorder, Recording
-from funcstage.state.ambient import RandomState, of_process
+from funcstage.state.ambient import RandomState, of_process, of_torch
 from funcstage.state.contents import Contents
 
 WARM_UP = 2
@@ -147,10 +147,10 @@ def record(
             let_go_of_last_step(stage)  # it would keep the memory around it from being given back
             undo.callback(let_go_of_last_step, stage)  # in the graphs' own memory, for the next one
         held = [Contents(stage.submod).now() for stage in stages]
-        drawn = RandomState(of_process()), torch.get_rng_state()
+        drawn = RandomState([*of_process(), *of_torch()])
         try:
             recording, result = recorder.record(step, generators_in(entry.baked, device))
-            _check_draws(*drawn)
+            _check_draws(drawn)
         except Exception as error:
             for each in held:
                 each.restore()
@@ -171,13 +171,10 @@ def record(
     return Graph(recording, kept, result, recorded, _written(entry, device), received)
 
 
-def _check_draws(process: RandomState, host: Tensor) -> None:
+def _check_draws(before: RandomState) -> None:
     """Refuse numbers that were drawn on the host, which a replay would not draw; they can be drawn again."""
-    names = process.moved()
-    if not torch.equal(torch.get_rng_state(), host):
-        names.append("torch, on the CPU")
-        torch.set_rng_state(host)
-    process.restore()
+    names = before.moved()
+    before.restore()
     if names:
         raise CannotCaptureError(
             f"the step draws random numbers on the host ({', '.join(names)}), which a replay would not "
