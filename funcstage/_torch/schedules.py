@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -76,6 +76,66 @@ def _units(given: Any) -> Iterator[Unit]:
         yield given.computation_type.value, given.stage_index, given.microbatch_index
     elif given.computation_type.value not in MESSAGES + HOUSEKEEPING:
         raise KeyError(given.computation_type.value)
+
+
+# Orders of ours as torch's schedules.
+
+
+def schedule_over(
+    ranks: Sequence[Sequence[Unit]], stages: list[Any], num_microbatches: int, **options: Any
+) -> Any:
+    """Make torch's runtime for a table, to which it adds messages; a W may be there several times, in pieces.
+
+    Torch counts the W's of a stage, to reduce its gradients after the last one. So it is told of the last
+    piece of each, and the others are put in afterwards.
+    """
+    from torch.distributed.pipelining import schedules
+
+    def action(unit: Unit) -> Any:
+        return schedules._Action(unit[1], schedules._ComputationType(unit[0]), unit[2])
+
+    schedule = schedules._PipelineScheduleRuntime(stages, num_microbatches, **options)
+    tables = {rank: list(map(action, units)) for rank, units in enumerate(ranks)}
+    last = {rank: _last_of_each(actions) for rank, actions in tables.items()}
+    schedule.pipeline_order = {rank: [*actions] for rank, actions in tables.items()}
+    schedule._prepare_schedule_with_comms(last)
+    lowered = schedule.pipeline_order_with_comms
+    for rank, actions in tables.items():
+        lowered[rank] = _with_earlier_pieces(lowered[rank], actions)
+    return schedule
+
+
+def _last_of_each(actions: list[Any]) -> list[Any]:
+    """An action that is there several times, once."""
+    last = {action: i for i, action in enumerate(actions)}
+    return [action for i, action in enumerate(actions) if last[action] == i]
+
+
+def _with_earlier_pieces(lowered: list[Any], actions: list[Any]) -> list[Any]:
+    """The same with the actions that torch was not told of: after the messages that the one before sends or
+    asks for, and before whatever waits or lets go of parameters."""
+    last = {action: i for i, action in enumerate(actions)}
+    found: list[Any] = []
+    i = 0
+    for each in lowered:
+        goes_on = each.computation_type.value in ("SEND_F", "SEND_B", "RECV_F", "RECV_B")
+        while not goes_on and i < len(actions) and last[actions[i]] != i:
+            found.append(actions[i])
+            i += 1
+        found.append(each)
+        i += i < len(actions) and each == actions[i]
+    return found
+
+
+def order_on(schedule: Any, rank: int) -> list[Unit] | None:
+    """What a schedule does on a rank, one unit of work after the other; None if it has no table."""
+    tables = getattr(schedule, "pipeline_order_with_comms", None) or getattr(schedule, "pipeline_order", None)
+    if not tables or rank not in tables:
+        return None
+    try:
+        return [unit for given in tables[rank] for unit in _units(given)]
+    except KeyError:  # an action that nobody knows
+        return None
 
 
 # What a schedule that is being run is read for.

@@ -13,6 +13,7 @@ from funcstage.pipelining.cut import CutError, cut
 from funcstage.pipelining.local import pipeline_value_and_grad
 from funcstage.pipelining.logged import logged
 from funcstage.pipelining.measure import measure_costs
+from funcstage.pipelining.over_order import torch_schedule
 from funcstage.pipelining.stage import FunctionalPipelineStage
 from funcstage.schedules import (
     SCHEDULES,
@@ -73,6 +74,7 @@ __all__ = [
     "read_order",
     "read_trace",
     "simulate",
+    "torch_schedule",
     "waits",
     "write_chrome_trace",
     "write_order",

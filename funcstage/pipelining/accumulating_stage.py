@@ -12,7 +12,11 @@ from funcstage.errors import StructureError
 from funcstage.pipelining import failed_steps, hooks
 from funcstage.pipelining.binding import read
 from funcstage.pipelining.module_stage import STAGES_OF, ModuleStage
+from funcstage.pipelining.pieces import Piece, Pieces
+from funcstage.pipelining.ranges import range_of
 from funcstage.pipelining.upstream import Upstream
+from funcstage.pipelining.waiting import Waiting
+from funcstage.schedules.orders import Action
 from funcstage.state.parameter_hooks import hooked
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
@@ -25,6 +29,10 @@ class AccumulatingStage(ModuleStage):
     _upstream: Upstream
     _hooks_of_accumulators: list[str]
     _progress: failed_steps.Progress
+    _weight_pullbacks: dict[int, WeightPullback]
+    _pieces: Pieces
+    _chunks_left: int
+    _waiting: Waiting
 
     def _check_reduces(self, schedule: object) -> None:
         if self._whole is not None and keeps_gradients_back(schedule):
@@ -56,15 +64,44 @@ class AccumulatingStage(ModuleStage):
             seen = [*hooks.after_accumulation(self._parameters), *self._hooks_of_accumulators]
             hooks.check_shared(self._name, seen, self._shared, self._replicas is not None)
 
-    def _accumulate(self, chunk: int, weight_pullback: WeightPullback, last: bool, whole: bool) -> None:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Run W for a microbatch, or the next piece of it: add its weight gradients into `.grad`.
+
+        Args:
+            bwd_chunk_id: the number of the microbatch.
+            last_backward: whether it is the last backward of the step.
+
+        Raises:
+            StructureError: if I did not run for this microbatch, or W did already.
+        """
+        if not self.has_backward:
+            return
+        if bwd_chunk_id not in self._weight_pullbacks and not self._pieces.begun(bwd_chunk_id):
+            raise StructureError(
+                f"{self._name}: W of microbatch {bwd_chunk_id} has no I before it, or runs a second time. "
+                "Correct the schedule."
+            )
+        self._waiting.begin(Action("W", self.stage_index, bwd_chunk_id))
+        with range_of(self.stage_index, "W", bwd_chunk_id, self._pieces.named(bwd_chunk_id)):
+            piece = self._pieces.next(bwd_chunk_id, lambda: self._weight_pullbacks.pop(bwd_chunk_id))
+            # On the first stage torch's I does nothing, and its W is the whole backward.
+            self._accumulate(bwd_chunk_id, piece, last_backward, whole=self.is_first)
+
+    def _accumulate(self, chunk: int, piece: Piece, last: bool, whole: bool) -> None:
         self._gather()
         if self._own:  # what FSDP is to reduce is not in `.grad` yet
             self._progress.add(chunk)
-        if self._hooks_of_accumulators or hooked(self._own.values()):
-            self._accumulate_by_autograd(chunk, weight_pullback, whole)
+        if piece.pullback is None:
+            pass
+        elif self._hooks_of_accumulators or hooked(self._own.values()):
+            self._accumulate_by_autograd(chunk, piece.pullback, whole)
         else:
-            self._accumulate_directly(weight_pullback)
-        self._progress.added_all()
+            self._accumulate_directly(piece.pullback)
+        if piece.is_last:
+            self._progress.added_all(chunk)
+            self._chunks_left -= 1
+        if self._pieces.count > 1:  # which torch counts like whole ones
+            last = piece.is_last and self._chunks_left == 0
         if last and self._replicas is not None:
             grads = (parameter.grad for parameter in self._parameters.values())
             self._replicas.average(self, [grad for grad in grads if grad is not None])

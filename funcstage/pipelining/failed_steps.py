@@ -27,33 +27,34 @@ class Progress:
 
     Attributes:
         added: the microbatches that are in `.grad`.
-        adding: the one that is being added.
+        adding: those that are being added; a W in pieces takes several actions.
         whole: whether they are all there, and divided.
     """
 
     added: list[int] = field(default_factory=list)
-    adding: int | None = None
+    adding: list[int] = field(default_factory=list)
     whole: bool = False
 
     def begin(self) -> None:
         """Begin a step."""
-        self.added, self.adding, self.whole = [], None, False
+        self.added, self.adding, self.whole = [], [], False
 
     def add(self, microbatch: int) -> None:
-        """Note that a microbatch is going to be added."""
-        self.adding = microbatch
+        """Note that a microbatch is going to be added, or a piece of it."""
+        if microbatch not in self.adding:
+            self.adding.append(microbatch)
 
-    def added_all(self) -> None:
+    def added_all(self, microbatch: int) -> None:
         """Note that it was."""
-        if self.adding is not None:
-            self.added.append(self.adding)
-        self.adding = None
+        if microbatch in self.adding:
+            self.adding.remove(microbatch)
+            self.added.append(microbatch)
 
     def __str__(self) -> str:
         if self.whole:
             return "`.grad` has the gradients of the whole step"
         parts = [f"of microbatch(es) {', '.join(map(str, self.added))}"] if self.added else []
-        parts += [] if self.adding is None else [f"of microbatch {self.adding} in part"]
+        parts += [f"of microbatch {', '.join(map(str, self.adding))} in part"] if self.adding else []
         if not parts:
             return ""
         return f"`.grad` has the gradients {' and '.join(parts)}, not all divided by their number"

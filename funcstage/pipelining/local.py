@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from funcstage.away import Sent
 from funcstage.batches import microbatches
 from funcstage.checks import Meta
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.offloading import leave, prefetch
 from funcstage.pipelining.capture.function import CapturedFunction
+from funcstage.pipelining.pieces import Pieces
 from funcstage.pipelining.ranges import leaves_behind, range_of
 from funcstage.pipelining.stays import NOWHERE, Offloaded, Stays, stays
+from funcstage.pipelining.waiting import Waiting
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.costs import Costs
 from funcstage.schedules.files import check_order
@@ -164,12 +164,8 @@ class Step:
         self.cotangents: dict[tuple[int, int], tuple[PyTree, ...]] = {}
         self.forwards: dict[tuple[int, int], _Forward] = {}
         self.weight_pullbacks: dict[tuple[int, int], WeightPullback] = {}
-        # Which pullbacks wait in host memory, and what is on its way there.
-        self.waiting = waiting
-        self.leaving: list[Sent] = []
-        # In how many pieces W is, and those that are left where one has run.
-        self.num_pieces = pieces
-        self.pieces: dict[tuple[int, int], list[WeightPullback | None]] = {}
+        self.waiting = Waiting(waiting, self.left_by, self.replace)
+        self.pieces = Pieces(pieces)
         self.loss_pullbacks: dict[int, Pullback] = {}
 
         def loss_stage(params: Params, buffers: Buffers, output: PyTree, target: PyTree) -> Any:
@@ -180,27 +176,18 @@ class Step:
 
     def run(self, action: Action) -> None:
         """Run an action whose needs are done."""
-        left, self.leaving = self.leaving, []
-        if action in self.waiting.before:
-            self.fetch(self.waiting.before[action])
-        self.compute(action)
-        if action in self.waiting.after:
-            self.offload(action)
-        for sent in left:
-            sent.free_in_turn()
-
-    def compute(self, action: Action) -> None:
-        """Run F, I or W."""
-        if action.kind == "W" and self.num_pieces > 1:
-            self.backward_piece(action.stage, action.microbatch)
-            return
-        with range_of(action.stage, action.kind, action.microbatch):
+        self.waiting.begin(action)
+        piece = self.pieces.named(action[1:]) if action.kind == "W" else ""
+        with range_of(action.stage, action.kind, action.microbatch, piece):
             if action.kind == "F":
                 self.forward(action.stage, action.microbatch)
             if action.kind in "IB":
                 self.backward_input(action.stage, action.microbatch)
-            if action.kind in "WB":
-                self.backward_weight(action.stage, action.microbatch)
+            if action.kind == "W":
+                self.backward_piece(action.stage, action.microbatch)
+            if action.kind == "B":
+                self.backward_weight(action.stage, self.weight_pullbacks.pop(action[1:]))
+        self.waiting.made(action)
 
     def forward(self, stage: int, microbatch: int) -> None:
         given = self.activations.pop((stage, microbatch))
@@ -245,43 +232,28 @@ class Step:
         if stage > 0:
             self.cotangents[stage - 1, microbatch] = input_grads
 
-    def offload(self, made: Action) -> None:
-        """Send what an F or I has left behind to the host, beside the next action."""
-        key = made.stage, made.microbatch
-        if made.kind == "F":
-            pullback, sent = leave(self.forwards[key].pullback)
-            self.forwards[key] = self.forwards[key]._replace(pullback=pullback)
+    def left_by(self, made: Action) -> Pullback | WeightPullback | None:
+        """The pullback that an F or I has left behind, if it is there."""
+        if made.kind == "I":
+            return self.weight_pullbacks.get(made[1:])
+        return self.forwards[made[1:]].pullback if made[1:] in self.forwards else None
+
+    def replace(self, made: Action, pullback: Any) -> None:
+        """Put another in its place."""
+        if made.kind == "I":
+            self.weight_pullbacks[made[1:]] = pullback
         else:
-            self.weight_pullbacks[key], sent = leave(self.weight_pullbacks[key])
-        if sent is not None:
-            self.leaving.append(sent)
-
-    def fetch(self, user: Action) -> None:
-        """Begin to bring back what an action needs."""
-        key = user.stage, user.microbatch
-        if user.kind != "W":
-            prefetch(self.forwards[key].pullback)
-        elif key in self.weight_pullbacks:  # rather than its pieces, the first of which has brought all back
-            prefetch(self.weight_pullbacks[key])
-
-    def backward_weight(self, stage: int, microbatch: int) -> None:
-        weight_pullback = self.weight_pullbacks.pop((stage, microbatch))
-        self.grads[stage] = stage_backward_weight(weight_pullback, accumulate=self.grads[stage])
+            self.forwards[made[1:]] = self.forwards[made[1:]]._replace(pullback=pullback)
 
     def backward_piece(self, stage: int, microbatch: int) -> None:
-        """Run the next piece of W, if the stage's has as many."""
-        key, count = (stage, microbatch), self.num_pieces
-        number = count + 1 - len(self.pieces.get(key, range(count)))
-        with range_of(stage, "W", microbatch, f", piece {number} of {count}"):
-            if number == 1:
-                divided = self.weight_pullbacks.pop(key).split(count)
-                self.pieces[key] = [*divided, *[None] * (count - len(divided))]
-            piece, *rest = self.pieces.pop(key)
-            if piece is not None:
-                self.grads[stage] = stage_backward_weight(piece, accumulate=self.grads[stage])
-            if rest:
-                self.pieces[key] = rest
-                leaves_behind(*(piece for piece in rest if piece is not None))
+        """Run W, or the next piece of it, if the stage's has as many."""
+        key = stage, microbatch
+        piece = self.pieces.next(key, lambda: self.weight_pullbacks.pop(key))
+        if piece.pullback is not None:
+            self.backward_weight(stage, piece.pullback)
+
+    def backward_weight(self, stage: int, weight_pullback: WeightPullback) -> None:
+        self.grads[stage] = stage_backward_weight(weight_pullback, accumulate=self.grads[stage])
 
 
 def _order(schedule: ScheduleName | Order, num_stages: int, num_microbatches: int) -> Order:

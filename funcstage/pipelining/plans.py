@@ -22,7 +22,7 @@ from funcstage._torch.distributed import timeout_of
 from funcstage._torch.pipelining import ExchangingStage
 from funcstage._torch.schedules import Microbatches, is_schedule, num_microbatches, split, stages_of, trains
 from funcstage.errors import StructureError
-from funcstage.pipelining import constructors, failed_steps
+from funcstage.pipelining import constructors, failed_steps, over_order
 from funcstage.pipelining.failures import check_unbroken, key, share, store, written
 from funcstage.pipelining.lengths import AGREEMENTS, Agreement, watch
 
@@ -39,6 +39,7 @@ class Plan:
         trains: whether there is a loss.
         stages: those of this rank.
         torchs: those of them that are torch's own.
+        order: which order of ours it runs, as a number.
     """
 
     schedule: str
@@ -48,6 +49,7 @@ class Plan:
     trains: bool
     stages: tuple[int, ...]
     torchs: tuple[int, ...] = ()
+    order: int = 0
 
     @classmethod
     def of(cls, schedule: Any) -> Plan:
@@ -61,6 +63,7 @@ class Plan:
             trains(schedule),
             tuple(sorted(stage.stage_index for stage in stages)),
             tuple(sorted(s.stage_index for s in stages if not isinstance(s, ExchangingStage))),
+            over_order.digest(schedule),
         )
 
     def disagreement(self, other: Plan) -> str:
@@ -71,6 +74,8 @@ class Plan:
         for name, what in _AGREED.items():
             if getattr(self, name) != getattr(other, name):
                 return f"{what}: {getattr(self, name)} and {getattr(other, name)}"
+        if self.order != other.order:
+            return "the order of the actions: each has another one"
         both = sorted({*self.stages} & {*other.stages})
         return f"where stage {both[0]} is: both have it" if both else ""
 

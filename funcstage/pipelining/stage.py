@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcstage import trees
+from funcstage._torch.schedules import num_microbatches
 from funcstage.dtensors import local_of, to_send
 from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps, failures, plans
@@ -24,6 +25,8 @@ from funcstage.pipelining.examples import LossFunction, StageFunction, any_requi
 from funcstage.pipelining.folded_loss import FoldedLoss, Pending
 from funcstage.pipelining.given import GetMesh, Given, Position
 from funcstage.pipelining.microbatch import Call, Forward
+from funcstage.pipelining.over_order import pieces_of
+from funcstage.pipelining.pieces import Piece, Pieces
 from funcstage.pipelining.preparations import Preparations
 from funcstage.pipelining.ranges import in_range, leaves_behind, range_of
 from funcstage.pipelining.refusals import (
@@ -34,9 +37,12 @@ from funcstage.pipelining.refusals import (
     check_position,
 )
 from funcstage.pipelining.replicas import replicas_of
+from funcstage.pipelining.stays import Offloaded, check_offload
 from funcstage.pipelining.upstream import Upstream
+from funcstage.pipelining.waiting import Waiting, waiting_under
 from funcstage.pullback import stage_vjp
 from funcstage.report import size, table
+from funcstage.schedules.orders import Action
 from funcstage.state.parameter_hooks import with_hooks_on_accumulators
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import PyTree, describe
@@ -89,11 +95,15 @@ class FunctionalPipelineStage(AccumulatingStage):
             parameters are cast once a step, and floating inputs when they arrive; buffers and outputs are not
             cast (as with FSDP's `MixedPrecisionPolicy` and its defaults). Gradients end up in `.grad` in the
             parameters' own dtype, and are summed over the microbatches in it.
+        offload: whose residuals wait in host memory (`funcstage.offload`) where the schedule runs two actions
+            or more of this rank in between: `"W"` for those of W, from I on; `"IW"` for those of I and W,
+            from F on, too. They are fetched one action before they are used.
 
     Raises:
         LeafError: if `stage_index` is out of range, a tensor of the module is on another device, or
             `param_dtype` is no floating dtype.
-        StructureError: if the module is wrapped, the loss has parameters, or `dw_builder` is given.
+        StructureError: if the module is wrapped, the loss has parameters, `dw_builder` is given, or `offload`
+            is something else.
         StageError: if there is no process group.
 
     In a process for each rank (examples/train_distributed.py is a complete script):
@@ -125,6 +135,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         grad_dtype: torch.dtype | None = None,
         data_parallel: dist.ProcessGroup | DeviceMesh | None = None,
         param_dtype: torch.dtype | None = None,
+        offload: Offloaded | None = None,
     ) -> None:
         """Construct the stage; the docstring of the class describes the arguments."""
         where = Position(output_grads, input_grads, group, dw_builder, get_mesh)
@@ -136,6 +147,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             check_module(submodule, device)
             check_loss(loss_fn)
             check_param_dtype(param_dtype)
+            self.offload: Offloaded | None = check_offload(offload)
             if read.dw_builder is not None:
                 raise StructureError(
                     "dw_builder must be None: this stage splits its backward itself, into I and W."
@@ -158,6 +170,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._forwards: dict[int, Forward] = {}
             self._pending: dict[int, Pending] = {}
             self._weight_pullbacks: dict[int, WeightPullback] = {}
+            self._pieces, self._chunks_left, self._waiting = Pieces(1), 0, Waiting.for_nothing()
             self._shared: set[str] = set()
             self._shared_grads: dict[str, Tensor] = {}
             self._upstream = Upstream()
@@ -210,6 +223,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             self._forwards,
             self._pending,
             self._weight_pullbacks,
+            self._pieces,
             self._shared_grads,
         ):
             left.clear()
@@ -223,6 +237,9 @@ class FunctionalPipelineStage(AccumulatingStage):
             schedule = plans.watch_caller(self, self.all_groups)
             if schedule is not None:
                 self._preparations.turn_to(schedule, self)
+                self._pieces = Pieces(pieces_of(schedule))
+                self._chunks_left = num_microbatches(schedule)
+                self._waiting = waiting_under(schedule, self.group_rank)
             self._read_state()
             self._check_reduces(schedule)
             if self._fitting is not self._binding:  # has changed while another schedule drove the stage
@@ -257,6 +274,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         """
         self.raise_failure()
         self._turn_to(fwd_chunk_id)
+        self._waiting.begin(Action("F", self.stage_index, fwd_chunk_id))
         self.keep_output(fwd_chunk_id, ())
         if not self._forwards and not self._weight_pullbacks:
             self._find_shared()  # all stages have read their states by now
@@ -311,6 +329,8 @@ class FunctionalPipelineStage(AccumulatingStage):
             return
         self._check_chunk_id(bwd_chunk_id)
         self._turn_to(bwd_chunk_id)
+        action = Action("B" if full_backward else "I", self.stage_index, bwd_chunk_id)
+        self._waiting.begin(action)
         self.drop_output(bwd_chunk_id)
         if self.is_last:
             self._backward_of_loss(bwd_chunk_id, loss)
@@ -326,32 +346,11 @@ class FunctionalPipelineStage(AccumulatingStage):
             pairs = zip(input_grads, examples, strict=True)
             self.bwd_cache[bwd_chunk_id] = tuple(sent_grad(grad, like, self.device) for grad, like in pairs)
         if full_backward:
-            self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=True)
+            self._accumulate(bwd_chunk_id, Piece(1, 1, weight_pullback), last_backward, whole=True)
         else:
             leaves_behind(weight_pullback)
             self._weight_pullbacks[bwd_chunk_id] = weight_pullback
-
-    @in_range("W")
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Run W for a microbatch: add its weight gradients into `.grad`.
-
-        Args:
-            bwd_chunk_id: the number of the microbatch.
-            last_backward: whether it is the last backward of the step.
-
-        Raises:
-            StructureError: if I did not run for this microbatch, or W did already.
-        """
-        if not self.has_backward:
-            return
-        if bwd_chunk_id not in self._weight_pullbacks:
-            raise StructureError(
-                f"{self._name}: W of microbatch {bwd_chunk_id} has no I before it, or runs a second time. "
-                "Correct the schedule."
-            )
-        # On the first stage torch's I does nothing, and its W is the whole backward.
-        weight_pullback = self._weight_pullbacks.pop(bwd_chunk_id)
-        self._accumulate(bwd_chunk_id, weight_pullback, last_backward, whole=self.is_first)
+            self._waiting.made(action)
 
     def _forward(self, apply: StageFunction, call: Call) -> PyTree:
         """Run F: return the output, keep the pullback and update the module's buffers."""
@@ -373,6 +372,7 @@ class FunctionalPipelineStage(AccumulatingStage):
                 )
                 leaves_behind(pullback)
                 self._forwards[call.chunk] = Forward.of(pullback, output, call.args if self.is_first else ())
+                self._waiting.made(Action("F", self.stage_index, call.chunk))
         except Exception as error:
             error.add_note(f"This was {self._name}, in F of microbatch {call.chunk}.")
             raise

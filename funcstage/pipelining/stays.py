@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from funcstage.errors import StructureError
@@ -9,6 +11,9 @@ from funcstage.schedules.orders import Action, Order
 
 Offloaded: TypeAlias = Literal["W", "IW"]
 """Whose residuals wait: W's, between I and W, or also what I and W need, between F and I."""
+
+Turn: TypeAlias = tuple[Action, int]
+"""An action, and how often it ran before: a W in pieces is there several times."""
 
 SHORTEST = 2
 """Actions in between, at least: beside the first the residuals go, beside the last they come back."""
@@ -19,14 +24,23 @@ class Stays(NamedTuple):
 
     Attributes:
         after: F's and I's whose pullbacks go.
-        before: for actions, whose pullbacks are fetched as they begin, as what uses them: an I, B or W.
+        before: for turns of a rank, whose pullback is fetched as they begin, as what uses it: an I, B or W.
     """
 
     after: frozenset[Action]
-    before: dict[Action, Action]
+    before: dict[Turn, Action]
 
 
 NOWHERE = Stays(frozenset(), {})
+
+
+def check_offload(offloaded: Offloaded | None) -> Offloaded | None:
+    """Refuse what is no choice."""
+    if offloaded not in (None, "W", "IW"):
+        raise StructureError(
+            f'offload must be "W" for the residuals of W alone, "IW" for all, or None; got {offloaded!r}.'
+        )
+    return offloaded
 
 
 def stays(order: Order, offloaded: Offloaded | None) -> Stays:
@@ -39,13 +53,11 @@ def stays(order: Order, offloaded: Offloaded | None) -> Stays:
     Raises:
         StructureError: if that is something else.
     """
-    if offloaded not in (None, "W", "IW"):
-        raise StructureError(
-            f'offload must be "W" for the residuals of W alone, "IW" for all, or None; got {offloaded!r}.'
-        )
+    check_offload(offloaded)
     after: set[Action] = set()
-    before: dict[Action, Action] = {}
+    before: dict[Turn, Action] = {}
     for actions in order.ranks:
+        turns = in_turns(actions)
         place: dict[Action, int] = {}
         for i, action in enumerate(actions):
             kind = "W" if action.kind == "W" else "I"
@@ -56,5 +68,15 @@ def stays(order: Order, offloaded: Offloaded | None) -> Stays:
             made = action._replace(kind="I" if kind == "W" else "F")
             if i - place[made] > SHORTEST:
                 after.add(made)
-                before[actions[i - 1]] = action
+                before[turns[i - 1]] = action
     return Stays(frozenset(after), before)
+
+
+def in_turns(actions: Sequence[Action]) -> list[Turn]:
+    """Tell actions that are there several times apart."""
+    times: Counter[Action] = Counter()
+    found = []
+    for action in actions:
+        found.append((action, times[action]))
+        times[action] += 1
+    return found

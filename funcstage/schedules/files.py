@@ -23,11 +23,11 @@ _NO_WORK = re.compile(rf"\d+({'|'.join(MESSAGES)})\d+|\d+({'|'.join(HOUSEKEEPING
 
 
 def write_order(order: Order, path: str | os.PathLike[str]) -> None:
-    """Write an order for `torch.distributed.pipelining`'s `_PipelineScheduleRuntime._load_csv`.
+    """Write an order in the CSV format of `torch.distributed.pipelining`.
 
     Args:
-        order: the order; torch adds communication when it loads the file. It refuses one with pieces of W,
-            which `read_order` reads.
+        order: the order. `read_order` reads the file; `torch_schedule` runs what it returns. Torch's own
+            `_load_csv` reads it too, unless W is in pieces.
         path: the file.
     """
 

@@ -180,7 +180,7 @@ def pipeline_order(
     num_ranks = _placed(schedule, num_stages, num_ranks)
     table = _torch_table(schedule, num_stages, num_microbatches, num_ranks)
     if schedule == "1F1B":
-        table = [_numbered_in_turn(actions) for actions in table]
+        table = [numbered_in_turn(actions) for actions in table]
     return Order(schedule, num_stages, num_microbatches, tuple(map(tuple, table)))
 
 
@@ -229,7 +229,7 @@ def _torch_table(schedule: str, num_stages: int, num_microbatches: int, num_rank
     return [[Action(*unit) for unit in units] for units in found]  # type: ignore[arg-type]
 
 
-def _numbered_in_turn(actions: list[Action]) -> list[Action]:
+def numbered_in_turn(actions: list[Action]) -> list[Action]:
     """Number a stage's forwards from 0: for 1F1B's last rank torch's table starts at 1.
 
     Torch itself does not notice, because its 1F1B runs a loop and never reads the table.

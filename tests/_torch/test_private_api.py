@@ -781,14 +781,17 @@ def stages_under_schedules() -> None:
 
 @stands_on("_torch/pipelining.py", "_torch/distributed.py", "_torch/schedules.py", "pipelining/stage.py")
 def messages_between_ranks() -> None:
-    from pipeline_cases import Case, assert_same, expected, gathered, train, with_everything
+    from pipeline_cases import Case, assert_same, expected, gathered, in_pieces, train, with_everything
     from pipeline_ranks import run
+
+    from funcstage.pipelining import pipeline_order
 
     for case in (Case("ZBVZeroBubble", 4, 4, with_everything), Case("Interleaved1F1B", 4, 2)):
         assert_same(gathered(run(2, train, case)), expected(case), rtol=1e-10, atol=1e-12)
     rows = ("0F0 0F1 0I0 0I1 0W0 0W1", "1F0 1B0 1F1 1I1 1W1")
-    case = Case(rows, 2, 2)
-    assert_same(gathered(run(2, train, case)), expected(case), rtol=1e-10, atol=1e-12)
+    order = in_pieces(pipeline_order("ZBVZeroBubble", 4, 4), 3)
+    for case in (Case(rows, 2, 2), Case(order, 4, 4, offload="IW")):
+        assert_same(gathered(run(2, train, case)), expected(case), rtol=1e-10, atol=1e-12)
 
 
 FROM_2_12_PREPARED = {"_stage_meta", "_inference_mode"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn import functional
 
-from funcstage.pipelining import FunctionalPipelineStage
+from funcstage.pipelining import Action, FunctionalPipelineStage, Order, torch_schedule
 
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 ONE_STAGE_A_RANK = ("GPipe", "1F1B")
@@ -158,7 +159,7 @@ class Case:
     """A pipeline to run.
 
     Attributes:
-        schedule: its name, or the actions of each rank, as a CSV file has them.
+        schedule: its name, the actions of each rank, as a CSV file has them, or an order of ours.
         num_stages: over how many stages the model is spread.
         num_microbatches: into how many the batch is cut.
         model: makes the model, the same on every rank.
@@ -174,9 +175,10 @@ class Case:
         hooks: whether parameters have hooks that change their gradients.
         encoder: whether the inputs come out of a module outside of the pipeline.
         changes: what is done to the modules before a step after the first.
+        offload: for the stages.
     """
 
-    schedule: str | tuple[str, ...]
+    schedule: str | tuple[str, ...] | Order
     num_stages: int
     num_microbatches: int
     model: Callable[[int, int], Model] = uneven
@@ -192,6 +194,7 @@ class Case:
     hooks: bool = False
     encoder: bool = False
     changes: tuple[Callable[[nn.Module], None], ...] = ()
+    offload: Any = None
 
     def build(self) -> Model:
         model = self.model(self.num_stages, self.size * self.num_microbatches)
@@ -212,6 +215,8 @@ class Case:
                 self.changes[step - 1](module)
 
     def stages_of(self, rank: int, world_size: int) -> list[int]:
+        if isinstance(self.schedule, Order):
+            return self.schedule.stages_of(rank)
         if self.schedule in V_SHAPED:
             return [rank, 2 * world_size - 1 - rank]
         return list(range(rank, self.num_stages, world_size))
@@ -233,6 +238,26 @@ class Step(NamedTuple):
     outputs: list[Tensor]
 
 
+def in_pieces(order: Order, pieces: int, seed: int = 0) -> Order:
+    """The same order with W in pieces, the first where the whole was and the others anywhere after it."""
+    rng = random.Random(seed)
+    ranks = []
+    for actions in order.ranks:
+        found: list[Action] = []
+        for action in reversed(actions):
+            found.insert(0, action)
+            for _ in range(pieces - 1 if action.kind == "W" else 0):
+                found.insert(rng.randint(1, len(found)), action)
+        ranks.append(tuple(found))
+    return Order(order.schedule, order.num_stages, order.num_microbatches, tuple(ranks), pieces)
+
+
+def on_one_rank(order: Order) -> Order:
+    """The same order, all of it on one rank."""
+    whole = (tuple(order.in_turn()),)
+    return Order(order.schedule, order.num_stages, order.num_microbatches, whole, order.pieces)
+
+
 def make_stages(case: Case, model: Model, rank: int, group: dist.ProcessGroup) -> list[Any]:
     def stage(i: int) -> PipelineStage:
         if i in case.torchs:
@@ -246,6 +271,7 @@ def make_stages(case: Case, model: Model, rank: int, group: dist.ProcessGroup) -
             compile=case.compile,
             loss_fn=model.loss_fn if case.folded else None,
             grad_dtype=case.grad_dtype,
+            offload=case.offload,
         )
 
     return [stage(i) for i in case.stages_of(rank, group.size())]
@@ -254,6 +280,8 @@ def make_stages(case: Case, model: Model, rank: int, group: dist.ProcessGroup) -
 def make_schedule(case: Case, stages: list[Any], loss_fn: Any) -> Any:
     if isinstance(case.schedule, tuple):
         return from_csv(case.schedule, stages, case.num_microbatches, loss_fn)
+    if isinstance(case.schedule, Order):
+        return torch_schedule(case.schedule, stages, loss_fn, **case.options)
     kind = schedules.get_schedule_class(case.schedule)
     given = stages[0] if issubclass(kind, schedules.PipelineScheduleSingle) else stages
     return kind(given, case.num_microbatches, loss_fn=loss_fn, **case.options)

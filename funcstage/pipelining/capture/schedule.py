@@ -237,6 +237,12 @@ class CapturedSchedule:
                 f"FSDP shards parameters of stage {self._gathered()[0]}, and allocates and frees their "
                 "memory in each step. If they fit as a whole, use data_parallel= instead."
             )
+        away = next((stage for stage in self._own if getattr(stage, "offload", None)), None)
+        if away is not None:
+            raise CannotCaptureError(
+                f"stage {away.stage_index} has offload={away.offload!r}, and a graph's memory stays its own. "
+                "Leave offload out, or do not capture the step."
+            )
         if self._prepared_for is not entry:
             with self._recorder.prepared():
                 self._rehearse(step)  # which prepares the stages for it again

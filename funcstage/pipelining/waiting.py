@@ -1,0 +1,122 @@
+"""Pullbacks of a rank on their way to the host's memory and back, as its actions come and go."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self, TypeAlias
+
+from funcstage._torch.pipelining import ExchangingStage
+from funcstage._torch.schedules import stages_of, trains
+from funcstage.away import Sent
+from funcstage.errors import StructureError
+from funcstage.offloading import leave, prefetch
+from funcstage.pipelining.over_order import order_of
+from funcstage.pipelining.stays import NOWHERE, Stays, Turn, stays
+from funcstage.schedules.orders import Action
+
+Place: TypeAlias = Callable[[Action], Any]
+"""The pullback that an action has left behind; None if it is not there (any more)."""
+
+Put: TypeAlias = Callable[[Action, Any], None]
+"""Puts another in its place."""
+
+
+class Waiting:
+    """Sends away what waits long enough, and fetches it one action before its use.
+
+    Args:
+        stays: what waits.
+        get: finds a pullback.
+        put: replaces it.
+    """
+
+    def __init__(self, stays: Stays, get: Place, put: Put) -> None:
+        self._stays, self._get, self._put = stays, get, put
+        self._sent: list[Sent] = []
+        self._earlier: list[Sent] = []
+        self._times: Counter[Action] = Counter()
+
+    @classmethod
+    def for_nothing(cls) -> Self:
+        """Where nothing waits."""
+        return cls(NOWHERE, lambda made: None, lambda made, pullback: None)
+
+    def begin(self, action: Action) -> None:
+        """An action begins: what was sent two actions ago is free by what it launches."""
+        earlier, self._earlier, self._sent = self._earlier, self._sent, []
+        for sent in earlier:
+            sent.free_in_turn()
+        user = self._stays.before.get((action, self._times[action]))
+        self._times[action] += 1
+        pullback = None if user is None else self._get(user._replace(kind="I" if user.kind == "W" else "F"))
+        if pullback is not None:  # rather than its pieces, the first of which has brought all back
+            prefetch(pullback)
+
+    def made(self, action: Action) -> None:
+        """An F or I has left its pullback behind."""
+        if action not in self._stays.after:
+            return
+        pullback, sent = leave(self._get(action))
+        self._put(action, pullback)
+        if sent is not None:
+            self._sent.append(sent)
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._sent, self._earlier = [], []
+        self._times.clear()
+
+
+_UNDER: weakref.WeakKeyDictionary[Any, Waiting] = weakref.WeakKeyDictionary()
+
+
+def waiting_under(schedule: Any, rank: int) -> Waiting:
+    """What waits of the stages that a schedule has on a rank, which share it, as a step begins.
+
+    Raises:
+        StructureError: if a stage is to offload, and the schedule has no table to do it by.
+    """
+    if not trains(schedule):
+        return Waiting.for_nothing()
+    if schedule not in _UNDER:
+        own = {s.stage_index: s for s in stages_of(schedule) if isinstance(s, ExchangingStage)}
+        _UNDER[schedule] = _waiting(schedule, rank, own)
+    _UNDER[schedule].clear()
+    return _UNDER[schedule]
+
+
+def _waiting(schedule: Any, rank: int, own: dict[int, Any]) -> Waiting:
+    away = {i: stage.offload for i, stage in own.items() if stage.offload is not None}
+    if not away:
+        return Waiting.for_nothing()
+    order = order_of(schedule, rank)
+    if order is None:
+        raise StructureError(
+            f"offload={next(iter(away.values()))!r} goes by the order of the schedule, and "
+            f"{type(schedule).__name__} has none that can be read (pipeline_order). Leave offload out, or "
+            "make the schedule by torch_schedule."
+        )
+    after: set[Action] = set()
+    before: dict[Turn, Action] = {}
+    for i, offloaded in away.items():
+        found = stays(order, offloaded)
+        after |= {made for made in found.after if made.stage == i}
+        before |= {turn: user for turn, user in found.before.items() if user.stage == i}
+
+    def get(made: Action) -> Any:
+        if made.kind == "I":
+            return own[made.stage]._weight_pullbacks.get(made.microbatch)
+        forward = own[made.stage]._forwards.get(made.microbatch)
+        return None if forward is None else forward.pullback
+
+    def put(made: Action, pullback: Any) -> None:
+        if made.kind == "I":
+            own[made.stage]._weight_pullbacks[made.microbatch] = pullback
+        else:
+            forwards = own[made.stage]._forwards
+            forwards[made.microbatch] = replace(forwards[made.microbatch], pullback=pullback)
+
+    return Waiting(Stays(frozenset(after), before), get, put)
