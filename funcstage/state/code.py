@@ -1,4 +1,9 @@
-"""What a function can read that is not handed to it, from its byte code: which names it loads."""
+"""What a function can read that is not handed to it, from its byte code: which names it loads.
+
+Three searches stand on this and stay apart, as they follow and keep different things: the recorder of a trace
+follows what runs and keeps each place that is read, `shared` follows calls before anything runs and keeps
+what they may change, and a captured step's follows all that may be called and keeps everything on the way.
+"""
 
 from __future__ import annotations
 
