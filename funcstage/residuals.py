@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.messages import SAVED_WRITTEN, says
@@ -201,6 +201,14 @@ def nodes_behind(edges: Iterable[GradientEdge]) -> Iterator[Node]:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+
+
+def leaves_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves that autograd would accumulate gradients in, if it went back from some tensors."""
+    for node in nodes_behind(map(get_gradient_edge, outputs)):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
 
 
 def nodes_between(edges: Iterable[GradientEdge], ends: set[Node]) -> set[Node]:

@@ -1,6 +1,7 @@
 """Tensors that a stage reads without being handed them: globals, cells, attributes that are no buffers.
 
 I and W may read them again, as they may what the caller holds (`writes.py`): writes are looked for here too.
+What requires grad is refused, as its gradient is none of those that W returns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import version_of
+from funcstage.errors import StageError
 from funcstage.residuals import SavedAndWritten
 from funcstage.state.kept import holders
 
@@ -64,15 +66,42 @@ class Captured:
         return part
 
 
+def refuse_trainable(found: Iterable[Tensor], apply: Callable[..., Any]) -> None:
+    """Refuse a stage that computes with a trainable tensor which it was not handed.
+
+    Args:
+        found: tensors that it has captured and computed with where gradients are recorded.
+        apply: the stage function.
+
+    Raises:
+        StageError: if one of them requires grad.
+    """
+    for tensor in found:
+        if tensor.requires_grad:
+            owner = getattr(apply, "__qualname__", type(apply).__name__)
+            raise StageError(
+                f"{owner} computes with {name_of(tensor, apply)} ({trees.look(tensor)}), which requires grad "
+                "and is not handed to it, so that its gradient would be lost. Read a module's parameter as "
+                "the attribute under which it is registered, pass anything else among the parameters or "
+                "arguments, or detach it if it is a constant."
+            )
+
+
 def name_of(tensor: Tensor, apply: Callable[..., Any]) -> str:
     """What to call a tensor that a stage function has captured, by where it can be found."""
     return next((name for name, value in _places(apply) if value is tensor), "a tensor that was captured")
+
+
+def is_found(tensor: Tensor, apply: Callable[..., Any]) -> bool:
+    """Tell whether a tensor can be found in some place that a stage function captures."""
+    return any(value is tensor for _, value in _places(apply))
 
 
 def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     module = getattr(apply, "module", None)
     functions = [apply]
     if isinstance(module, nn.Module):
+        yield from ((f"the module's own parameter {name!r}", p) for name, p in module.named_parameters())
         for holder in holders(module):
             entries = holder.items() if isinstance(holder, dict) else enumerate(holder)
             yield from ((f"the captured tensor {place!r}", value) for place, value in entries)

@@ -101,7 +101,11 @@ class Parts:
             output = self.module(*args, **kwargs)
             left = self._take_back(before)
         except BaseException:  # an interrupt may come while the tensors are exchanged
-            self._take_back(before)
+            try:
+                self._take_back(before)
+            except BaseException:  # and another one now, as a handler that is put back may raise again
+                self._take_back(before)
+                raise
             raise
         self._check_parameters(before, lent, left)
         places = zip(self.names, left, strict=True)

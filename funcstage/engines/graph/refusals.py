@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from funcstage._torch import functorch as ft
 from funcstage._torch import tracing as tt
 from funcstage._torch.messages import FUNCTIONAL_WRITES_REAL, LEAF_WRITTEN, NESTED_IN_TRACE, says
 from funcstage._torch.operators import OpOverload, writes
 from funcstage._torch.pytree import tree_leaves
+from funcstage.dtensors import unwrapped
 from funcstage.engines.graph.blame import is_raised_by_stage, line_of
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.rules import control_flow
 from funcstage.errors import PurityError, TraceError
+from funcstage.residuals import leaves_behind
 from funcstage.state.argument_containers import WAY_OUT, Containers
+from funcstage.state.captured import refuse_trainable as refuse_captured
 
 
 class ReadsValue(TraceError):
@@ -72,6 +76,13 @@ def refuse_writes(owner: str, containers: Containers) -> None:
             f"{owner} writes into {each.name}, a {type(each.given).__qualname__}. A compiled stage would do "
             f"so only in its first call. {WAY_OUT}"
         )
+
+
+def refuse_trainable(apply: Callable[..., Any], outputs: list[Tensor]) -> None:
+    """Refuse a stage whose outputs depend on trainable tensors which it was not handed."""
+    leaves = leaves_behind(outputs)
+    real = (leaf for leaf in leaves if not isinstance(ft.innermost(unwrapped([leaf])[0][0]), TRACED))
+    refuse_captured(real, apply)
 
 
 def impure(apply: Callable[..., Any]) -> PurityError:

@@ -37,6 +37,7 @@ from funcstage.engines.graph.refusals import (
     name_of,
     refusal_of,
     refuse_random_backward,
+    refuse_trainable,
     refuse_writes,
 )
 from funcstage.engines.graph.separable import OWN, Separable, refuse_of_levels
@@ -207,6 +208,7 @@ class _Run:
             fresh, buffers_spec = trees.flatten(new_buffers if changes is None else (new_buffers, changes[1]))
             roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
             roots = [] if call.diff is None else roots
+            refuse_trainable(call.apply, [outputs[i] for i in roots])
             constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
             cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from torch import Tensor
+
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.dynamo import uncompiled
@@ -37,7 +39,7 @@ from funcstage.residuals import (
     Switchboard,
     saving_outside,
 )
-from funcstage.state import kept
+from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.contents import Held
 from funcstage.state.module import ModuleState, state_with
@@ -58,7 +60,7 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
 
     Raises:
         PurityError: if the stage mutates a tensor that it was given or has captured.
-        StageError: if saved-tensor hooks are in use.
+        StageError: if saved-tensor hooks are in use, or a captured tensor requires grad.
         TakesGradients: if the stage takes gradients inside itself, and a plain tape can be used instead.
     """
     apply = call.apply
@@ -112,6 +114,9 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         buffer_leaves, buffers_spec = trees.flatten(new_buffers)
         new_buffers = trees.unflatten(buffers_spec, [mode.leave(leaf).value for leaf in buffer_leaves])
     output = trees.unflatten(output_spec, (exit.value for exit in exits))
+    if mode.alone and any(isinstance(exit.value, Tensor) and exit.value.requires_grad for exit in exits):
+        captured.refuse_trainable(mode.captured(), apply)
+    captured.refuse_trainable(mode.trainable, apply)
     if containers is not None:
         containers.give_back(call.name)
     modules = _held(call, new_buffers) if mode.calls_back and not mode.had_regions else []

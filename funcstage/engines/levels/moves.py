@@ -23,6 +23,7 @@ class Levels:
         sites: the sites so far.
         bases: the sites at what outputs are views of.
         plain: operands on none of the levels, by the ids of these references: given, or captured.
+        trainable: those among which are some whose gradients checkpointed regions would lose.
     """
 
     def __init__(self, outer_level: int | None, inner_level: int) -> None:
@@ -31,6 +32,7 @@ class Levels:
         self.sites: list[Site] = []
         self.bases: set[Site] = set()
         self.plain: dict[int, weakref.ref[Tensor]] = {}
+        self.trainable: list[Tensor] = []
 
     def above(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation with the outer level on top.
@@ -62,6 +64,10 @@ class Levels:
                 elif isinstance(operand, dict):
                     found |= self.reads_weights(operand.values(), {})
         return found
+
+    def captured(self) -> list[Tensor]:
+        """The operands so far on none of the levels."""
+        return [tensor for reference in self.plain.values() if (tensor := reference()) is not None]
 
     def is_activation(self, value: Tensor) -> bool:
         """Tell whether a value without its inner wrapper depends on a differentiated input."""

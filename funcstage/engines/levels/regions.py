@@ -91,7 +91,10 @@ def _first_run(split: Split, region: Region, captured: _Captured) -> tuple[list[
             leaves, spec = trees.flatten(region.run())
             exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
         region.release(lambda buffer: split.bare(nested.leave(buffer).value))
-    return [exit._replace(value=split.bare(exit.value)) for exit in exits], spec
+    exits = [exit._replace(value=split.bare(exit.value)) for exit in exits]
+    if any(isinstance(exit.value, Tensor) and exit.value.requires_grad for exit in exits):
+        split.trainable += [*captured.values, *nested.captured()]
+    return exits, spec
 
 
 class _Operands(NamedTuple):
@@ -118,6 +121,7 @@ class _Captured:
     Attributes:
         outer: the level of the inputs in the first run.
         inner: the level of the parameters.
+        values: they, as the split around knows them.
     """
 
     outer: int
@@ -126,7 +130,7 @@ class _Captured:
     def __init__(self, region: Region, split: Split) -> None:
         self._region = region
         self._split = split
-        self._values: list[Tensor] = []  # as the split around knows them
+        self.values: list[Tensor] = []
         self._adopted: list[Tensor] = []  # as the first run does
         self._before: dict[int, Tensor] = {}  # constants before they were overwritten
 
@@ -143,7 +147,7 @@ class _Captured:
             if ft.level_of(value) not in split.levels and not isinstance(leaf, nn.Parameter):
                 return leaf
             self._region.capture(leaf)
-            self._values.append(value)
+            self.values.append(value)
             self._adopted.append(self._adopt(value))
             return self._adopted[-1]
 
@@ -163,7 +167,7 @@ class _Captured:
             return
         with without_torch_function():
             key = ft.storage_key(tensor)
-            for place, value in enumerate(self._values):
+            for place, value in enumerate(self.values):
                 if place not in self._before and ft.storage_key(value) == key:
                     if self._split.is_differentiated(value):
                         raise PurityError(
@@ -178,7 +182,7 @@ class _Captured:
         """What was captured, once the levels of the first run are closed."""
         split = self._split
         activations, weights, constants = [], [], []
-        for place, value in enumerate(self._values):
+        for place, value in enumerate(self.values):
             if not split.is_differentiated(value):
                 constants.append((place, self._before.get(place, split.bare(value)).detach()))
             elif split.is_weight(value):

@@ -38,11 +38,12 @@ from funcstage.residuals import (
     Home,
     Residual,
     Switchboard,
+    leaves_behind,
     nodes_behind,
     nodes_between,
     saved_in,
 )
-from funcstage.state import kept
+from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.module import state_with
 
@@ -229,7 +230,8 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
 
     Raises:
         PurityError: if the stage writes into a tensor that it was given, its `.grad` among it.
-        StageError: within a transform of `torch.func`, or where higher derivatives are wanted.
+        StageError: within a transform of `torch.func`, or where higher derivatives are wanted; if a
+            parameter of the module is captured.
     """
     apply, params = call.apply, call.params
     param_leaves, params_spec = call.of_params
@@ -275,6 +277,9 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         len(arg_leaves), len(param_leaves), call.state, Switchboard(), modules, trained, regions.seen
     )
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    given = {*map(id, (*trained.values(), *inputs.values()))}
+    others = (leaf for leaf in leaves_behind(wanted.values()) if id(leaf) not in given)
+    captured.refuse_trainable((leaf for leaf in others if captured.is_found(leaf, apply)), apply)
     tape = InputTape(origin, wanted, inputs, shared=False, home={})
     return Linearized(
         trees.unflatten(spec, map(trees.detached, leaves)),

@@ -1,0 +1,99 @@
+"""Trainable tensors that a stage reads without being handed them: W would not return their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+
+SHIFT = nn.Parameter(torch.ones(3))
+
+
+class Reading(nn.Module):
+    """Keeps its parameter in other places than the one under which it is registered."""
+
+    def __init__(self, read: Callable[[Reading], Tensor], how: str = "") -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+        self.listed, self.named = [self.scale], {"scale": self.scale}
+        scale = self.scale
+        self.closed = lambda: scale
+        self.read, self.how, self.calls = read, how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x + torch.rand(3)
+        if self.how == "in a checkpoint":
+            return checkpoint(lambda y: self.lin(y) * self.read(self), x, use_reentrant=False)
+        output = self.lin(x) * self.read(self)
+        if self.how == "beside a gradient taken inside":
+            output = output * torch.func.grad(lambda y: y.sin().sum())(x)
+        return output
+
+
+def staged(module: nn.Module, engine: str) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    apply, params, _ = fs.functionalize(module)
+    return (apply if engine == "closures" else fs.compile(apply, backend="aten")), params
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize(
+    ("read", "how"),
+    [
+        (read, how)
+        for read in (lambda m: m.listed[0], lambda m: m.named["scale"] * 2, lambda m: m.closed())
+        for how in ("", "in a checkpoint", "beside a gradient taken inside")
+    ]
+    + [(lambda m: SHIFT, ""), (lambda m: SHIFT, "in a checkpoint")],
+)
+def test_a_captured_parameter_is_refused_and_the_refusal_leaves_nothing_behind(
+    read: Callable[[Reading], Tensor], how: str, engine: str
+) -> None:
+    module = Reading(read, how)
+    stage, params = staged(module, engine)
+    before = torch.get_rng_state()
+    with pytest.raises(fs.StageError, match="which requires grad and is not handed to it"):
+        fs.stage_vjp(stage, params, {}, torch.ones(2, 3))
+    assert module.calls == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_the_refusal_names_the_parameter(engine: str) -> None:
+    stage, params = staged(Reading(lambda m: m.listed[0]), engine)
+    with pytest.raises(fs.StageError, match="the module's own parameter 'scale'"):
+        fs.stage_vjp(stage, params, {}, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.listed[0].detach(),
+        lambda m: m.listed[0].shape[0],
+        lambda m: m.named["scale"] > 0,
+        lambda m: nn.Parameter(torch.ones(3)),
+        lambda m: m.scale,
+    ],
+    ids=["detached", "its shape", "a comparison", "one made inside", "its place"],
+)
+def test_a_captured_parameter_may_be_read_as_a_constant(
+    read: Callable[[Reading], Tensor], engine: str
+) -> None:
+    module, x = Reading(read), torch.randn(2, 3)
+    stage, params = staged(module, engine)
+    torch.manual_seed(0)
+    expected = module(x)
+    grads = torch.autograd.grad(expected.sum(), [*module.parameters()], allow_unused=True)
+    torch.manual_seed(0)
+    output, _, pullback = fs.stage_vjp(stage, params, {}, x)
+    got = pullback(torch.ones_like(output))[1]()
+    assert torch.equal(output, expected)
+    for (name, _), grad in zip(module.named_parameters(), grads, strict=True):
+        assert got[name] is None if grad is None else torch.allclose(got[name], grad)
