@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from funcstage import dtensors, trees
 from funcstage._torch import tracing as tt
+from funcstage._torch.dynamo import uncompiled
 from funcstage.dtensors import as_cotangent, zeros
 from funcstage.pipelining.examples import StageFunction, example, tensors
 from funcstage.pipelining.same_dtypes import SameDtypes
@@ -48,7 +49,7 @@ def run_on_fakes(
         return made.requires_grad_(leaf.requires_grad)
 
     (params, buffers), (args, kwargs) = trees.map_leaves(fake, (state, call))
-    with own_autocast_cache(), untouched(module), mode, SameDtypes(), torch.enable_grad():
+    with own_autocast_cache(), untouched(module), uncompiled(), mode, SameDtypes(), torch.enable_grad():
         output, _ = apply(params, buffers, *args, **kwargs)
         return then(output, tensors(args))
 

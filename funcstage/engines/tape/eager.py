@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from funcstage import autograd, dtensors, trees
 from funcstage._torch import functorch as ft
+from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.interception import intercepting
 from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage.engines import on_nodes
@@ -255,7 +256,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     modes = WatchedWrites(call.given), OneTape(regions.leftovers)
     keeping = kept.detached(call.module, kept.objects_among((*arg_leaves, *kwarg_leaves)))
     try:
-        with keeping, torch.enable_grad(), intercepting(regions), modes[0], modes[1]:
+        with keeping, torch.enable_grad(), intercepting(regions), uncompiled(), modes[0], modes[1]:
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
         if says(error, LEAF_WRITTEN):
