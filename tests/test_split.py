@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,17 @@ class Checkpointed(nn.Module):
             return torch.tanh(self.layers[1](torch.tanh(self.layers[2](h))))
 
         return self.layers[3](checkpoint(region, self.layers[0](x), use_reentrant=False))
+
+
+class Region(nn.Module):
+    """Its body in a checkpointed region."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
 
 
 class Energy(nn.Module):
@@ -341,3 +353,25 @@ def test_a_row_is_cut_in_runs_of_equal_cost(costs: list[float], parts: int, expe
 
 def test_parts_are_connected_by_way_of_others() -> None:
     assert connected([{1}, {2}, {1, 3}, {4}, {3, 2}, set()]) == [[0, 1, 2, 4], [3], [5]]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(
+    ("engine", "region", "argnums"),
+    [*itertools.product(ENGINES, (False, True), (None,)), ("levels", False, ())],
+)
+def test_the_costliest_piece_costs_as_little_as_can_be(
+    engine: str, region: bool, argnums: Any, parts: int
+) -> None:
+    torch.manual_seed(0)
+    widths = [4, 64, 8, 8, 32, 2, 4]
+    each = [n * m for n, m in itertools.pairwise(widths)]
+    layers = [nn.Sequential(nn.Linear(n, m, bias=False), nn.Tanh()) for n, m in itertools.pairwise(widths)]
+    body = nn.Sequential(*layers)
+    module = Region(body) if region else body
+    pieces = weight_pullback_of(module, engine, torch.randn(5, 4), argnums=argnums).split(parts)
+    costs = [sum(grad.numel() for grad in piece().values() if grad is not None) for piece in pieces]
+    cuts = itertools.combinations(range(1, len(each)), parts - 1)
+    possible = [[sum(each[a:b]) for a, b in itertools.pairwise((0, *cut, len(each)))] for cut in cuts]
+    assert sum(costs) == sum(each)
+    assert max(costs) == min(map(max, possible))
