@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mutation.__main__ import read_accepted, reason_for
 from mutation.operators import Mutant
+from mutation.reach import Reach
+from mutation.targets import concerns
 from mutation.trial import Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +118,17 @@ def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
 )
 def test_what_becomes_of_a_fault(place: str, status: str, found: dict) -> None:
     assert found["outcomes"][f"toy/core.py | {place}"] == status
+
+
+def test_tests_in_files_about_the_mutants_file_come_first_and_the_quickest_of_these() -> None:
+    seconds = {"tests/test_a.py::a": 0.1, "tests/test_core.py::b": 0.5, "tests/test_core.py::c": 0.2}
+    reach = Reach(seconds, {"toy/core.py": {1: 0b111, 2: 0b101}}, [], {})
+    [c, b, a] = ["tests/test_core.py::c", "tests/test_core.py::b", "tests/test_a.py::a"]
+    mutant = Mutant("toy/core.py", "f", "1", "2", (1, 1), (0, 1))
+    assert reach.tests_for(mutant, budget=1.0) == [c, b, a]
+    assert reach.tests_for(mutant, budget=0.3) == [c]
+    assert reach.tests_for(replace(mutant, lines=(2, 2)), budget=1.0) == [c, a]
+    assert concerns("funcstage/engines/graph/plan.py", "tests/engines/graph/test_budget.py")
 
 
 def test_a_survivor_is_accepted_for_a_reason_that_names_it_or_all_like_it() -> None:

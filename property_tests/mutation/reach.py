@@ -19,6 +19,7 @@ import pytest
 
 from .operators import Mutant
 from .statements import LINES_RUN, noting
+from .targets import concerns
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ class Reach:
         return cls(read["seconds"], lines, read["modules"], read["hashes"])
 
     def tests_for(self, mutant: Mutant, budget: float) -> list[str]:
-        """The tests that may see a mutant, of each file the quickest first, as many as take `budget`."""
+        """The tests that may see a mutant, as many as take `budget`.
+
+        Those of files about the mutant's come first, then those of others; of each file the quickest first.
+        """
         lines = self.lines.get(mutant.file, {})
         first, last = mutant.lines
         found = functools.reduce(int.__or__, (lines.get(n, 0) for n in range(first, last + 1)), 0)
         chosen = [test for i, test in enumerate(self.seconds) if found >> i & 1]
         chosen.sort(key=self.seconds.__getitem__)
+        file_of = {test: test.partition("::")[0] for test in chosen}
         earlier: Counter[str] = Counter()  # one test of every file, then another of every file
         turns = {}
         for test in chosen:
-            turns[test] = earlier[file := test.partition("::")[0]]
-            earlier[file] += 1
-        chosen.sort(key=turns.__getitem__)
+            turns[test] = earlier[file_of[test]]
+            earlier[file_of[test]] += 1
+        chosen.sort(key=lambda test: (not concerns(mutant.file, file_of[test]), turns[test]))
         spent = 0.0
         for i, test in enumerate(chosen):
             spent += self.seconds[test]

@@ -45,6 +45,52 @@ UNRELATED = {
 """Test files that no trial runs, without `test_` and `.py`."""
 
 
+CONCERNED = {
+    "content": ("argument_objects", "contents", "guards", "reads"),
+    "crossing": ("budget", "partition"),
+    "decompose": ("absent", "partition"),
+    "draws": ("generators", "reads"),
+    "explain": ("linearize", "refusals"),
+    "extract": ("donation", "programs"),
+    "first_reads": ("sites",),
+    "first_run": ("checkpoint", "second_runs"),
+    "first_stage": ("sites", "split"),
+    "grad_mode": ("threads",),
+    "hooks": ("parameter_hooks",),
+    "joint": ("partition",),
+    "mincut": ("budget", "min_cut", "partition"),
+    "mode": ("linearize", "tensors_made_inside", "sites"),
+    "module": ("binding", "contents", "guards"),
+    "modules_behind": ("guards", "reads"),
+    "moves": ("linearize",),
+    "nodes": ("budget", "partition"),
+    "pieces": ("pieces", "split"),
+    "plan": ("budget", "compile", "partition"),
+    "pullback": ("higher_gradients", "refusals"),
+    "recorder": ("generators", "reads"),
+    "refusals": ("blame", "compile"),
+    "regions": ("checkpoint", "second_runs"),
+    "replay": ("budget", "checkpoint"),
+    "reverse": ("higher_gradients", "linearize"),
+    "runners": ("inductor", "programs"),
+    "separable": ("compile", "generators"),
+    "sharded": ("dtensors",),
+    "sizes": ("lengths",),
+    "tape": ("linearize", "residuals", "sites", "split"),
+    "tapes": ("accumulate", "offloading", "sites", "split"),
+    "trace": ("compile", "grad_mode", "refusals"),
+    "upstream": ("stage",),
+    "weight_pullback": ("accumulate", "split"),
+}
+"""Test files that a file concerns beside those of its own name: their tests come first."""
+
+
+def concerns(file: str, test_file: str) -> bool:
+    """Tell whether the tests of a file are about a file of the package."""
+    name, test_name = Path(file).stem, Path(test_file).stem.removeprefix("test_")
+    return test_name == name or test_name in CONCERNED.get(name, ())
+
+
 def target_files(root: Path = ROOT) -> list[str]:
     """The files that faults are planted in, relative to the root."""
     found = {path for pattern in TARGETS for path in root.glob(pattern) if path.name != "__init__.py"}

@@ -328,6 +328,18 @@ def test_a_write_into_what_a_stage_has_captured_is_refused_where_eager_refuses(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_write_into_what_a_first_stage_has_captured_is_refused(engine: str) -> None:
+    module = Captures(lambda m, x: m.proj(x) * m.mask)
+    apply, params, buffers = fs.functionalize(module)
+    if engine != "closures":
+        apply = fs.compile(apply, **{"backend": "aten", **COMPILED[engine]})
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, torch.randn(5, 4), argnums=())
+    write(module.mask)
+    with pytest.raises(fs.WrittenError, match="'mask'"):
+        pullback(torch.ones_like(output))[1]()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_what_w_alone_reads_of_the_captured_may_be_written_before_i(engine: str) -> None:
     make, captured, _ = CAPTURING["of W alone"]
     module = make()

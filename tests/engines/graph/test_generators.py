@@ -267,7 +267,8 @@ def test_what_a_graph_does_not_record_of_generators_is_refused_and_works_uncompi
     torch.rand(3)
     kept = torch.default_generator, module.generator, GENERATOR
     before = [generator.get_state() for generator in kept]
-    with pytest.raises(fs.TraceError, match="generator"):
+    refusals = "which a graph does not record|makes a random generator in its forward|which a trace of torch"
+    with pytest.raises(fs.TraceError, match=refusals):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(16))
     assert all(map(torch.equal, [generator.get_state() for generator in kept], before))
     torch.manual_seed(8)  # torch's own functions are its own again
