@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.state.ambient import AmbientState, RandomState, generators_kept, of_process, of_torch
+from funcstage.state.ambient import (
+    AmbientState,
+    RandomState,
+    among,
+    autocast_off,
+    generators_kept,
+    of_process,
+    of_torch,
+    own_autocast_cache,
+)
 
 
 @contextmanager
@@ -111,3 +124,170 @@ def test_generators_that_have_moved_are_named() -> None:
     assert noted.moved() == []
     random.random()
     assert noted.moved() == ["random"]
+
+
+def changed_field(around: Any) -> list[str]:
+    """Which settings a context changes."""
+    before = AmbientState.now()
+    with around:
+        now = AmbientState.now()
+    return [name for name, one, other in zip(before._fields, before, now, strict=True) if one != other]
+
+
+@pytest.mark.parametrize(
+    ("around", "changed"),
+    [
+        (nullcontext, []),
+        (lambda: torch.autocast("cpu", torch.get_autocast_dtype("cpu")), ["autocast"]),
+        (lambda: torch.autocast("cpu", torch.float16), ["autocast", "casts"]),
+        (lambda: torch.autocast("cpu", enabled=False, cache_enabled=False), ["casts"]),
+        (lambda: casting_to(torch.float16), ["casts"]),
+        (lambda: torch.device("meta"), ["default_device"]),
+        (torch.no_grad, ["grad_mode"]),
+    ],
+)
+def test_settings_are_told_apart_by_what_they_set(around: Any, changed: list[str]) -> None:
+    assert changed_field(around()) == changed
+
+
+def test_what_is_differentiated_runs_with_gradients_on_whatever_the_callers_mode() -> None:
+    for around in (torch.no_grad, torch.enable_grad):
+        with around():
+            assert AmbientState.now(differentiated=True).grad_mode
+            assert AmbientState.now().grad_mode is torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_restored_inside_and_left_as_they_were(name: str) -> None:
+    noted_in, restored_in = SETTINGS[name]
+    with noted_in():
+        noted = AmbientState.now()
+    with restored_in():
+        before = AmbientState.now()
+        with noted.restored():
+            now = AmbientState.now()
+        assert (now.autocast, now.casts) == (noted.autocast, noted.casts)
+        assert (now.default_device or torch.device("cpu")) == (noted.default_device or torch.device("cpu"))
+        assert AmbientState.now() == before
+
+
+def test_autocast_is_off_inside_and_on_again_behind() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with autocast_off():
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype is torch.float32
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype is torch.bfloat16
+
+
+def test_what_a_trace_has_cast_is_not_kept_for_its_caller_nor_the_other_way_round() -> None:
+    weight = torch.ones(2, 2, requires_grad=True)
+
+    def cast() -> Tensor:
+        """The weight as autocast has it, which it keeps."""
+        (node,) = (each for each, _ in torch.mm(torch.ones(2, 2), weight).grad_fn.next_functions if each)
+        return node
+
+    with torch.autocast("cpu", torch.bfloat16):
+        first = cast()
+        assert cast() is first
+        with own_autocast_cache():
+            second = cast()
+            assert second is not first
+            assert cast() is second
+        assert cast() not in (first, second)
+
+
+class Draws:
+    """Draws one number of a generator, in a way of its own."""
+
+    def __init__(self, generator: Any, draw: Any) -> None:
+        self.generator, self.draw = generator, draw
+
+
+DRAWS = [
+    Draws(own := random.Random(1), own.random),
+    Draws(torchs := torch.Generator(), lambda: torch.rand(2, generator=torchs).tolist()),
+    Draws(old := numpy.random.RandomState(1), old.rand),
+    Draws(new := numpy.random.default_rng(1), new.random),
+    Draws(new.bit_generator, new.random),
+]
+
+
+@pytest.mark.parametrize("draws", DRAWS, ids=lambda draws: type(draws.generator).__name__)
+def test_generators_are_found_among_objects_and_behind_their_methods(draws: Draws) -> None:
+    method = getattr(draws.generator, "random", None) or getattr(draws.generator, "random_raw", None)
+    found = [*among(["text", None, draws.generator, *([method] if method else [])])]
+    assert len(found) == 1 + (hasattr(method, "__self__"))
+    for generator in found:
+        noted = RandomState([generator])
+        first = draws.draw()
+        noted.restore()
+        with noted.again():
+            assert draws.draw() == first
+        assert draws.draw() == first
+
+
+def test_generators_that_nobody_can_seed_and_torchs_own_are_not_among_them() -> None:
+    assert [*among([random.SystemRandom(), torch.default_generator, torch.default_generator.seed, len])] == []
+
+
+def test_torchs_own_generators_are_the_cpus_and_one_for_each_device() -> None:
+    devices = [torch.device("cpu"), torch.device("meta"), torch.device("cpu")]
+    assert [generator.name for generator in of_torch(devices)] == ["torch"]
+    assert [generator.name for generator in of_process()] == ["random", "numpy.random"]
+
+
+def test_of_a_generator_noted_twice_the_first_state_is_restored() -> None:
+    (found,) = among([generator := torch.Generator()])
+    noted = RandomState([found])
+    first = torch.rand(2, generator=generator)
+    noted.note(found)
+    noted.restore()
+    assert torch.equal(torch.rand(2, generator=generator), first)
+
+
+def test_numpys_generator_is_named_where_it_has_moved() -> None:
+    noted = RandomState(of_process())
+    numpy.random.rand()
+    assert noted.moved() == ["numpy.random"]
+
+
+def test_nothing_is_entered_where_the_settings_are_those_already() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as torch does of an autocast for a device that is not there
+        with AmbientState.now().restored(), torch.autocast("cpu"):
+            with AmbientState.now().restored():
+                assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled("cpu")
+
+
+def test_whether_casts_are_kept_is_restored_where_autocast_is_off() -> None:
+    with torch.autocast("cpu", enabled=False, cache_enabled=False):
+        noted = AmbientState.now()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with noted.restored():
+            assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_devices_generator_is_read_and_set_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"cuda:0": 1, "cuda:1": 2}
+    module = SimpleNamespace(
+        get_rng_state=lambda device: states[str(device)],
+        set_rng_state=lambda state, device: states.update({str(device): state}),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    devices = [torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cuda:0")]
+    _, *found = of_torch(devices)
+    assert sorted(generator.name for generator in found) == ["cuda:0", "cuda:1"]
+    noted = RandomState(found)
+    states.update({"cuda:0": 3, "cuda:1": 4})
+    noted.restore()
+    assert states == {"cuda:0": 1, "cuda:1": 2}
+
+
+def test_where_numpy_is_not_loaded_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    assert [*among([object(), numpy.random.RandomState(1)])] == []
+    assert [generator.name for generator in of_process()] == ["random"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage.engines.graph.generators import RECORDED
+from funcstage.engines.graph.replay import draws_in_graphs
 
 Forward = Callable[["Drawing", Tensor], Tensor]
 
@@ -326,3 +328,22 @@ def test_numpys_generator_seeded_by_partial_is_refused() -> None:
     np.random.seed(5)
     with pytest.raises(fs.TraceError, match=r"draws a random number \(numpy"):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(16))
+
+
+@pytest.mark.parametrize(
+    ("operation", "device", "generator", "draws"),
+    [
+        (torch.ops.aten.bernoulli.p, "meta", None, True),
+        (torch.ops.aten.bernoulli.p, "meta", torch.Generator(), False),
+        (torch.ops.aten.bernoulli.p, "cpu", None, False),
+        (torch.ops.aten.mul.Tensor, "cpu", None, True),  # which draws nothing
+    ],
+)
+def test_cuda_graphs_draw_what_is_drawn_on_the_device_from_its_default_generator(
+    operation: Any, device: str, generator: torch.Generator | None, draws: bool
+) -> None:
+    graph = torch.fx.Graph()
+    options = {} if generator is None else {"generator": generator}
+    node = graph.call_function(operation, (graph.placeholder("x"), 0.5), options)
+    node.meta["val"] = torch.empty(2, device=device)
+    assert draws_in_graphs(SimpleNamespace(module=SimpleNamespace(graph=graph))) is draws
