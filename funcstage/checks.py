@@ -61,9 +61,7 @@ def what_was_added(i: int, start: list[int], before: list[int], after: list[int]
     if after == start:
         lost = ", and what those before it gave is lost: compute their forwards again" if i else ""
         return f"Nothing was added into `accumulate`{lost}."
-    own = (
-        "this one is not" if after == before else "this one is in some of its leaves, so that it is of no use"
-    )
+    own = "this one is not" if after == before else "this one is there in part, so start again from zeros"
     return f"`accumulate` has those before it; {own}. What was to be added to its None leaves is lost."
 
 

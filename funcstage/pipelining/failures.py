@@ -67,8 +67,8 @@ def check_unbroken(group: dist.ProcessGroup | None) -> None:
     failure = _BROKEN.get(the(group))
     if failure is not None:
         text = (
-            "A step has failed before in this process group, and its messages would be taken for those of "
-            f"the next one. That was: {failure.message.rstrip('.')}. On every rank, make a new process group "
+            "A step has failed in this process group, and the next one might take its messages for its own. "
+            f"The failure: {failure.message.rstrip('.')}. On every rank, make a new process group "
             "(torch.distributed.new_group), new stages and a new schedule in it, or let the process end."
         )
         raise heard_by_all(Failure(StructureError, text))

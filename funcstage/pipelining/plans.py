@@ -75,7 +75,7 @@ class Plan:
             if getattr(self, name) != getattr(other, name):
                 return f"{what}: {getattr(self, name)} and {getattr(other, name)}"
         if self.order != other.order:
-            return "the order of the actions: each has another one"
+            return "the order of the actions"
         both = sorted({*self.stages} & {*other.stages})
         return f"where stage {both[0]} is: both have it" if both else ""
 

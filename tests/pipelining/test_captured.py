@@ -569,9 +569,7 @@ class Event:
         return self.done
 
 
-@pytest.mark.parametrize(
-    ("failed", "said"), [(None, "waits for other ranks"), ("stage 1 has failed", "stage 1")]
-)
+@pytest.mark.parametrize(("failed", "said"), [(None, "s for other ranks"), ("stage 1 has failed", "stage 1")])
 def test_a_replay_that_does_not_end_ends_the_process(failed: str | None, said: str) -> None:
     ended: list[str] = []
     watchdog = Watchdog(0.1, lambda: failed, ended.append)

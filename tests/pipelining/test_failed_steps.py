@@ -346,6 +346,6 @@ def test_a_rank_that_is_interrupted_stops_the_others_and_the_group_is_refused(at
         first, second = answer
         assert "KeyboardInterrupt" in first
         assert first.startswith("KeyboardInterrupt") == (rank == at)
-        assert "A step has failed before in this process group" in second
+        assert "A step has failed in this process group" in second
         assert f"Stage {at} of 2 has failed: KeyboardInterrupt" in second
         assert "make a new process group" in second

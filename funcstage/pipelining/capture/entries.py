@@ -69,7 +69,7 @@ class Entries:
             if self._changes >= _TRIES:
                 self._warn(
                     f"{alike[-1].baked.change()} before each of the last {_TRIES} steps, and is baked into a "
-                    "graph. Change it seldom, or make it a tensor that is written in place "
+                    "graph. Change it less often, or make it a tensor that is written in place "
                     "(`lr=torch.tensor(...)`)."
                 )
         if len(self._entries) >= MAX_GRAPHS:
@@ -101,7 +101,9 @@ class Entries:
             entry.unsteady += 1
             entry.runs = min(entry.runs, WARM_UP - 1)
             if entry.unsteady >= WARM_UP:
-                entry.refused = f"{change} by each step, which in a graph would not happen."
+                entry.refused = (
+                    f"{change} by each step, which a replay would not repeat. Do that outside of the step."
+                )
                 self._warn(entry.refused)
 
     def close(self) -> None:

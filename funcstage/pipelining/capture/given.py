@@ -186,8 +186,8 @@ def _unfit(leaf: Any, device: torch.device) -> str:
         return f"on {leaf.device}, but the step runs on {device}. Move it there"
     if leaf.requires_grad:
         return (
-            "a tensor that requires grad, so that its gradient goes on outside of the step. Pass it detached "
-            "if nobody waits for that"
+            "a tensor that requires grad, and its gradient would have to leave the step. Pass it detached if "
+            "nobody needs that"
         )
     return ""
 

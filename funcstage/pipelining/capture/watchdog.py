@@ -88,7 +88,7 @@ class Watchdog:
             if waited > min(_PATIENCE, self._timeout):
                 reason = self._failed()
                 if reason is None and waited > self._timeout:
-                    reason = f"it waits for other ranks since {waited:.0f} s, longer than the group's timeout"
+                    reason = f"it has waited {waited:.0f} s for other ranks, longer than the group's timeout"
                 if reason is not None:
                     self._end(reason)
                     return
