@@ -1,9 +1,10 @@
-"""What torch hides from a `TorchFunctionMode`: checkpointed regions and custom autograd functions.
+"""What is hidden from a `TorchFunctionMode`: checkpointed regions, custom autograd functions, and threads.
 
-Both are plain Python calls that reach a mode as what they consist of, if at all, however they were
+The first two are plain Python calls that reach a mode as what they consist of, if at all, however they were
 imported. While a stage runs, its calls of `torch.utils.checkpoint.checkpoint` and of
 `torch.autograd.Function.apply` in the same thread go to an interceptor instead; everything else, and
-everybody once no stage runs, has torch's own.
+everybody once no stage runs, has torch's own. What a stage lets other threads do reaches no mode at all, so
+the interceptor is told where it starts one or gives one something to do.
 Private: `__dynamo_disable`, which torch's wrapper of
 `checkpoint` looks up in every call, and the code of `Function.apply`. `tests/_torch/test_private_api.py`
 says so when they move.
@@ -11,10 +12,12 @@ says so when they move.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -117,6 +120,7 @@ class _Patches:
             elif hasattr(_BODY, _DISABLED):
                 delattr(_BODY, _DISABLED)
             _set_apply(asked=wanted)
+            _set_threads(asked=wanted)
             self._in_place = wanted
 
     def _asked_checkpoint(self) -> Callable[..., Any]:
@@ -185,6 +189,31 @@ def _set_apply(*, asked: bool) -> None:
     else:
         kind: Any = Function
         kind.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS
+
+
+_GIVING: Any = ((threading.Thread, "start"), (ThreadPoolExecutor, "submit"))
+_OWN_GIVING: Any = tuple(vars(kind)[name] for kind, name in _GIVING)
+
+
+def _told(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def giving(*args: Any, **kwargs: Any) -> Any:
+        interceptor = current_interceptor()
+        if interceptor is not None:
+            interceptor.thread()
+        return own(*args, **kwargs)
+
+    return giving
+
+
+_TOLD: Any = tuple(map(_told, _OWN_GIVING))
+
+
+def _set_threads(*, asked: bool) -> None:
+    found, instead = (_OWN_GIVING, _TOLD) if asked else (_TOLD, _OWN_GIVING)
+    for (kind, name), own, other in zip(_GIVING, found, instead, strict=True):
+        if vars(kind)[name] is own:  # and no debugger's
+            setattr(kind, name, other)
 
 
 _patches = _Patches()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing.pool
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -283,3 +284,144 @@ def test_torchs_encoder_with_a_mask_is_traced_without_gradients() -> None:
         output, _ = apply(params, buffers, x, src_key_padding_mask=padded)
         expected = module(x, src_key_padding_mask=padded)
     torch.testing.assert_close(output[~padded], expected[~padded])
+
+
+def by_a_pool(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(2) as pool:
+        left, right = pool.map(lambda part: part(x), (a, b))
+    return left + right
+
+
+def by_a_lasting_pool(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    return ELSEWHERE.submit(a, x).result() + b(x)
+
+
+def by_threads(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    found: dict[int, Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, part=part: found.update({i: part(x)}))
+        for i, part in enumerate((a, b))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found[0] + found[1]
+
+
+def by_a_pool_of_multiprocessing(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    pool = multiprocessing.pool.ThreadPool(2)
+    try:
+        left, right = pool.map(lambda part: part(x), (a, b))
+    finally:
+        pool.terminate()
+    return left + right
+
+
+def in_a_region(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = checkpoint(by_a_pool, a, b, x, use_reentrant=False)
+    return out
+
+
+class Branches(nn.Module):
+    """Two branches, computed by other threads, and what the forward has drawn and counted."""
+
+    def __init__(self, how: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.how, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), how, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.how(self.a, self.b, nn.functional.dropout(x))
+
+
+BRANCHES = [by_a_pool, by_a_lasting_pool, by_threads, by_a_pool_of_multiprocessing, in_a_region]
+
+
+@pytest.mark.parametrize("how", BRANCHES)
+def test_what_a_stage_lets_other_threads_compute_has_its_gradients(how: Callable[..., Tensor]) -> None:
+    module, x = Branches(how), torch.randn(3, 4)
+    apply, params, buffers = stage(module, "closures")
+    for n in range(1, 3):
+        torch.manual_seed(n)
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+        after = torch.get_rng_state()
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        grads = weight_pullback()
+        assert module.calls == n
+        torch.manual_seed(n)
+        leaf = x.clone().requires_grad_()
+        expected = module(leaf)
+        module.calls -= 1
+        assert torch.equal(torch.get_rng_state(), after)
+        wanted = torch.autograd.grad(expected.sum(), [leaf, *module.parameters()])
+        torch.testing.assert_close([output, dx, *grads.values()], [expected.detach(), *wanted])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", BRANCHES)
+def test_a_compiled_stage_refuses_what_other_threads_compute_of_it(how: Callable[..., Tensor]) -> None:
+    module = Branches(how)
+    apply, params, buffers = stage(module, "aten")
+    with pytest.raises(fs.TraceError, match="The uncompiled `apply` works"):
+        fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
+    assert module.calls == 0
+
+
+def test_where_a_stage_is_differentiated_in_turn_its_threads_are_refused() -> None:
+    apply, params, buffers = stage(Branches(by_a_pool), "closures")
+    with pytest.raises(fs.StageError, match=r"starts threads .* Pass detached"):
+        fs.stage_vjp(apply, params, buffers, torch.randn(3, 4).requires_grad_())
+
+
+def test_other_threads_start_threads_meanwhile() -> None:
+    before = threading.Thread.start, ThreadPoolExecutor.submit
+    inside, done, asked = threading.Event(), threading.Event(), threading.current_thread()
+    module = Calls(lambda: (inside.set(), done.wait(LONG)))
+    apply, params, buffers = stage(module, "closures")
+    running = threading.Thread(target=fs.stage_vjp, args=(apply, params, buffers, torch.randn(2, 4)))
+    running.start()
+    inside.wait(LONG)
+    assert ELSEWHERE.submit(lambda: threading.current_thread() is not asked).result()
+    done.set()
+    running.join(LONG)
+    assert (threading.Thread.start, ThreadPoolExecutor.submit) == before
+
+
+def test_a_recorder_in_another_thread_outlasts_a_trace() -> None:
+    before = settings()
+    inside, recorded, traced = threading.Event(), threading.Event(), threading.Event()
+
+    def record() -> list[str]:
+        def body(x: Tensor) -> Tensor:
+            recorded.set()
+            traced.wait(LONG)
+            return x * 2
+
+        inside.wait(LONG)
+        return [node.op for node in torch.fx.symbolic_trace(body).graph.nodes]
+
+    def meet(module: nn.Module, args: Any, output: Tensor) -> None:
+        inside.set()
+        recorded.wait(LONG)
+
+    module = nn.Linear(4, 4)
+    module.register_forward_hook(meet)
+    apply, params, buffers = stage(module, "aten")
+    recording = ELSEWHERE.submit(record)
+    fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    traced.set()
+    assert recording.result() == ["placeholder", "call_function", "output"]
+    assert settings() == before
+
+
+def test_a_stage_may_record_a_graph_of_modules_in_its_forward() -> None:
+    recorded: list[str] = []
+
+    def record() -> None:
+        graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU())).graph
+        recorded.extend(node.op for node in graph.nodes)
+
+    apply, params, buffers = stage(Calls(record), "aten")
+    fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    assert recorded == ["placeholder", "call_module", "call_module", "output"]

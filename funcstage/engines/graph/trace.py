@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from funcstage import dtensors, trees
 from funcstage._torch import tracing as tt
 from funcstage._torch.dynamo import uncompiled
-from funcstage._torch.fx import recording, unpatch
+from funcstage._torch.fx import recording, unsay
 from funcstage._torch.interception import intercepting
 from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage._torch.shapes import enable_python_dispatcher
@@ -169,7 +169,7 @@ class _Run:
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         """Run the stage and its backward."""
-        unpatch()
+        unsay()
         call, owner = self._call, name_of(self._call.apply)
         with _Functionalization(), Separable(owner, self.regions.leftovers) as separable:
             given = [tt.to_functional(tensor) for tensor in tensors]
@@ -409,6 +409,9 @@ class _Regions:
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)
+
+    def thread(self) -> None:
+        """What another thread does with fake tensors raises there."""
 
     @contextmanager
     def gathers(self, again: bool) -> Iterator[None]:

@@ -49,6 +49,15 @@ def makes_dtensors(function: str) -> StageError:
     )
 
 
+def starts_threads() -> StageError:
+    """The refusal where a plain tape will not do for threads either."""
+    return StageError(
+        "The stage starts threads inside itself, or gives them something to do, and is differentiated in "
+        "turn: by torch.func, or because parameters or arguments require grad. Pass detached parameters and "
+        "arguments."
+    )
+
+
 def differentiates(function: Any) -> bool:
     """Tell whether a hook, or the backward of a custom function, takes gradients itself.
 

@@ -301,6 +301,10 @@ class Split(Levels, TorchFunctionMode):
             return custom_functions.applied(function, args)
         return apply(*args)
 
+    def thread(self) -> None:
+        """The stage lets other threads compute, which do not see the levels; a plain tape is seen by all."""
+        raise inner_gradients.TakesGradients if self.alone else inner_gradients.starts_threads()
+
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         """Run a checkpointed region, keeping what it takes to run it again."""
         return checkpointed(self, call)

@@ -1,10 +1,10 @@
 """Stages that the levels cannot run, split on a plain autograd tape.
 
-The wrappers of `torch.func` hide a tensor's class, which the hooks of `parallelize_module` look at, and a
-gradient that a stage takes inside itself needs the one tape that eager has. Such stages run under autograd
-alone, and are split as `funcstage.autograd` splits what already ran: no operation runs twice, except those
-whose one kernel yields both gradients. What the levels are for, higher derivatives and transforms around the
-stage, is refused. Checkpointed regions are not computed again.
+The wrappers of `torch.func` hide a tensor's class, which the hooks of `parallelize_module` look at. A
+gradient that a stage takes inside itself needs the one tape that eager has, and so do threads of its own.
+Such stages run under autograd alone, and are split as `funcstage.autograd` splits what already ran: no
+operation runs twice, except those whose one kernel yields both gradients. What the levels are for, higher
+derivatives and transforms around the stage, is refused. Checkpointed regions are not computed again.
 """
 
 from __future__ import annotations
@@ -311,3 +311,6 @@ class _AsTheyCome:
 
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         return apply(*args)
+
+    def thread(self) -> None:
+        """Other threads record on the same tape."""
