@@ -34,6 +34,9 @@ class Interceptor(Protocol):
     def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
         """Apply a custom autograd function; `apply` is its own."""
 
+    def thread(self) -> None:
+        """Hear that another thread is about to be given something to do."""
+
 
 class intercepting:
     """Ask `interceptor` about the calls of this thread."""
