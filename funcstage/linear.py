@@ -14,7 +14,7 @@ from funcstage.away import Away
 from funcstage.copies import CopiedByLeaves
 from funcstage.engines.base import Tape
 from funcstage.errors import ConsumedError
-from funcstage.report import table
+from funcstage.report import size, table
 from funcstage.state.captured import Captured
 from funcstage.state.writes import Watch, refuse_written
 
@@ -84,7 +84,7 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         leaves = self._tape.leaves()
         return (
             f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
-            f"{_readable(residuals.nbytes(leaves))}{', offloaded' if self._away is not None else ''}>"
+            f"{size(residuals.nbytes(leaves))}{', offloaded' if self._away is not None else ''}>"
         )
 
     def _repr_html_(self) -> str:
@@ -103,15 +103,6 @@ def held_together(pullbacks: Iterable[Linear[Any]]) -> int:
     """Bytes that some pullbacks hold, memory that several share counted once."""
     tapes = (pullback._tape for pullback in pullbacks)
     return residuals.nbytes([leaf for tape in tapes if tape is not None for leaf in tape.leaves()])
-
-
-def _readable(n: int) -> str:
-    size = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def _flatten(pullback: Linear[Any]) -> tuple[list[Tensor], _Metadata]:

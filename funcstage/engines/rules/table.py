@@ -55,7 +55,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     torch.instance_norm: (Rule(traced, norms.instance_norm, writes=(3, 4), whole=True),),
     **{
         function: (Rule(group_norm.crashes, partial(group_norm.contiguous_group_norm, function)),)
-        for function in (F.group_norm, torch.group_norm)
+        for function in group_norm.GROUP_NORMS
         if not group_norm.SURVIVES
     },
     # Autocast acts on these as a whole, above the levels.
