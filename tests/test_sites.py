@@ -509,3 +509,20 @@ def test_sites_of_two_products_may_have_one_cotangent() -> None:
             return self.cell(x, (h, c))[0]
 
     check_sums(Twice(), 0, "compiled")
+
+
+def test_a_gradient_that_is_a_sites_cotangent_is_not_the_same_memory(engine: str) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.linear = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + self.shift)
+
+    weight_pullback = weight_pullback_of(Shift(), torch.randn(4, 5), torch.randn(4, 3), engine)
+    shown = [site.cotangent for site in weight_pullback.sites]
+    before = [cotangent.clone() for cotangent in shown]
+    for grad in weight_pullback().values():
+        grad.zero_()
+    assert all(map(torch.equal, shown, before))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.state.module import look_over
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
 LONG = 60.0
@@ -425,3 +426,17 @@ def test_a_stage_may_record_a_graph_of_modules_in_its_forward() -> None:
     apply, params, buffers = stage(Calls(record), "aten")
     fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
     assert recorded == ["placeholder", "call_module", "call_module", "output"]
+
+
+def test_stages_take_turns_where_they_share_a_submodule_that_holds_something() -> None:
+    shared, activation = nn.Linear(2, 2), nn.ReLU()
+    one, other = nn.Sequential(shared, activation), nn.Sequential(shared)
+    apart = nn.Sequential(nn.Linear(2, 2), activation)
+    of_one, of_other, of_apart = map(set, map(look_over, (one, other, apart)))
+    assert of_one & of_other
+    assert not of_one & of_apart
+    # In one order wherever they meet, so that nobody waits for one who waits for him.
+    both = look_over(nn.Sequential(one, apart))
+    assert {*both} >= of_one | of_apart
+    together = look_over(nn.Sequential(apart, one))
+    assert [lock for lock in together if lock in both] == [lock for lock in both if lock in together]

@@ -243,3 +243,20 @@ def test_where_inductor_fails_programs_run_as_they_are(monkeypatch: pytest.Monke
         grads = pullback(torch.ones(2, 4))[1]()
     torch.testing.assert_close(output, module(x))
     torch.testing.assert_close(grads["weight"], x.sum(0).expand(4, 4))
+
+
+def test_what_the_stage_raises_itself_is_raised_after_one_run() -> None:
+    class Raises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(self)
+            raise KeyError("the stage's own")
+
+    runs: list[Any] = []
+    apply, params, buffers = fs.functionalize(Raises())
+    with pytest.raises(KeyError, match="the stage's own"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(2, 3))
+    assert len(runs) == 1

@@ -1,5 +1,6 @@
 """The compiled engine against plain eager autograd, through generated Python over ATen."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -592,3 +593,22 @@ def test_a_program_that_inductor_cannot_compile_runs_operation_by_operation() ->
     without_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without_compiler, pytest.warns(UserWarning, match="TorchInductor cannot compile a program"):
         check_stage(scaled, torch.randn(5), params={"w": torch.randn(5)}, engines="inductor")
+
+
+def test_the_module_runs_while_it_is_traced_and_not_again() -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+    stage = fs.compile(apply, backend="aten")
+    runs = []
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code is nn.Sequential.forward.__code__:
+            runs.append(frame)
+
+    before = sys.getprofile()
+    for _ in range(3):
+        sys.setprofile(profile)
+        try:
+            fs.stage_vjp(stage, params, buffers, torch.ones(2, 3))
+        finally:
+            sys.setprofile(before)
+        assert len(runs) == 1

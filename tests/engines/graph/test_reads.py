@@ -763,3 +763,16 @@ def test_a_class_of_classes_is_read_like_any_other() -> None:
     x = torch.randn(2, 4)
     output, _, _ = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
     torch.testing.assert_close(output, apply(params, buffers, x)[0])
+
+
+class Counted:
+    """Has a length that its class tells."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_special_methods_that_nobody_names_are_seen_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    stage = compiled(Reading(lambda: counted, lambda value: float(len(value))))
+    check_change(stage, lambda: monkeypatch.setattr(Counted, "__len__", lambda self: 3), torch.randn(2, 4))
