@@ -122,7 +122,7 @@ def from_functional(tensor: Tensor) -> Tensor:
 
 
 def comparison(
-    tensors: Sequence[Tensor], open_dims: Mapping[int, Collection[int]] | None = None
+    tensors: Sequence[Tensor], open_dims: Mapping[int, Collection[int]] | None
 ) -> Callable[..., bool]:
     """A check whether tensors agree with these in class, shape, strides, dtype, device and requires_grad.
 

@@ -68,9 +68,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def taken_out(
-    module: nn.Module | None, handed: Sequence[Any] = (), held: Held | None = None
-) -> Iterator[None]:
+def taken_out(module: nn.Module | None, handed: Sequence[Any], held: Held | None) -> Iterator[None]:
     """Take what a forward keeps out of the levels, once they are closed.
 
     Args:

@@ -42,7 +42,7 @@ class Flops(NamedTuple):
                 f"backward = {self.eager_forward} + {self.eager_backward}"
             )
 
-    def notes(self, prices: Sequence[Price] = ()) -> Iterator[str]:
+    def notes(self, prices: Sequence[Price]) -> Iterator[str]:
         """Say where work was left out, or added at a price that is known: neither is a mismatch."""
         if self._total < self._eager_total:
             yield (

@@ -68,10 +68,10 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         backend: str,
         remat: Remat,
         cuda_graphs: bool,
-        dynamic: bool | None = None,
-        sites: bool = False,
-        repeated: bool | None = None,
-        fullgraph: bool | None = None,
+        dynamic: bool | None,
+        sites: bool,
+        repeated: bool | None,
+        fullgraph: bool | None,
     ) -> None:
         self.apply = apply
         self.backend = backend

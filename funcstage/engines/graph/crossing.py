@@ -166,9 +166,7 @@ def _reads(nodes: set[Node], results: Iterable[Node | None]) -> dict[Node, None]
     return found
 
 
-def _cut(
-    demand: Iterable[Node], again: set[Node], free: set[Node], unsaved: Collection[Node] = ()
-) -> list[Node]:
+def _cut(demand: Iterable[Node], again: set[Node], free: set[Node], unsaved: Collection[Node]) -> list[Node]:
     """Choose what to save: the values of fewest bytes from which all of `demand` can be computed.
 
     Args:
