@@ -211,13 +211,17 @@ def _unflatten_torch(node: Any, context: _Context, children: Iterable[Any]) -> A
 
 
 def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True, depth: int = 3) -> bool:
-    """Tell whether an object has tensors among its attributes, in lists and dicts of it or objects there."""
+    """Tell whether an object has tensors among its attributes, in lists and dicts of it or objects there.
+
+    A set has them as its elements.
+    """
     if type(leaf) in ALWAYS_LEAVES or isinstance(leaf, (*_NEVER, types.FunctionType)):
         return False
     slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
     values: Sequence[Any] = [
         *getattr(leaf, "__dict__", {}).values(),
         *(getattr(leaf, name, None) for name in slots if name not in ("__dict__", "__weakref__")),
+        *(leaf if isinstance(leaf, (set, frozenset)) else ()),
     ]
     inside: list[Any] = optree.tree_leaves(values, namespace=NAMESPACE)  # type: ignore[arg-type]
     return any(

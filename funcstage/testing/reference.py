@@ -16,7 +16,7 @@ from funcstage._torch.tensors import version_of
 from funcstage.checks import differentiated_leaves
 from funcstage.engines.graph.compile import CompiledStage
 from funcstage.errors import StructureError
-from funcstage.functional import FunctionalStage, functionalize
+from funcstage.functional import FunctionalStage, checked_result, functionalize
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.testing.copies import copied, left_alone
 from funcstage.testing.counting import FlopCounter, counted
@@ -96,6 +96,10 @@ class Subject:
             if module is not None:
                 _check_arguments(module, args, kwargs)
             stage = functionalize(given) if isinstance(given, nn.Module) else given
+        elif not callable(given):
+            raise StructureError(
+                f"check_stage expects an nn.Module or a stage function, got {trees.describe(given)}."
+            )
         else:
             module = None
             stage = FunctionalStage(
@@ -229,6 +233,7 @@ class Reference:
         with rounding or nullcontext():
             with self.seeded():
                 forward = self.subject.forward(rounding)
+            checked_result(self.subject.stage.apply, (forward.output, forward.buffers))
             outputs, cotangents = self.differentiated(forward)
             if rounding is not None:
                 cotangents = [rounding(cotangent) for cotangent in cotangents]

@@ -87,12 +87,12 @@ def compare(name: str, got: object, expected: object, tolerance: float) -> Diffe
     Args:
         name: the leaf's name in messages.
         got: ours.
-        expected: eager's. What is not a tensor is compared with ``==``; tensors on the meta device are equal
-            where their shapes and dtypes are.
+        expected: eager's. What is not a tensor is compared with ``==``, or by its contents where it has none;
+            tensors on the meta device are equal where their shapes and dtypes are.
         tolerance: relative to the largest magnitude of `expected`.
     """
     if not isinstance(got, Tensor) or not isinstance(expected, Tensor):
-        same = type(got) is type(expected) and bool(got == expected)
+        same = _says_the_same(got, expected, set())
         return Difference(name, complaint="" if same else f"expected {_show(expected)}, got {_show(got)}")
     if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
         return Difference(name, complaint=f"expected {describe(expected)}, got {describe(got)}")
@@ -115,6 +115,35 @@ def compare(name: str, got: object, expected: object, tolerance: float) -> Diffe
     magnitude = float(magnitudes.max()) if magnitudes.numel() else 0.0
     relative = 0.0 if absolute == 0 else absolute / magnitude if magnitude else float("inf")
     return Difference(name, absolute, relative, tolerance)
+
+
+def _says_the_same(got: Any, expected: Any, seen: set[int]) -> bool:
+    """Compare what two runs have made anew; objects without an ``==`` of their own by what they hold."""
+    if got is expected or id(got) in seen:
+        return True
+    seen.add(id(got))
+    if type(got) is not type(expected):
+        return False
+    if isinstance(got, Tensor):
+        return torch.equal(got, expected)
+    if isinstance(got, dict):
+        return [*got] == [*expected] and all(_says_the_same(got[key], expected[key], seen) for key in got)
+    if isinstance(got, (list, tuple)):
+        pairs = zip(got, expected, strict=False)
+        return len(got) == len(expected) and all(_says_the_same(*pair, seen) for pair in pairs)
+    if type(got).__eq__ is object.__eq__:
+        return _says_the_same(_held_by(got), _held_by(expected), seen)
+    if getattr(got, "shape", None) != getattr(expected, "shape", None):
+        return False
+    same = got == expected
+    return bool(same.all() if hasattr(same, "all") else same)  # of an array, all elements
+
+
+def _held_by(value: object) -> dict[str, Any]:
+    """The attributes of an object."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    inside = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**inside, **getattr(value, "__dict__", {})}
 
 
 def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:

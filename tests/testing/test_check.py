@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -318,3 +319,70 @@ def test_an_object_that_the_forward_writes_into_is_the_same_for_every_run_and_le
     assert isinstance(report.refusals["aten"], fs.TraceError)
     assert "writes into an object that it is handed as an argument" in str(report.refusals["aten"])
     assert not cache.layers
+
+
+class Store:
+    """A library's object beside the output, without an == of its own."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.layers = length, [np.arange(length), {"window": Slotted(length)}]
+        self.whole = self
+
+
+class Slotted:
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Encoded(NamedTuple):
+    hidden: Tensor
+    cache: Any
+
+
+class Stores(Holds):
+    """A layer that returns an object of its own in each run."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Encoded(super().forward(x), self.held())
+
+
+def test_objects_that_a_stage_makes_anew_are_compared_by_what_they_hold() -> None:
+    assert not check_stage(Stores(lambda: Store(3)), torch.randn(4, 3), engines=BOTH).refusals
+    assert not check_stage(Stores(object), torch.randn(4, 3), engines=BOTH).refusals
+
+
+@pytest.mark.parametrize("kind", [Store, Slotted, np.ones])
+def test_objects_that_hold_something_else_are_a_mismatch(kind: Any) -> None:
+    def engine(apply: Any) -> Any:
+        def other(params: Any, buffers: Any, x: Tensor) -> Any:
+            output, buffers = apply(params, buffers, x)
+            return output._replace(cache=kind(4)), buffers
+
+        return other
+
+    with pytest.raises(StageMismatch, match=re.escape("output.cache: expected")):
+        check_stage(Stores(lambda: kind(3)), torch.randn(4, 3), engines=engine)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (lambda y: torch.distributions.Normal(y, 1.0), "output is a Normal. It holds tensors"),
+        (lambda y: {y}, "output is a set. It holds tensors"),
+        (lambda y: 3, "the output holds no tensor, got int"),
+    ],
+)
+def test_outputs_that_no_engine_takes_are_refused_by_name(output: Any, said: str) -> None:
+    class Returns(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return output(super().forward(x))
+
+    with pytest.raises(fs.StructureError, match=said):
+        check_stage(Returns(3, 3), torch.randn(4, 3), engines=BOTH)
+
+
+def test_what_is_no_stage_is_refused_by_name() -> None:
+    with pytest.raises(fs.StructureError, match=r"expects an nn\.Module or a stage function, got int"):
+        check_stage(3, torch.randn(4, 3))  # type: ignore[arg-type]
