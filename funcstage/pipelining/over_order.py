@@ -85,14 +85,14 @@ def _check_stages(order: Order, stages: list[Any]) -> None:
         if not isinstance(stage, ExchangingStage):
             raise StructureError(
                 f"{order.schedule} has W in {order.pieces} pieces, and stage {stage.stage_index} is a "
-                f"{type(stage).__name__}, whose W cannot be cut. Make it a FunctionalPipelineStage, or the "
-                "order without pieces."
+                f"{type(stage).__name__}, whose W cannot be cut. Make it a FunctionalPipelineStage, or "
+                "leave pieces out of the order."
             )
         if len(stages) > MAX_SHARDED and is_sharded(stage.submod):
             raise StructureError(
                 f"{order.schedule} has W in {order.pieces} pieces, and FSDP shards stage "
-                f"{stage.stage_index}. Of a rank with {len(stages)} stages, torch lets parameters go before "
-                f"pieces would use them. Have at most {MAX_SHARDED} stages on a rank, or no pieces."
+                f"{stage.stage_index}. With {len(stages)} stages on a rank, torch frees parameters before "
+                f"the pieces use them. Have at most {MAX_SHARDED} stages on a rank, or no pieces."
             )
 
 
