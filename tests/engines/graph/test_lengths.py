@@ -305,3 +305,24 @@ def test_inductor_compiles_once_for_all_lengths() -> None:
             torch.testing.assert_close(gradient, parameter.grad)
             parameter.grad = None
     assert len(compiled._traced) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("x", r"args\[0\]"), ("y", r"args\[1\]"), ("weight", "weight")]
+)
+def test_a_write_after_f_names_the_leaf_where_lengths_are_open(written: str, name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(3, 3), nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (self.first(x) * self.weight).exp() * y
+
+    apply, params, buffers = fs.functionalize(Scaled())
+    given = {"x": torch.randn(4, 3), "y": torch.randn(4, 3), "weight": params["weight"].detach()}
+    stage = fs.compile(apply, backend="aten", dynamic=True)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, given["x"], given["y"])
+    given[written].add_(1)
+    with pytest.raises(fs.WrittenError, match=f"^{name}|{name}'"):
+        pullback(torch.ones_like(output))[1]()
