@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage.engines.graph.reads import Said
+from funcstage.engines.graph.recorder import _is_data
 
 SETTING: Any = None
 """What the stages below read as a global."""
@@ -582,7 +583,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_a_clock_is_noted(clock: str) -> None:
     stage = compiled(Reading(lambda: CLOCKS[clock]() * 0 + 1.0, float))
-    with pytest.warns(UserWarning, match=clock):
+    with pytest.warns(UserWarning, match=rf"{clock}, at .*test_reads\.py:\d+"):
         check(stage, torch.randn(2, 4))
 
 
@@ -776,3 +777,45 @@ def test_special_methods_that_nobody_names_are_seen_to_change(monkeypatch: pytes
     counted = Counted()
     stage = compiled(Reading(lambda: counted, lambda value: float(len(value))))
     check_change(stage, lambda: monkeypatch.setattr(Counted, "__len__", lambda self: 3), torch.randn(2, 4))
+
+
+def halved(value: Tensor, times: int) -> Tensor:
+    return value if times == 0 else halved(value / 2, times - 1)
+
+
+class Halving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return halved(grad, 2)
+
+
+def test_a_backward_may_call_a_function_that_calls_itself() -> None:
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Halving.apply(self.linear(x))
+
+    check(compiled(Stage()), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, True),
+        ([1, ({"a": len}, {2.0})], True),
+        (deque([torch.sum, SimpleNamespace]), True),
+        ([SimpleNamespace()], False),
+        ([[{"a": (SimpleNamespace(),)}]], False),
+        ([0] * 2000, True),
+        ([[]] * 2000, False),  # searching goes on for so long
+    ],
+)
+def test_data_is_plain_or_containers_of_what_is(value: Any, expected: bool) -> None:
+    assert _is_data(value) is expected

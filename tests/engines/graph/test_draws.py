@@ -1,0 +1,122 @@
+"""Calls that answer differently each time, told from those that do not, and by whose generator they draw."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import random
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+
+from funcstage.engines.graph.draws import Noted
+
+OWN = random.Random(1)
+NUMPYS_OWN = numpy.random.RandomState(1)
+NEW = numpy.random.default_rng(1)
+
+
+def noted_of(function: Callable[..., Any], *within_reach: Any) -> tuple[list[str], list[str]]:
+    """What is noted of a call: draws and clocks, each at the line of the first."""
+    noted = Noted({*map(id, within_reach)})
+    frame = sys._getframe()
+    noted.call(function, frame)
+    first = frame.f_lineno - 1
+    noted.call(function, frame)  # the first place is the one that is said
+    assert {*noted.draws.values(), *noted.clocks.values()} <= {f"{__file__}:{first}"}
+    return [*noted.draws], [*noted.clocks]
+
+
+@pytest.mark.parametrize(
+    ("function", "clock"),
+    [
+        (time.time, "time.time"),
+        (time.perf_counter_ns, "time.perf_counter_ns"),
+        (datetime.datetime.now, "datetime.now"),
+        (datetime.datetime.utcnow, "datetime.utcnow"),
+        (datetime.date.today, "date.today"),
+    ],
+)
+def test_a_clock_is_noted_with_its_line(function: Any, clock: str) -> None:
+    assert noted_of(function) == ([], [clock])
+
+
+@pytest.mark.parametrize(
+    ("function", "draw"),
+    [
+        (os.urandom, "os.urandom"),
+        (random.random, "random's random"),
+        (random.getrandbits, "random's getrandbits"),
+        (numpy.random.rand, "numpy's rand"),
+    ],
+)
+def test_a_draw_from_what_all_share_is_noted_with_its_line(function: Any, draw: str) -> None:
+    assert noted_of(function) == ([draw], [])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        time.sleep,
+        time.strftime,
+        time.mktime,
+        os.getpid,
+        math.sin,
+        len,
+        [].append,
+        int.from_bytes,
+        datetime.date.fromisoformat,
+        datetime.datetime(2020, 1, 1).timestamp,
+    ],
+)
+def test_what_answers_the_same_each_time_is_not_noted(function: Any) -> None:
+    assert noted_of(function) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("generator", "function", "draw"),
+    [
+        (OWN, OWN.random, "random's random"),
+        (NUMPYS_OWN, NUMPYS_OWN.rand, "numpy's rand"),
+        (NEW, NEW.normal, "numpy's normal"),
+    ],
+)
+def test_a_generator_counts_if_it_was_there_before_the_stage_ran(
+    generator: Any, function: Any, draw: str
+) -> None:
+    assert noted_of(function) == ([], [])
+    assert noted_of(function, generator) == ([draw], [])
+
+
+def drawn(function: str, module: str, within_reach: tuple[Any, ...] = (), **given: Any) -> dict[str, str]:
+    """What is noted of a call of a function in Python in a library of random numbers."""
+    noted = Noted({*map(id, within_reach)})
+    frame: Any = SimpleNamespace(
+        f_locals=given, f_code=SimpleNamespace(co_name=function), f_globals={"__name__": module}
+    )
+    caller: Any = SimpleNamespace(f_code=SimpleNamespace(co_filename="stage.py"), f_lineno=7)
+    noted.draw(frame, caller)
+    assert not noted.clocks
+    return noted.draws
+
+
+def test_functions_of_the_library_in_python_are_noted_by_whose_generator_they_draw_from() -> None:
+    shared = random.random.__self__  # type: ignore[attr-defined]
+    assert drawn("uniform", "random", self=shared) == {"random.uniform": "stage.py:7"}
+    assert drawn("token_hex", secrets.__name__) == {"secrets.token_hex": "stage.py:7"}
+    assert drawn("uniform", "random", self=OWN) == {}
+    assert drawn("uniform", "random", (OWN,), self=OWN) == {"random.uniform": "stage.py:7"}
+    assert drawn("_randbelow", "random", self=shared) == {}
+
+
+def test_without_numpy_there_is_pythons_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    assert noted_of(random.random) == (["random's random"], [])
+    assert noted_of(numpy.random.rand) == ([], [])
