@@ -215,3 +215,15 @@ def test_a_list_that_the_forward_fills_is_the_callers_in_every_mode(mode: Any) -
     assert not output.requires_grad
     torch.testing.assert_close(seen, [output * 2])
     torch.testing.assert_close(table["last"], [output])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_plan_is_the_same_whatever_the_callers_mode(mode: Any) -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)))
+    x = torch.ones(2, 3)
+    expected = str(fs.compile(apply, backend="aten").plan(params, buffers, x))
+    with mode():
+        stage = fs.compile(apply, backend="aten")
+        assert str(stage.plan(params, buffers, x)) == expected
+        programs = fs.compile(apply, backend="aten").programs(params, buffers, x)
+    assert str(programs.weight_grad.graph) == str(stage.programs(params, buffers, x).weight_grad.graph)
