@@ -79,6 +79,14 @@ def test_sharded_stages_are_measured_on_all_ranks(tmp_path):
         assert (result["held_after_forward_mib"] is None) == (system != "funcstage aten")
 
 
+def test_what_sites_cost_is_measured():
+    command = [sys.executable, "-m", "benchmarks.sites", "--device", "cpu", "--repeats", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for engine in ("uncompiled", "aten", "inductor"):
+        assert f"| {engine} |" in run.stdout
+
+
 def test_deep_stages_are_measured():
     options = ["--backend", "aten", "--size", "XS", "--blocks", "1", "2", "--repeats", "2"]
     command = [sys.executable, "-m", "benchmarks.depth", *options]
