@@ -23,7 +23,8 @@ def offload(pullback: AnyPullback) -> AnyPullback:
 
     They are copied to pinned memory on a stream beside the one that computes, and copied back when the
     pullback is used, or earlier: `prefetch` begins that. Their memory on the device is free as soon as the
-    copy is done and nobody else holds it; an argument that the caller keeps stays there, too.
+    copy is done and nobody else holds it; an argument that the caller keeps stays there, too, and those that
+    an uncompiled stage differentiates stay until I has run.
 
     Dense tensors are moved. Sparse ones, DTensors and other subclasses, and those that a transform has
     wrapped stay where they are. Where all are in host memory already, as on the CPU, nothing is copied.

@@ -7,6 +7,8 @@ way there and back but for streams and pinned memory, which test_offloading_on_c
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -235,6 +237,37 @@ def test_a_captured_tensor_that_was_offloaded_is_watched(far: Traffic, engine: s
     scale.mul_(2)
     with pytest.raises(fs.WrittenError, match="scale"):
         offloaded(torch.ones_like(output))[1]()
+
+
+@pytest.mark.parametrize("which", ["pullback", "weight pullback"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["layers", "regions"])
+def test_nobody_holds_the_memory_of_what_was_offloaded(
+    far: Traffic, name: str, engine: str, which: str
+) -> None:
+    module = MODULES[name]()
+    apply, params, buffers = fs.functionalize(module)
+    if engine != "uncompiled":
+        apply = fs.compile(apply, backend="aten", remat=engine)  # type: ignore[arg-type]
+    x = torch.randn(5, 3)
+    output, _, found = fs.stage_vjp(apply, params, buffers, x)
+    pullback: Any = found
+    kept = [*params.values(), *buffers.values()]
+    if which == "weight pullback":
+        _, pullback = found(torch.ones_like(output))
+    elif engine == "uncompiled":
+        kept.append(x)  # the tape that I runs back over ends there
+    mine = {tensor.untyped_storage()._cdata for tensor in kept}
+    leaves: Any = optree.tree_leaves(pullback, namespace="funcstage")
+    stays = [leaf.untyped_storage() for leaf in leaves if leaf.untyped_storage()._cdata not in mine]
+    del output, found, x, kept, leaves
+    memory = [weakref.ref(storage) for storage in stays]
+    assert memory
+    offloaded = fs.offload(pullback)
+    del pullback, stays
+    gc.collect()
+    assert [storage() for storage in memory] == [None] * len(memory)
+    assert not offloaded.consumed
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:

@@ -96,12 +96,23 @@ class Programs:
             self._made["captured"] = self._captured(residuals)
 
     def watch(self, held_by_caller: Sequence[Any]) -> Watch:
-        """Watch over what I and W may read of what the caller gave and got, or the stage captured."""
+        """Watch over what I and W may read of what the caller gave and got, or the stage captured.
+
+        Parameters and buffers are held until W is done. Arguments and outputs are not: their residuals go
+        with I, or to the host.
+        """
         places, names = self._made["watched"]
-        # Without their history, which they have where the caller has turned gradients off.
-        held = [leaf.detach() if (leaf := held_by_caller[i]).requires_grad else leaf for i in places]
         captured = self._made["captured"]
-        return Watch([*held, *captured], (), lambda: [*names(), *captured.values()])
+        n_state = sum(i < self.joint.n_state for i in places)
+
+        def ordered() -> list[str]:
+            found = names()
+            return [*found[:n_state], *captured.values(), *found[n_state:]]
+
+        leaves = [held_by_caller[i] for i in places]
+        # Without their history, which they have where the caller has turned gradients off.
+        state = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves[:n_state]]
+        return Watch([*state, *captured], leaves[n_state:], ordered)
 
     def _watched(
         self, leaves: Sequence[Any], residuals: Sequence[Tensor]
