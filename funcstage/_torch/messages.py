@@ -45,7 +45,7 @@ NESTED: Signs = ("NestedInt", "NestedTensorImpl")
 NESTED_IN_TRACE: Signs = ("shape_env must not be None", "_nested_tensor_from", "NestedTensor")
 """A nested tensor is made of fake ones."""
 
-NO_MEMORY: Signs = ("Cannot access data pointer",)
+NO_MEMORY: Signs = ("Cannot access data pointer", "Cannot access storage of TensorWrapper")
 """The memory of a wrapper of torch.func is asked for, which has none."""
 
 CHECKPOINT_UNLIKE: Signs = ("during selective activation checkpoint", "not found in storage")

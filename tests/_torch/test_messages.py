@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -85,6 +86,10 @@ def memory_of_a_wrapper() -> None:
     torch.func.grad(lambda x: torch.from_numpy(x.detach().numpy()).sum())(FLOAT)
 
 
+def storage_of_a_wrapper() -> None:
+    torch.func.grad(lambda x: copy.copy(x).sum())(torch.ones(3))
+
+
 def functional_writes_real() -> None:
     real = torch.ones(3)
     torch.func.functionalize(lambda x: real.add_(x))(FLOAT)
@@ -125,6 +130,7 @@ CASES: list[tuple[Callable[[], None], messages.Signs]] = [
     (nested_in_a_transform, messages.NESTED),
     (nested_in_a_trace, messages.NESTED_IN_TRACE),
     (memory_of_a_wrapper, messages.NO_MEMORY),
+    (storage_of_a_wrapper, messages.NO_MEMORY),
     (checkpoint_unlike, messages.CHECKPOINT_UNLIKE),
     (mode_not_entered, messages.NOT_ENTERED),
     (level_not_entered, messages.NOT_ENTERED),

@@ -107,8 +107,9 @@ def _refusal(error: Exception) -> StageError | None:
         )
     if says(error, torchs.NO_MEMORY):
         return StageError(
-            "The stage reads the memory of a tensor that is differentiated (through NumPy, for example), "
-            "which torch.func does not allow. Wrap the code that reads it in a torch.library.custom_op."
+            "The stage reads the memory of a tensor that is differentiated (through NumPy, copy.copy or "
+            "pickle, for example), which torch.func does not allow. Wrap the code that reads it in a "
+            "torch.library.custom_op; in place of copy.copy write tensor.detach()."
         )
     if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(

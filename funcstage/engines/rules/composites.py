@@ -100,6 +100,20 @@ def meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
     return ops.meshgrid(tensors, **options)
 
 
+def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy as eager makes it, without a history; its memory is not at hand where a wrapper is on it."""
+    if id(tensor) in memo:
+        found: Tensor = memo[id(tensor)]
+        return found
+    if not tensor.is_leaf:
+        raise RuntimeError(
+            "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the "
+            "moment."  # as torch says
+        )
+    copy = memo[id(tensor)] = tensor.detach().clone()
+    return copy.requires_grad_(tensor.requires_grad)
+
+
 def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Pack with lengths and batch sizes free of wrappers, as the kernels read their memory."""
     pack = torch.ops.aten._pack_padded_sequence.default

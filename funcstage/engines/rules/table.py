@@ -28,6 +28,7 @@ from funcstage.engines.rules.base import Call, Rule, traced, under_levels
 
 RULES: dict[Any, tuple[Rule, ...]] = {
     # Composites that reach a mode whole.
+    torch.Tensor.__deepcopy__: (Rule(under_levels, composites.deepcopy),),
     torch.meshgrid: (Rule(under_levels, composites.meshgrid),),
     ops.pack_padded_sequence: (Rule(under_levels, composites.pack_padded_sequence),),
     ops.pad_packed_sequence: (Rule(under_levels, composites.pad_packed_sequence),),
