@@ -1,5 +1,6 @@
 """The compiled engine against plain eager autograd, through generated Python over ATen."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -291,8 +292,8 @@ def test_retained_pullbacks_give_the_same_again_and_gradients_are_nobody_elses_m
     first = weight_pullback(retain=True)
     copies = {name: grad.clone() for name, grad in first.items()}
     total = fs.stage_backward_weight(weight_pullback, accumulate=first)
-    for name, copy in copies.items():
-        torch.testing.assert_close(total[name], 2 * copy)
+    for name, each in copies.items():
+        torch.testing.assert_close(total[name], 2 * each)
     _, again = pullback(cotangents)
     assert_same(list(again().values()), list(copies.values()))
 
@@ -612,3 +613,19 @@ def test_the_module_runs_while_it_is_traced_and_not_again() -> None:
         finally:
             sys.setprofile(before)
         assert len(runs) == 1
+
+
+def test_copies_are_compiled_as_the_stage_was() -> None:
+    apply = fs.functionalize(nn.Linear(3, 2)).apply
+    options = {"remat": "full", "dynamic": True, "sites": True, "repeated": False}
+    stage = fs.compile(apply, backend="aten", **options)
+    for made in (copy.copy(stage), copy.deepcopy(stage)):
+        assert made.backend == "aten"
+        assert {name: getattr(made, name) for name in options} == options
+    assert copy.copy(fs.compile(apply, backend="aten")).repeated is None
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "forward", nn.Linear(3, 2)])
+def test_only_a_stage_function_is_compiled(wrong: Any) -> None:
+    with pytest.raises(fs.StructureError, match="compile expects a stage function"):
+        fs.compile(wrong)

@@ -326,3 +326,29 @@ def test_a_write_after_f_names_the_leaf_where_lengths_are_open(written: str, nam
     given[written].add_(1)
     with pytest.raises(fs.WrittenError, match=f"^{name}|{name}'"):
         pullback(torch.ones_like(output))[1]()
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_part_of_any_length_that_has_no_cotangent_counts_as_zeros_beside_the_other(absent: int) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.linear(x).chunk(2, -1)
+
+    module = Parts()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, backend="aten", dynamic=True)
+    for n in (4, 5, 7):
+        x = torch.randn(n, 3)
+        outputs, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        cotangents = [None if i == absent else torch.randn_like(y) for i, y in enumerate(outputs)]
+        (dx,), weight_pullback = pullback(tuple(cotangents))
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        module(leaf)[1 - absent].backward(cotangents[1 - absent])
+        torch.testing.assert_close(dx, leaf.grad)
+        for name, grad in weight_pullback().items():
+            torch.testing.assert_close(grad, module.get_parameter(name).grad)
