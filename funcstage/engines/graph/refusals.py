@@ -29,6 +29,13 @@ class ReadsValue(TraceError):
     """A stage reads the value of a tensor, which no trace knows; parts of it may not."""
 
 
+class Shown(Exception):
+    """A stage writes a tensor out as text, in which a trace has no values."""
+
+
+SHOWING = {Tensor.__repr__, Tensor.__format__}
+
+
 def name_of(apply: Callable[..., Any]) -> str:
     return getattr(apply, "__qualname__", type(apply).__name__)
 
@@ -123,7 +130,7 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
     kind = TraceError
-    if isinstance(error, tt.UNTRACEABLE):
+    if isinstance(error, (*tt.UNTRACEABLE, Shown)):
         kind, reason = ReadsValue, f"it reads the value of a tensor ({reason})"
         if torch.is_anomaly_enabled() and where is None:
             kind = TraceError

@@ -14,7 +14,7 @@ from funcstage._torch.interception import current_interceptor
 from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
-from funcstage.engines.graph.refusals import TRACED, captured
+from funcstage.engines.graph.refusals import SHOWING, TRACED, Shown, captured
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.dtypes import refuse_complex
 from funcstage.engines.rules.table import known
@@ -41,6 +41,8 @@ class Separable(OneTape):
         """Record an operation."""
         if func in MARKS:
             self._mark(*args, **kwargs)
+        if func in SHOWING:
+            raise Shown(func.__name__)
         operation = known(func)
         for target in operation.written.among(args, kwargs):
             (local,), _ = unwrapped([target])

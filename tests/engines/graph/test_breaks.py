@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import threading
 import warnings
@@ -100,12 +101,19 @@ def scaled_by_a_parameter(s: Stage, x: Tensor) -> Tensor:
     return s.experts[2](x * x.detach().sum().item(), scale=s.gate.weight.sum().tanh())
 
 
+def written_out(s: Stage, x: Tensor) -> Tensor:
+    """As text, in which a trace would see no values."""
+    print(x, file=io.StringIO())
+    return x * float(f"{x.detach().sum():.3f}")
+
+
 def shared(s: Stage, x: Tensor) -> Tensor:
     s_first = s.first(x)  # twice in one forward
     return functional.linear(s_first, s.first.up.weight.T @ s.second.up.weight) * x.detach().sum().item()
 
 
-KINDS = [item, tolist, branch, loop, nonzero, masked, routed, in_place, scaled_by_a_parameter, shared]
+KINDS = [item, tolist, branch, loop, nonzero, masked, routed, in_place, scaled_by_a_parameter]
+KINDS += [written_out, shared]
 
 
 def made(between: Callable[[Stage, Tensor], Tensor]) -> tuple[Stage, Tensor]:
@@ -425,6 +433,19 @@ def test_it_is_said_once_which_line_reads_a_value_or_refused() -> None:
             whole(params, buffers, x)
     with pytest.raises(fs.StructureError, match="fullgraph must be None, True or False"):
         fs.compile(apply, fullgraph="no")  # type: ignore[arg-type]
+
+
+def test_a_print_of_a_tensor_is_one_of_its_values_in_every_call(capsys: pytest.CaptureFixture[str]) -> None:
+    module, x = made(lambda s, x: (print(s.gate.bias), x)[1])
+    apply, params, buffers = fs.functionalize(module)
+    stage, g = in_parts(apply), torch.randn(6, 4).double()
+    with torch.no_grad():
+        params["gate.bias"].fill_(0.125)
+    for _ in range(3):
+        split(stage, params, buffers, x, g)
+    assert capsys.readouterr().out.count("0.1250, 0.1250, 0.1250") == 3
+    with pytest.raises(fs.TraceError, match=r"test_breaks.py:\d+: it reads the value of a tensor"):
+        split(in_parts(apply, fullgraph=True), params, buffers, x, g)
 
 
 def test_it_is_whole_again_in_a_mode_that_reads_nothing() -> None:
