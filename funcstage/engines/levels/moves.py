@@ -117,7 +117,7 @@ class Levels:
         """Bring an operand down to the outer level, as a site of its own."""
         if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner_level:
             return leaf
-        if not leaf.requires_grad:
+        if not (leaf.requires_grad and torch.is_grad_enabled()):
             return ft.unwrap(leaf, self.inner_level)
         if self.is_activation(ft.unwrap(leaf, self.inner_level)):
             leaf = leaf.view_as(leaf)  # a place of its own, as `leaf` itself stays on both levels

@@ -633,3 +633,29 @@ def test_a_policy_around_dropout_is_right_or_refused_in_our_own_words(policy: st
     else:
         with pytest.raises(fs.StageError, match=r"[IW] of .*selective checkpoint.*funcstage\.compile"):
             compare(apply)
+
+
+class WritesIntoAView(nn.Module):
+    """Writes a parameter into a view of an activation, where nothing is recorded."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+
+    def write(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * 1
+        y[..., :1].add_(self.linear.bias[:1])
+        return y * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        if self.how == "reentrant":
+            return checkpoint(self.write, x, use_reentrant=True)
+        with torch.no_grad():
+            y = self.write(x)
+        return x * self.linear.bias + y
+
+
+@pytest.mark.parametrize("how", ["reentrant", "no_grad"])
+def test_a_parameter_is_written_into_a_view_where_nothing_is_recorded(how: str) -> None:
+    check_stage(WritesIntoAView(how), torch.randn(2, 4))
