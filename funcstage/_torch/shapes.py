@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = [
     "SYMBOLIC",
+    "ShapeEnv",
     "at_hints",
     "computed",
     "enable_python_dispatcher",
@@ -33,9 +34,9 @@ Number: TypeAlias = "int | float | bool | torch.SymInt | torch.SymFloat | torch.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def environment() -> ShapeEnv:
-    """One in which sizes that depend on values are refused, as they are without any."""
-    return ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+def environment(of_values: bool = False) -> ShapeEnv:
+    """One in which sizes that depend on values are refused, as they are without any, or are symbols."""
+    return ShapeEnv(allow_scalar_outputs=of_values, allow_dynamic_output_shape_ops=of_values)
 
 
 def symbol(env: ShapeEnv, size: int, name: str) -> SymInt:

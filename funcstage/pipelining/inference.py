@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funcstage import dtensors, trees
 from funcstage._torch import tracing as tt
 from funcstage._torch.dynamo import uncompiled
+from funcstage._torch.shapes import SYMBOLIC, ShapeEnv, environment
 from funcstage.dtensors import as_cotangent, zeros
 from funcstage.pipelining.examples import StageFunction, example, tensors
 from funcstage.pipelining.same_dtypes import SameDtypes
@@ -20,7 +21,6 @@ from funcstage.state.undone import undone_if_interrupted
 from funcstage.trees import Buffers, Params, PyTree
 
 
-@undone_if_interrupted
 def run_on_fakes(
     apply: StageFunction,
     module: nn.Module,
@@ -31,6 +31,8 @@ def run_on_fakes(
 ) -> Any:
     """Run a stage on fake tensors.
 
+    Where it reads values of tensors, these are symbols: what it returns must not depend on them.
+
     Args:
         apply: the stage function.
         module: which it is of; it stays as it is.
@@ -38,8 +40,39 @@ def run_on_fakes(
         call: positional and keyword arguments, or examples of them.
         device: where the stage is.
         then: what to return, of the output and of the tensors among the positional arguments.
+
+    Raises:
+        tt.UNTRACEABLE: if what it returns depends on values, or which way it takes.
     """
-    mode = tt.FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        return _run(apply, module, state, call, device, then, None)
+    except tt.UNTRACEABLE as error:
+        try:
+            found = _run(apply, module, state, call, device, then, environment(of_values=True))
+        except Exception:  # not all operations take symbols
+            raise error from None
+        if any(map(_is_open, trees.flatten(found)[0])):
+            raise
+        return found
+
+
+def _is_open(leaf: Any) -> bool:
+    """Tell whether a size, or a number, is not known before values are."""
+    numbers = [*leaf.shape, *leaf.stride()] if isinstance(leaf, Tensor) else [leaf]
+    return any(isinstance(number, SYMBOLIC) for number in numbers)
+
+
+@undone_if_interrupted
+def _run(
+    apply: StageFunction,
+    module: nn.Module,
+    state: tuple[Params, Buffers],
+    call: tuple[Any, dict[str, Any]],
+    device: torch.device,
+    then: Callable[[PyTree, list[Tensor]], Any],
+    symbols: ShapeEnv | None,
+) -> Any:
+    mode = tt.FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols)
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -244,8 +244,9 @@ class ModuleStage(ExchangingStage):
         except tt.UNTRACEABLE as error:
             if self._given.outputs is None:
                 raise StructureError(
-                    "its shapes depend on values of its inputs, so they cannot be inferred. Pass "
-                    f"output_args. ({type(error).__name__}: {error})"
+                    "what it returns depends on values of its inputs, and is not inferred. Pass its "
+                    "constructor an example of what its forward returns for one microbatch"
+                    f"{_for_example(received)}. ({type(error).__name__}: {error})"
                 ) from error
             output = trees.map_leaves(trainable, self._given.outputs)
         except Exception as error:
@@ -369,3 +370,9 @@ def computing_in(dtype: torch.dtype, apply: StageFunction) -> StageFunction:
     in_dtype.module = apply.module  # type: ignore[attr-defined]  # whose mode a compiled stage looks at
     in_dtype.contents = apply.contents  # type: ignore[attr-defined]
     return in_dtype
+
+
+def _for_example(received: Sequence[Tensor]) -> str:
+    """How to write an example down, with an input's shape and dtype."""
+    made = [f"torch.empty({tuple(x.shape)}, dtype={x.dtype})" for x in received if x.is_floating_point()]
+    return f": output_args={made[0]}, if that looks like this input of its" if made else ", as output_args"

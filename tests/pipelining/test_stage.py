@@ -503,9 +503,28 @@ def branching(num_stages: int, batch: int) -> Model:
     return model
 
 
+class Gathering(nn.Linear):
+    """Reads values, of which its shapes are independent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x.sum(-1) > 0).nonzero()[:, 0]
+        return x.index_add(0, rows, super().forward(x[rows])) * x.detach().sum().item()
+
+
+def gathering(num_stages: int, batch: int) -> Model:
+    model = blocks([3] * (num_stages + 1), batch)
+    model.modules[1] = Gathering(3, 3).double()
+    return model
+
+
+def test_a_stage_that_reads_values_of_which_its_shapes_are_independent_needs_no_example() -> None:
+    run(2, trains_with, Case("1F1B", 2, 2, gathering), {})
+
+
 def test_a_stage_whose_shapes_depend_on_values_needs_an_example_of_its_output() -> None:
     case = Case("1F1B", 2, 2, branching)
-    assert_all_refuse(2, case, "Pass output_args.")
+    way_out = "output_args=torch.empty((2, 3), dtype=torch.float64)"
+    assert_all_refuse(2, case, way_out)
     run(2, trains_with, case, {1: {"output_args": torch.zeros(2, 3, dtype=torch.float64)}})
 
 
