@@ -215,12 +215,15 @@ def input_of(stage: Lines) -> Tensor:
 
 
 def runs(stage: Lines) -> bool:
-    """Tell whether eager can: regions may read other values when computed again, layers not know autocast."""
+    """Tell whether eager can, and changes nothing more when it computes regions again."""
+    stage = copy.deepcopy(stage)
     try:
-        copy.deepcopy(stage)(input_of(stage).requires_grad_()).sum().backward()
-    except RuntimeError:
+        output = stage(input_of(stage).requires_grad_())
+        before = copy.deepcopy(dict(stage.named_buffers()))
+        output.sum().backward()
+    except RuntimeError:  # as regions may read other values then, or layers not know autocast
         return False
-    return True
+    return all(torch.equal(before[name], buffer) for name, buffer in stage.named_buffers())
 
 
 def in_parts(apply: Any, **options: Any) -> Any:

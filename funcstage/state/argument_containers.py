@@ -151,7 +151,7 @@ class Containers:
 
 def _contents(container: Any) -> _Contents | None:
     """The contents of what is a container and no leaf."""
-    if type(container) in LEAVES:
+    if type(container) in LEAVES or isinstance(container, Tensor):  # whose values optree would write out
         return None
     if isinstance(container, dict):
         return _Contents([*container], [*container.values()], None)

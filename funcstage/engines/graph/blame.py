@@ -8,8 +8,10 @@ it raises is the answer. Only where it works is it said to.
 from __future__ import annotations
 
 import dis
+import sys
 import traceback
 from dataclasses import replace
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -34,10 +36,20 @@ def is_raised_by_stage(error: BaseException) -> bool:
 
 
 def is_of_stage(frame: Any) -> bool:
-    """Tell whether a frame is neither torch's nor ours, nor one that they have generated."""
-    name = str(frame.f_globals.get("__name__", ""))
-    generated = frame.f_code.co_filename.startswith("<") and name != "__main__"
-    return name.partition(".")[0] not in ("torch", "funcstage", "") and not generated
+    """Tell whether a frame is neither torch's nor ours or our trees', nor one that they have generated."""
+    package = _package_of(frame)
+    generated = frame.f_code.co_filename.startswith("<") and package != "__main__"
+    return package not in ("torch", "funcstage", "optree", "") and not generated
+
+
+def is_asked_by_stage() -> bool:
+    """Tell whether the function of torch's that runs was called by the stage, rather than by our trees."""
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
+    return is_of_stage(next(dropwhile(lambda frame: _package_of(frame) in ("funcstage", "torch"), frames)))
+
+
+def _package_of(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def line_of(error: BaseException) -> str | None:

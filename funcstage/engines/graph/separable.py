@@ -14,6 +14,7 @@ from funcstage._torch.interception import current_interceptor
 from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
+from funcstage.engines.graph.blame import is_asked_by_stage
 from funcstage.engines.graph.refusals import SHOWING, TRACED, Shown, captured
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.dtypes import refuse_complex
@@ -41,7 +42,7 @@ class Separable(OneTape):
         """Record an operation."""
         if func in MARKS:
             self._mark(*args, **kwargs)
-        if func in SHOWING:
+        if func in SHOWING and is_asked_by_stage():
             raise Shown(func.__name__)
         operation = known(func)
         for target in operation.written.among(args, kwargs):
