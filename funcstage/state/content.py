@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import queue
 import sys
 import threading
 import types
@@ -24,6 +25,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from funcstage._torch.modes import dispatch_modes
+from funcstage._torch.tracing import FunctionalTensor
+from funcstage.errors import TraceError
 
 MARK = "_kept_by_stage"
 """An attribute of tensors that compiled stages have left on modules: which one it is does not matter."""
@@ -176,6 +181,12 @@ def _tensor(value: Tensor) -> Parts:
     if hasattr(value, MARK):
         looks = value.shape, value.dtype, value.device, value.stride(), value.is_conj(), value.is_neg()
         return (MARK, looks), ()
+    if isinstance(value, FunctionalTensor) and not dispatch_modes():  # the trace is over that made it
+        raise TraceError(
+            "The stage leaves a tensor outside of its module, in a global or on a class, which a compiled "
+            "stage would do in its first call alone. Return it, or keep it in an attribute, a list or a dict "
+            "of the module."
+        )
     return (Same(value), value.shape, value.dtype), ()
 
 
@@ -279,7 +290,7 @@ def _attributes(value: Any) -> list[tuple[Any, Any]]:
     except AttributeError:
         own = None
     found = [*own.items()] if isinstance(own, dict) else []
-    for name, slot in _slots(type(value)):
+    for name, slot in slots(type(value)):
         with suppress(AttributeError):  # not filled
             found.append((name, slot.__get__(value)))
     return found
@@ -321,7 +332,7 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     threading.local: _local,
     type(os.environ): _environment,
     types.CellType: _cell,
-    **dict.fromkeys((types.CoroutineType, types.AsyncGeneratorType), _opaque),
+    **dict.fromkeys((types.CoroutineType, types.AsyncGeneratorType, queue.SimpleQueue), _opaque),
 }
 if "numpy" in sys.modules:
     import numpy
@@ -329,7 +340,7 @@ if "numpy" in sys.modules:
     _READERS |= {numpy.ndarray: _ndarray, numpy.generic: _scalar, numpy.ufunc: _same, numpy.dtype: _equal}
 
 reader_of: Callable[[Any], Callable[[Any], Parts]] = functools.lru_cache(maxsize=4096)(_reader_of)
-_slots: Callable[[Any], tuple[tuple[str, Any], ...]] = functools.lru_cache(maxsize=4096)(_slots_of)
+slots: Callable[[Any], tuple[tuple[str, Any], ...]] = functools.lru_cache(maxsize=4096)(_slots_of)
 _STANDARD = sys.stdlib_module_names
 _OF_NO_CONSEQUENCE = frozenset(
     {"logging", "threading", "_thread", "typing", "re", "_io", "abc", "_abc", "operator", "_operator"}

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from funcstage.registration import holds_tensor
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.cells import held_by
-from funcstage.state.kept import INERT, differs, holders, refill, replace_in
+from funcstage.state.kept import (
+    INERT,
+    differs,
+    has_slots,
+    holders,
+    in_slot,
+    put_in_slot,
+    refill,
+    replace_in,
+    slots_of,
+)
 from funcstage.state.shared import NOTHING_SHARED, Shared, names_of
 
 
@@ -89,11 +99,17 @@ class Held:
         self._copies = walk.copies()
         self._generators = RandomState(walk.generators)
         self._shared = Shared(walk.names) if walk.names else NOTHING_SHARED
+        self._slots = slots_of(walk.slotted) if walk.slotted else []
         self._left = [length_hint(each, -1) for each in walk.iterators]
 
     def replace_changed(self, of: Callable[[Any], Any]) -> None:
         """Replace tensors, and tuples of them, in what has changed since."""
         self._contents.replace_changed(of, self)
+        self._shared.replace_changed(of)
+        for holder, slot, before in self._slots:
+            value = in_slot(holder, slot)
+            if value is not before and (new := of(value)) is not value:
+                slot.__set__(holder, new)
 
     def restore(self) -> None:
         """Put back what has changed since."""
@@ -102,6 +118,8 @@ class Held:
                 refill(container, before)
         for container in self.walk.empty:
             container.clear()
+        for holder, slot, content in self._slots:
+            put_in_slot(holder, slot, content)
         self._generators.restore()
         self._shared.restore()
 
@@ -124,6 +142,7 @@ class _Walk:
         filled: the others, dicts first.
         generators: random generators on the way.
         iterators: iterators on the way, which cannot be put back.
+        slotted: objects with slots on the way.
         names: what the code of its modules can get at besides.
     """
 
@@ -134,6 +153,7 @@ class _Walk:
         self._parts = [each for each in self._passed if isinstance(each, nn.Module)]
         self.generators = [*among(self._passed)]
         self.iterators = [each for each in self._passed if isinstance(each, Iterator) and not _is_file(each)]
+        self.slotted = [*filter(has_slots, self._passed)]
         self.names = names_of({*map(type, self._parts)})
         own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]
         of_partials = [each.keywords for each in self._passed if isinstance(each, functools.partial)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,8 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import TraceError
 from funcstage.state.cells import closed_over
-from funcstage.state.content import MARK
+from funcstage.state.code import is_library
+from funcstage.state.content import MARK, slots
 from funcstage.state.module import locked
 
 if TYPE_CHECKING:
@@ -211,6 +212,32 @@ def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = 
                 push((inside,))
 
 
+def has_slots(value: Any) -> bool:
+    """Tell whether an object of the user's keeps something in slots."""
+    return bool(slots(type(value))) and not is_library(type(value).__module__)
+
+
+def slots_of(values: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
+    """The slots of objects that have them, and what is there."""
+    return [(value, slot, in_slot(value, slot)) for value in values for _, slot in slots(type(value))]
+
+
+def in_slot(value: Any, slot: Any) -> Any:
+    """What is in a slot of an object."""
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return _NOTHING
+
+
+def put_in_slot(value: Any, slot: Any, content: Any) -> None:
+    """Let a slot of an object hold something, or nothing."""
+    if content is not _NOTHING:
+        slot.__set__(value, content)
+    elif in_slot(value, slot) is not _NOTHING:
+        slot.__delete__(value)
+
+
 def reached(roots: Iterable[Any]) -> list[Any]:
     """The same, and all that lies on the way."""
     passed: list[Any] = []
@@ -223,6 +250,7 @@ def _is_of(libraries: Sequence[str], value: Any) -> bool:
     return type(value).__module__.partition(".")[0] in libraries
 
 
+_NOTHING = object()
 INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -281,17 +309,34 @@ class Changes(NamedTuple):
             if isinstance(holder, dict):
                 for key in write.removed:
                     holder.pop(key, None)
-                holder.update(contents)
+                _put(holder, contents)
             elif write.grows:
-                holder.extend(contents)
+                _base(holder).extend(holder, contents)
             else:
                 refill(holder, contents)
 
 
 def refill(holder: Any, contents: Any) -> None:
     """Let a container hold this instead."""
-    holder.clear()
-    (holder.extend if isinstance(holder, (list, deque)) else holder.update)(contents)
+    base = _base(holder)
+    base.clear(holder)
+    if isinstance(holder, dict):
+        _put(holder, contents)
+    elif isinstance(holder, set):
+        set.update(holder, contents)
+    else:
+        base.extend(holder, contents)
+
+
+def _base(holder: Any) -> Any:
+    """The type whose methods do to a container what they say: a subclass may count, or check, or add."""
+    return next(kind for kind in (OrderedDict, dict, list, deque, set) if isinstance(holder, kind))
+
+
+def _put(holder: dict[Any, Any], contents: dict[Any, Any]) -> None:
+    put = _base(holder).__setitem__
+    for key, value in contents.items():
+        put(holder, key, value)
 
 
 class State:
@@ -300,7 +345,9 @@ class State:
     def __init__(self, module: nn.Module | None, handed: Sequence[Any] = ()) -> None:
         self._modules = [] if module is None else [*module.modules()]
         spaces = [part._modules for part in self._modules]  # what a forward puts there is made in it, too
-        self._holders = [] if module is None else [*holders(module), *spaces]
+        passed: list[Any] = []
+        self._holders = [] if module is None else [*holders(module, passed), *spaces]
+        self._slots = slots_of(filter(has_slots, passed))
         own = {*map(id, self._holders)}
         others = [holder for root in handed for holder in holders(root) if id(holder) not in own]
         self._handed = [(holder, copy.copy(holder)) for holder in others]
@@ -324,6 +371,15 @@ class State:
                 "compiled stage would do so only in its first call. Pass the tensors and return the new "
                 "ones."
             )
+        for holder, slot, before in self._slots:
+            value = in_slot(holder, slot)
+            if value is not before and _tensors_in([value], {}):
+                put_in_slot(holder, slot, before)
+                raise TraceError(
+                    f"{owner} leaves a tensor in a slot of its module's {type(holder).__qualname__} "
+                    f"({slot.__name__!r}), which a compiled stage cannot make again in each call. Keep it in "
+                    "an object without __slots__, or return it."
+                )
         pairs = [*zip(self._holders, self._contents, strict=True)]
         changed = [i for i, pair in enumerate(pairs) if differs(*pair)]
         if not changed:

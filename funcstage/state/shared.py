@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
-from funcstage.state.kept import INERT, differs, refill
+from funcstage.state.kept import INERT, differs, refill, replace_in
 
 
 class Name(NamedTuple):
@@ -70,6 +70,22 @@ class Shared:
             if differs(container, contents):
                 refill(container, contents)
         self._generators.restore()
+
+    def replace_changed(self, of: Callable[[Any], Any]) -> None:
+        """Put other tensors in place of those that have come into it since, by themselves or in tuples."""
+        for name, before in self._assigned:
+            value = name.value()
+            if value is not before and (new := of(value)) is not value:
+                name.assign(new)
+        for container, contents in self._contents:
+            if differs(container, contents):
+                replace_in(container, of)
+
+
+def shared_by(apply: Callable[..., Any], modules: Iterable[nn.Module]) -> Shared:
+    """What the modules behind a stage function can get at, or it itself where there are none."""
+    kinds = {type(part) for module in modules for part in module.modules()}
+    return Shared(names_of(kinds or [apply]))
 
 
 def names_of(roots: Iterable[type | Callable[..., Any]]) -> list[Name]:

@@ -27,7 +27,7 @@ from funcstage.engines.graph.breaks import Parts
 from funcstage.engines.graph.chain import OF_ANY_SIZE, WORTH_IT, chained
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
-from funcstage.engines.graph.guards import Recent, Signature, others_among, reasons, signature_of
+from funcstage.engines.graph.guards import Recent, Signature, changed, others_among, reasons, signature_of
 from funcstage.engines.graph.lengths import Lengths
 from funcstage.engines.graph.modules_behind import modules_behind
 from funcstage.engines.graph.partition import Remat, partition
@@ -35,7 +35,7 @@ from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.engines.graph.programs import Programs
 from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import Recorder
-from funcstage.engines.graph.refusals import ReadsValue
+from funcstage.engines.graph.refusals import ReadsValue, warn_of_changes
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
 from funcstage.engines.graph.sharded import sharded
@@ -46,6 +46,7 @@ from funcstage.errors import StructureError, TraceError
 from funcstage.report import table
 from funcstage.state.ambient import generators_kept, of_process
 from funcstage.state.module import Fingerprint, locked
+from funcstage.state.shared import shared_by
 from funcstage.trees import AnyBuffers, Buffers, NoBuffers, Output, Params
 
 MAX_SIGNATURES = 64
@@ -93,6 +94,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         self._lock = threading.Lock()
         self._warned = False
         self._unreadable: dict[Hashable, ReadsValue] = {}
+        self._changing = 0
         self._parts: Parts | None = None
 
     def __call__(
@@ -307,6 +309,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
         with locked(self.module), tt.one_at_a_time, generators_kept(of_process()):
+            before, shared = self._signature(call), shared_by(self.apply, self._modules)
             try:
                 table = {**DECOMPOSED, **decompositions}
                 joint = trace(
@@ -314,6 +317,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 )
                 reads, said = recorder.finish()
             except TraceError as refusal:
+                shared.restore()
                 runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph
                 error: Exception | None = (
                     refusal if open_dims or runs_anyway else tried_uncompiled(refusal, call)
@@ -339,6 +343,11 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         # Tensors that an earlier call has kept and this trace reads are known by now.
         called = self._signature(call)
         plain = called._replace(outside=said)
+        if changed(before, plain, called._replace(outside=reads.now())):
+            self._changing += 1
+            if self._changing == WARN_SIGNATURES:
+                warn_of_changes(self.__qualname__)
+            return programs, before, reads  # good for this call alone: the next one has to change it too
         if joint.sizes is not None:
             joint.sizes.n_traced = joint.sizes.n_guards()
             self._sizes.setdefault(plain, []).append(joint.sizes)

@@ -19,7 +19,7 @@ from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.engines.graph.sizes import Inside, Open, Sizes, strides_of
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
-from funcstage.state.content import content
+from funcstage.state.content import MARK, content
 from funcstage.state.module import Fingerprint
 
 
@@ -175,6 +175,23 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
     for label in was.keys() & now.keys():
         if was[label] != now[label]:
             yield f"{label}: {was[label]} -> {now[label]}"
+
+
+def changed(before: Signature, traced: Signature, after: Signature) -> bool:
+    """Tell whether a trace has changed something that its signature is made of, and could not undo that.
+
+    Tensors that were kept on the module by an earlier call and are read now are told apart from then on.
+    """
+    pairs = ((before.leaves, after.leaves), (before.module, after.module), (traced.outside, after.outside))
+    return not all(_alike(*pair) for pair in pairs)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and one[:1] == (MARK,):
+        return True
+    if type(one) is tuple and type(other) is tuple:
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
 
 
 def varied(old: Signature, new: Signature, n_state: int) -> Open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,16 @@ def refuse_trainable(apply: Callable[..., Any], outputs: list[Tensor]) -> None:
     leaves = leaves_behind(outputs)
     real = (leaf for leaf in leaves if not isinstance(ft.innermost(unwrapped([leaf])[0][0]), TRACED))
     refuse_captured(real, apply)
+
+
+def warn_of_changes(owner: str) -> None:
+    """Say why a stage is traced in every call."""
+    warnings.warn(
+        f"{owner} changes in its forward what it reads there (an array, an object with slots, a global), so "
+        "that it has been traced in every call. Keep plain values in attributes, lists and dicts of the "
+        "module, register tensors as buffers, or pass in what changes and return it.",
+        stacklevel=3,
+    )
 
 
 def impure(apply: Callable[..., Any]) -> PurityError:
