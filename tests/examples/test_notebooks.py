@@ -15,13 +15,14 @@ pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
 
 
-def test_there_are_five() -> None:
+def test_there_are_six() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "1_split_vjp",
         "2_pipeline",
         "3_weight_pass",
         "4_compile",
         "5_curvature",
+        "6_one_step",
     ]
 
 
