@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 import funcstage as fs
 from funcstage.engines.levels import tape as of_levels
+from funcstage.engines.levels.inner_gradients import differentiates
 from funcstage.testing import check_stage
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
@@ -733,3 +734,16 @@ def test_a_keyword_argument_with_a_history_is_a_constant_beside_gradients_taken_
     module(leaf, scale.detach()).sum().backward()
     torch.testing.assert_close(dx, leaf.grad)
     torch.testing.assert_close(weight_pullback()["weight"], module.weight.grad)
+
+
+def test_a_hook_that_belongs_to_no_module_is_searched_like_any_other() -> None:
+    def plain(grad: Tensor) -> Tensor:
+        return grad * 2
+
+    def recording(grad: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return grad * 2
+
+    for hook, expected in ((plain, False), (recording, True)):
+        hook.__module__ = None  # type: ignore[assignment]  # as of functions that code has made
+        assert differentiates(hook) is expected
