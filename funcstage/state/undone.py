@@ -39,8 +39,7 @@ def undone_if_interrupted(function: Function) -> Function:
             _close_contexts(interrupt)
             while modes.dispatch_modes() > dispatched:
                 modes.pop_dispatch_mode()
-            while modes.function_modes() > entered:
-                modes.pop_function_mode()
+            modes.restore_function_modes(entered)
             ft.close_to(levels)
             ft.drop_saving_hooks(hooks)
             ft.refuse_saving(refusal)

@@ -21,6 +21,7 @@ from interrupting import (
     state_of_everything,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
@@ -168,3 +169,31 @@ def test_a_pullback_that_failed_keeps_no_tensor_alive(engine: str, at: int) -> N
     drop_what_autograd_left()
     gc.collect()
     assert not [ref() for ref in refs if ref() is not None]
+
+
+class Outer(TorchFunctionMode):
+    """A mode of the caller's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("entered", [0, 1, 2])
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_modes_of_the_caller_are_entered_after_an_interrupt_whatever_was_left_before_it(
+    left: int, entered: int
+) -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(left + 1):  # the split's, too
+                torch.overrides._pop_mode()
+            for _ in range(entered):
+                torch.overrides._push_mode(Outer())
+            raise KeyboardInterrupt
+
+    apply, params, buffers = fs.functionalize(Broken(4, 4))
+    with Outer() as outer, Outer() as inner:
+        with pytest.raises(KeyboardInterrupt):
+            fs.stage_vjp(apply, params, buffers, torch.ones(2, 4))
+        assert torch.overrides._get_current_function_mode_stack() == [outer, inner]
+    assert torch.overrides._get_current_function_mode_stack() == []
