@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import threading
 import types
-from collections import OrderedDict, UserDict, UserList
+from collections import OrderedDict, UserDict, UserList, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ def _flatten_dict(instance: Any) -> tuple[Iterable[Any], Any, Any]:
     own = _Entries(
         tuple(attributes),
         tuple(keys),
-        getattr(instance, "default_factory", None),
+        instance.default_factory if isinstance(instance, defaultdict) else None,
         getattr(instance, "__dict__", None) is instance,
     )
     values = [*attributes.values(), *(dict.__getitem__(instance, key) for key in keys)]

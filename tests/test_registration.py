@@ -376,3 +376,31 @@ def test_a_state_that_is_empty_at_first_comes_back_filled(engine: Any) -> None:
         (dx, dstate), _ = pullback(State(torch.ones(2, 4), steps))
         assert steps == 1 or torch.equal(dx, dstate.hidden)
         state = output
+
+
+class AttributeDict(dict[str, Any]):
+    """As configurations and batches of many libraries are."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_dict_whose_keys_are_its_attributes_passes_through(engine: str) -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, batch: AttributeDict) -> AttributeDict:
+            return AttributeDict(hidden=self.proj(batch.x) + batch.shift)
+
+    module, x, shift = Module(), torch.randn(2, 4), torch.randn(4)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, AttributeDict(x=x, shift=shift))
+    assert type(output) is AttributeDict
+    torch.testing.assert_close(output.hidden, module.proj(x) + shift)
+    (grads,), weight_pullback = pullback(AttributeDict(hidden=torch.ones(2, 4)))
+    torch.testing.assert_close(grads["x"], torch.ones(2, 4) @ module.proj.weight)
+    assert torch.equal(weight_pullback()["proj.bias"], torch.full((4,), 2.0))

@@ -187,7 +187,7 @@ def _tensor(value: Tensor) -> Parts:
             "stage would do in its first call alone. Return it, or keep it in an attribute, a list or a dict "
             "of the module."
         )
-    return (Same(value), value.shape, value.dtype), ()
+    return (Same(value), value.shape, value.dtype, value.requires_grad), ()
 
 
 def _key(key: Any) -> Hashable:

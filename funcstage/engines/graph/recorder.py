@@ -194,6 +194,9 @@ class Recorder(TorchFunctionMode):
         self._look_up(space, names - space.names)
         for name in loads.imports:
             self._import(name, namespace.get("__package__") or "")
+        if not _BY_NAME.isdisjoint(loads.globals | loads.attributes):
+            for name in filter(sys.modules.__contains__, code.co_consts):
+                self._import(name, "")
         for function in self._functions.get(code, ()):
             self._run(function)
 
@@ -407,6 +410,10 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
 _NAMELESS = (*_CONTAINERS, partial, weakref.ref, ContextVar, CellType)
 """Types of what is entered without naming what is in it."""
+
+
+_BY_NAME = frozenset({"modules", "__import__", "import_module"})
+"""Ways to a module by its name as a string."""
 
 
 _DRAWING = ("random", "secrets", "uuid")

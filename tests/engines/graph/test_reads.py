@@ -7,6 +7,7 @@ nothing is traced again.
 from __future__ import annotations
 
 import array
+import colorsys
 import contextvars
 import cProfile
 import dataclasses
@@ -14,6 +15,7 @@ import datetime
 import enum
 import functools
 import gc
+import importlib
 import itertools
 import logging
 import os
@@ -819,3 +821,26 @@ def test_a_backward_may_call_a_function_that_calls_itself() -> None:
 )
 def test_data_is_plain_or_containers_of_what_is(value: Any, expected: bool) -> None:
     assert _is_data(value) is expected
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: sys.modules["colorsys"].ONE_THIRD,
+        lambda: __import__("colorsys").ONE_THIRD,
+        lambda: importlib.import_module("colorsys").ONE_THIRD,
+    ],
+)
+def test_a_global_of_a_module_that_is_found_by_its_name_is_seen(
+    read: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change() -> None:
+        monkeypatch.setattr(colorsys, "ONE_THIRD", 5.0)
+
+    check_change(compiled(Reading(read, float)), change, torch.randn(2, 4))
+
+
+def test_whether_a_captured_tensor_requires_grad_is_seen() -> None:
+    tensor = torch.ones(3)
+    stage = compiled(Reading(lambda: tensor, lambda t: 2.0 if t.requires_grad else 1.0))
+    check_change(stage, tensor.requires_grad_, torch.randn(2, 4))
