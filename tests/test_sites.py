@@ -526,3 +526,19 @@ def test_a_gradient_that_is_a_sites_cotangent_is_not_the_same_memory(engine: str
     for grad in weight_pullback().values():
         grad.zero_()
     assert all(map(torch.equal, shown, before))
+
+
+def test_where_a_stage_takes_gradients_inside_itself_there_are_no_sites() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.autograd.grad(self.linear(x).tanh().sum(), x, create_graph=True)[0]
+
+    weight_pullback = weight_pullback_of(Slope(), torch.randn(2, 3), torch.ones(2, 3))
+    with pytest.raises(fs.StageError, match="cannot be told apart"):
+        list(weight_pullback.sites)
+    assert not weight_pullback.consumed
+    assert weight_pullback()["linear.weight"] is not None
