@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
 from funcstage.errors import StructureError
@@ -28,13 +29,19 @@ _WRAPPERS = (
 
 
 def check_unwrapped(module: nn.Module) -> None:
-    """Refuse a module that is, or holds, one wrapped for data parallelism.
+    """Refuse a module that is, or holds, one wrapped for data parallelism, or one of TorchScript.
 
     Raises:
         StructureError: names the submodule and what wrapped it.
     """
     kinds = tuple(_loaded())
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise StructureError(
+                f"{type(module).__name__}: {_place(name)} was made by torch.jit.script or torch.jit.trace, "
+                "and no other tensors can be put in the place of its own. Pass the module that it was made "
+                "of, and compile the stage with funcstage.compile."
+            )
         for kind, wrapper, way_out in kinds:
             if isinstance(part, kind):
                 raise StructureError(

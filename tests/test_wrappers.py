@@ -184,3 +184,16 @@ def test_hooks_that_are_removed_or_on_frozen_parameters_are_no_reason_to_refuse(
     module.bias.register_hook(lambda grad: grad)
     module.bias.requires_grad_(False)
     assert set(fs.functionalize(module).params) == {"weight"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("place", ["it", "its submodule '1'"])
+@pytest.mark.parametrize("how", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(2, 4))])
+def test_modules_of_torchscript_are_refused_by_name(how: Any, place: str) -> None:
+    made = how(nn.Linear(4, 4))
+    module = made if place == "it" else nn.Sequential(nn.Linear(4, 4), made)
+    for take in (fs.functionalize, lambda m: FunctionalPipelineStage(m, 0, 1, torch.device("cpu"))):
+        with pytest.raises(
+            fs.StructureError, match=rf"{place} was made by torch\.jit\.script.*Pass the module"
+        ):
+            take(module)
