@@ -79,6 +79,7 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     assert fake_mode is not None
     if fake_mode.shape_env is None:
         fake_mode.shape_env = ShapeEnv()  # without one, Inductor looks nothing up in its cache
+    wanted = [None if node is None else _strides(node.meta["val"]) for node in results]
     context = TracingContext(fake_mode)
     places = [i for i, node in enumerate(nodes) if node.name.startswith(_DONATED)]
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]
@@ -96,7 +97,7 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
             stacklevel=2,
         )
         return run_as_python(module, donated)
-    orders = _orders(results, getattr(compiled, "output_strides", None) or ())
+    orders = _orders(wanted, getattr(compiled, "output_strides", None) or ())
     if not constants and not unread and not orders:
         return compiled
 
@@ -131,16 +132,23 @@ def _round_as_eager(graph: Graph) -> bool:
     return on_cpu
 
 
-def _orders(results: Sequence[Any], strides: Sequence[Any]) -> dict[int, list[int]]:
+def _strides(value: Tensor) -> list[int]:
+    return [hint(stride) for stride in value.stride()]
+
+
+def _orders(wanted: Sequence[list[int] | None], strides: Sequence[Any]) -> dict[int, list[int]]:
     """The results that Inductor lays out otherwise than the trace, each with its dimensions, outermost first.
 
     It may do so with a result that is the operand of a matrix product, too.
+
+    Args:
+        wanted: the strides of the trace, read before Inductor, whose passes note others on the nodes.
+        strides: those that Inductor says it gives.
     """
     orders = {}
-    for i, (node, now) in enumerate(zip(results, strides, strict=False)):
-        wanted = None if node is None else [hint(stride) for stride in node.meta["val"].stride()]
-        if wanted is not None and now is not None and [*map(str, wanted)] != [*map(str, now)]:
-            orders[i] = sorted(range(len(wanted)), key=wanted.__getitem__, reverse=True)
+    for i, (trace, now) in enumerate(zip(wanted, strides, strict=False)):
+        if trace is not None and now is not None and [*map(str, trace)] != [*map(str, now)]:
+            orders[i] = sorted(range(len(trace)), key=trace.__getitem__, reverse=True)
     return orders
 
 
