@@ -13,7 +13,7 @@ from funcstage._torch.pytree import register_pytree_node
 from funcstage.away import Away
 from funcstage.copies import CopiedByLeaves
 from funcstage.engines.base import Tape
-from funcstage.errors import ConsumedError
+from funcstage.errors import ConsumedError, StageError
 from funcstage.report import size, table
 from funcstage.state.captured import Captured
 from funcstage.state.writes import Watch, refuse_written
@@ -33,6 +33,23 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         self._away: Away | None = None
         self._gone = ""  # where the residuals went, if it was not a call that used them up
         self.stage = stage
+
+    def __copy__(self) -> Self:
+        self._refuse_copies()
+        return super().__copy__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._refuse_copies()
+        return super().__deepcopy__(memo)
+
+    def _refuse_copies(self) -> None:
+        """Refuse to copy what is differentiated in turn: the copy's residuals are cut off from that."""
+        if self._tape is not None and self._tape.differentiated:
+            raise StageError(
+                f"This {type(self).__name__} of {self.stage} cannot be copied, as parameters or arguments "
+                "that require grad make its gradients differentiable, and a copy would lose that. Call it "
+                "with retain=True instead, or pass detached ones."
+            )
 
     def _live(self) -> AnyTape:
         if self._tape is None:

@@ -85,3 +85,18 @@ def test_pickling_is_refused_in_a_sentence_and_consumes_nothing(engine: str) -> 
     with pytest.raises(fs.StageError, match="cannot be pickled"):
         copy.deepcopy(tape)
     assert not weight_pullback.consumed
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_what_is_differentiated_in_turn_is_not_copied(copied: Any) -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    x = torch.randn(2, 3, requires_grad=True)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    with pytest.raises(fs.StageError, match=r"cannot be copied.*retain=True"):
+        copied(pullback)
+    (dx,), weight_pullback = pullback(torch.ones_like(output), retain=True)
+    with pytest.raises(fs.StageError, match=r"cannot be copied.*retain=True"):
+        copied(weight_pullback)
+    (again,), _ = pullback(torch.ones_like(output))
+    for grad in (dx, again):
+        assert torch.autograd.grad(grad.sum(), x, retain_graph=True)[0].abs().sum() > 0
