@@ -13,6 +13,7 @@ __all__ = [
     "has_hooks",
     "hooks_of",
     "indices_and_values",
+    "is_functional",
     "is_functionalized",
     "is_symbolic_zero",
     "memory_key_of",
@@ -38,6 +39,11 @@ def memory_key_of(storage: torch.UntypedStorage) -> int:
 def users_of(memory: int) -> int:
     """How many tensors and storages hold a piece of memory."""
     return torch._C._storage_Use_Count(memory)
+
+
+def is_functional(tensor: Tensor) -> bool:
+    """Tell whether it is one of a trace, without importing what makes those."""
+    return getattr(type(tensor), "_mode_key", None) is torch._C._TorchDispatchModeKey.FUNCTIONAL
 
 
 def is_symbolic_zero(tensor: Tensor) -> bool:

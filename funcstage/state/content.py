@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from funcstage._torch.modes import dispatch_modes
-from funcstage._torch.tracing import FunctionalTensor
+from funcstage._torch.tensors import is_functional
 from funcstage.errors import TraceError
 
 MARK = "_kept_by_stage"
@@ -181,7 +181,7 @@ def _tensor(value: Tensor) -> Parts:
     if hasattr(value, MARK):
         looks = value.shape, value.dtype, value.device, value.stride(), value.is_conj(), value.is_neg()
         return (MARK, looks), ()
-    if isinstance(value, FunctionalTensor) and not dispatch_modes():  # the trace is over that made it
+    if is_functional(value) and not dispatch_modes():  # the trace is over that made it
         raise TraceError(
             "The stage leaves a tensor outside of its module, in a global or on a class, which a compiled "
             "stage would do in its first call alone. Return it, or keep it in an attribute, a list or a dict "

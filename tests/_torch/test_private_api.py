@@ -500,9 +500,21 @@ class Keeping(nn.Module):
         return y
 
 
-@stands_on("_torch/functorch.py", "_torch/operators.py")
+LEFT: list[Tensor] = []
+
+
+def leaving(params: Tensor, buffers: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """Leaves a tensor in a global."""
+    LEFT.append(x * params)
+    return LEFT[-1], buffers
+
+
+@stands_on("_torch/functorch.py", "_torch/operators.py", "_torch/tensors.py")
 def kept_tensors() -> None:
     import funcstage as fs
+
+    with pytest.raises(fs.TraceError, match="leaves a tensor"):
+        fs.stage_vjp(fs.compile(leaving, backend="aten"), torch.ones(4), (), ROWS)
 
     for engine in (None, "aten"):
         module = Keeping()

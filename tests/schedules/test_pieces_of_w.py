@@ -95,8 +95,8 @@ def test_a_file_says_which_w_are_pieces_and_torch_does_not_take_them_for_whole_o
     ("text", "complaint"),
     [
         ("0F0,0I0,1/2:0W0", "of the 2 pieces of 0W0 there are only 1"),
-        ("0F0,0I0,1/2:0W0,1/2:0W0,1/2:0W0", "0W0 is there more often than its 2 pieces"),
-        ("0F0,0B0,1/2:0W0", "0W0 is there more often than its 2 pieces"),
+        ("0F0,0I0,1/2:0W0,1/2:0W0,1/2:0W0", "0W0 occurs more often than its 2 pieces"),
+        ("0F0,0B0,1/2:0W0", "0W0 occurs more often than its 2 pieces"),
         ("0F0,0F1,0I0,1/2:0W0,1/2:0W0,0I1,0W1", "W is in 1 and in 2 pieces"),
         ("0F0,0I0,1/0:0W0", "pieces must be a positive integer, got 0"),
         ("0F0,0I0,1/2:0I0", "'1/2:0I0' is not an action"),

@@ -214,7 +214,7 @@ def test_what_torchs_runtime_adds_is_no_work(tmp_path: Path) -> None:
         ("0F0,0B0,0WAIT_F0", r"row 0, column 2: '0WAIT_F0' is not an action"),
         ("0F0,0B0,0WAIT_REDUCE_GRAD1", r"row 0, column 2: '0WAIT_REDUCE_GRAD1' is not an action"),
         ("0F0,0X0", r"row 0, column 1: '0X0' is not an action"),
-        ("0F0,0B0,0W0", "0W0 is there twice"),
+        ("0F0,0B0,0W0", "0W0 occurs twice"),
         ("0F0,0I0", "0W0 is missing"),
         ("0F0,0B0\n0F1,0B1", "0F1 is on rank 1, but stage 0 is on rank 0"),
         ("", "no action in the file"),

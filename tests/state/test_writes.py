@@ -225,7 +225,7 @@ def in_a_cell() -> Captures:
     return module
 
 
-TEACHER = nn.Linear(4, 4)
+TEACHER = nn.Linear(4, 4).requires_grad_(False)
 
 
 class OfItsClass(Captures):

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import without_torch_function
-from funcstage._torch.tensors import is_functionalized
+from funcstage._torch.tensors import is_functional, is_functionalized
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
@@ -294,6 +294,8 @@ class Recorder(TorchFunctionMode):
         key = id(owner), place.name
         if key in self._places:
             return
+        if isinstance(owner, FunctionType) and _is_made_in_trace(place.value()):
+            return  # so is the function, a hook for instance, and the programs have what it does
         self._places[key] = place
         self._kept.append(owner)  # the ids of what is gone may be given anew
         self._said[key] = said_by(place, self.known)
@@ -384,6 +386,12 @@ def _is_traced(tensor: Tensor) -> bool:
     """Tell whether a tensor is one of the trace, or of the memory that those have."""
     traced = isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
     return traced or is_functionalized(tensor) or tensor.is_meta
+
+
+def _is_made_in_trace(value: Any) -> bool:
+    """Tell whether a value is a tensor of the trace, or a list, tuple or dict of some."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(isinstance(each, Tensor) and is_functional(each) for each in (value, *inside))
 
 
 def _run_by_the_interpreter() -> set[CodeType]:
