@@ -88,6 +88,16 @@ _OF_GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"
 _ANY_GLOBAL = frozenset({"globals", "eval", "exec"})
 _ANY_ATTRIBUTE = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "attrgetter", "dir"})
 _LIBRARIES = frozenset(
-    {"torch", "funcstage", "functorch", "torchgen", "numpy", "optree", "sympy", "networkx", "triton"}
+    {"torch", "funcstage", "functorch", "torchgen", "numpy", "optree", "triton"}
+    | {
+        "filelock",
+        "fsspec",
+        "jinja2",
+        "markupsafe",
+        "mpmath",
+        "networkx",
+        "sympy",
+        "typing_extensions",
+    }  # torch's
     | {"_pytest", "pytest", "pluggy", "hypothesis"}  # which run where an assertion fails
 ) | (sys.stdlib_module_names - {"this", "antigravity"})

@@ -60,8 +60,25 @@ class FlopCounter(TorchDispatchMode):
         return run
 
 
+class UncountableError(Exception):
+    """Eager does not run where operations are counted, as where `torch.cond` is compiled under a mode."""
+
+
 def counted(function: Callable[[], Result]) -> tuple[Result, int]:
     """Return what a function returns, and the floating-point operations that it took."""
     with FlopCounter() as counter:
         result = function()
     return result, counter.total
+
+
+def counted_in_eager(function: Callable[[], Result]) -> tuple[Result, int]:
+    """Do the same with what has run before, when nothing counted.
+
+    Raises:
+        UncountableError: if it does not run any more.
+    """
+    try:
+        return counted(function)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UncountableError(f"{type(error).__name__}: {reason}") from error

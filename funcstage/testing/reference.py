@@ -19,7 +19,7 @@ from funcstage.errors import StructureError
 from funcstage.functional import FunctionalStage, checked_result, functionalize
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.testing.copies import copied, left_alone
-from funcstage.testing.counting import FlopCounter, counted
+from funcstage.testing.counting import FlopCounter, counted, counted_in_eager
 from funcstage.testing.prices import Price, Prices
 from funcstage.testing.report import EngineReport, Flops
 from funcstage.testing.seeding import seeded
@@ -326,15 +326,15 @@ class Reference:
 
     def _flops(self, apply: Callable[..., Any]) -> Flops:
         with self.seeded():
-            forward, eager_forward = counted(self.subject.forward)
+            forward, eager_forward = counted_in_eager(self.subject.forward)
         outputs, cotangents = self.differentiated(forward)
         params = _trainable(forward.params)
-        eager_backward = counted(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
+        eager_backward = counted_in_eager(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
         # With nothing to train, rather than by asking for less: a custom autograd.Function knows only that.
         with self.seeded():
             frozen = self.subject.forward(trained=False)
         outputs, cotangents = self.differentiated(frozen)
-        eager_input = counted(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
+        eager_input = counted_in_eager(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
         if is_inductor(apply):
             s = self.subject
             with self.seeded():

@@ -386,3 +386,20 @@ def test_outputs_that_no_engine_takes_are_refused_by_name(output: Any, said: str
 def test_what_is_no_stage_is_refused_by_name() -> None:
     with pytest.raises(fs.StructureError, match=r"expects an nn\.Module or a stage function, got int"):
         check_stage(3, torch.randn(4, 3))  # type: ignore[arg-type]
+
+
+class Choosing(nn.Module):
+    """Chooses a branch by an operator that torch compiles, which fails while operations are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: self.proj(y), lambda y: y * 2, (x,))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.cond is compiled from torch 2.14 on")
+def test_flops_that_eager_does_not_let_count_are_a_note() -> None:
+    report = check_stage(Choosing(), torch.randn(2, 3), engines="aten")
+    assert "FLOPs were not counted, as eager does not run" in str(report)
