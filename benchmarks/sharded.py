@@ -77,15 +77,26 @@ class Block(nn.Module):
 COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("project", "down")
 
 
+def split_weights(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Split a block's weights by columns and rows."""
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS}
+    parallelize_module(block, mesh, plan | {name: RowwiseParallel() for name in ROWS})
+
+
+def reduce_by_sums(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Have FSDP sum and scale on a CPU, as gloo has no means."""
+    for part in module.modules() if mesh.device_type == "cpu" else ():
+        if isinstance(part, FSDPModule):
+            part.set_force_sum_reduction_for_comms(True)
+
+
 def stage_of(size: Size, layout: str, mesh: DeviceMesh, compiled: bool) -> Stage:
     """The same numbers in all systems; under FSDP each rank has rows of its own."""
     torch.manual_seed(0)
     module = nn.Sequential(*(Block(size) for _ in range(size.layers))).to(mesh.device_type, torch.bfloat16)
     if layout == "tensor":
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS}
-        plan |= {name: RowwiseParallel() for name in ROWS}
         for block in module:
-            parallelize_module(block, mesh, plan)
+            split_weights(block, mesh)
         if compiled:
             module.compile()
     else:
@@ -94,9 +105,7 @@ def stage_of(size: Size, layout: str, mesh: DeviceMesh, compiled: bool) -> Stage
                 block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
-        for part in module.modules() if mesh.device_type == "cpu" else ():
-            if isinstance(part, FSDPModule):  # gloo has no means
-                part.set_force_sum_reduction_for_comms(True)
+        reduce_by_sums(module, mesh)
     torch.manual_seed(1 + (dist.get_rank() if layout == "fsdp" else 0))
     x = torch.randn(size.batch, size.tokens, size.width, device=mesh.device_type, dtype=torch.bfloat16)
     return Stage(module, x, torch.randn_like(x))
@@ -253,6 +262,22 @@ def table(results: list[Result]) -> str:
     return "\n".join(rows)
 
 
+def join(device: str) -> None:
+    """Join the processes that torchrun has started."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def leave(results: list[Any], report: str, file: Path | None) -> None:
+    """Let the first rank print the report and write the results, and end the processes' group."""
+    if dist.get_rank() == 0:
+        print(report)
+        if file:
+            file.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -261,20 +286,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    join(options.device)
     mesh = init_device_mesh(options.device, (dist.get_world_size(),))
     results = [
         result
         for layout in options.layouts.split(",")
         for result in compare(SIZES[options.size], layout, mesh, options.repeats)
     ]
-    if dist.get_rank() == 0:
-        print(table(results))
-        if options.json:
-            options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
-    dist.destroy_process_group()
+    leave(results, table(results), options.json)
 
 
 if __name__ == "__main__":

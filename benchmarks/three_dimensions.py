@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from benchmarks.pipeline import SIZES, loss_fn, size_of
-from benchmarks.sharded import COLUMNS, ROWS, Block, local, most
+from benchmarks.pipeline import SIZES, loss_fn, size_of, step_of
+from benchmarks.sharded import Block, join, leave, local, most, reduce_by_sums, split_weights
 from benchmarks.split import MIB, Clock, Size, relative_error
 from funcstage.pipelining import FunctionalPipelineStage, pipeline_order
 
@@ -96,16 +93,12 @@ def part(size: Size, of: range, mesh: DeviceMesh, compiled: bool) -> nn.Module:
     module = nn.Sequential(*made).to(mesh.device_type, torch.bfloat16)
     for block in module:
         if mesh["tensor"].size() > 1:
-            plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS}
-            plan |= {name: RowwiseParallel() for name in ROWS}
-            parallelize_module(block, mesh["tensor"], plan)
+            split_weights(block, mesh["tensor"])
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh["data"], reshard_after_forward=False)
     fully_shard(module, mesh=mesh["data"], reshard_after_forward=False)
-    for unit in module.modules() if mesh.device_type == "cpu" else ():
-        if isinstance(unit, FSDPModule):  # gloo has no means
-            unit.set_force_sum_reduction_for_comms(True)
+    reduce_by_sums(module, mesh)
     return module
 
 
@@ -128,13 +121,7 @@ def measure(
     shape = (microbatches * size.batch, size.tokens, size.width)
     x, target = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
 
-    def step() -> None:
-        for module in parts.values():
-            module.zero_grad(set_to_none=True)
-        schedule.step(
-            *((x,) if 0 in mine else ()), target=target if n - 1 in mine else None, return_outputs=False
-        )
-
+    step = step_of(schedule, list(parts.items()), n, x, target)
     for _ in range(3):
         step()
     clock.sync()
@@ -202,17 +189,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    join(options.device)
     sizes = tuple(map(int, options.mesh.split(",")))
     mesh = init_device_mesh(options.device, sizes, mesh_dim_names=("pipeline", "data", "tensor"))
     results = compare(size_of(options.size, sizes[0]), options.microbatches, mesh, options.repeats)
-    if dist.get_rank() == 0:
-        print(table(results))
-        if options.json:
-            options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
-    dist.destroy_process_group()
+    leave(results, table(results), options.json)
 
 
 if __name__ == "__main__":
