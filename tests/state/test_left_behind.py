@@ -85,6 +85,16 @@ def run(stage: Callable[[Tensor], Any], module: Leaving) -> list[Any]:
     return [(stage(torch.randn(2, 3)), copy.copy(module.left())) for _ in range(4)]
 
 
+def functional(what: str) -> tuple[Leaving, fs.FunctionalStage, list[Any]]:
+    """A module that changes something, as a stage, and what eager's runs return and leave."""
+    torch.manual_seed(0)
+    module = Leaving(what)
+    expected = run(module, module)
+    torch.manual_seed(0)
+    module = Leaving(what)
+    return module, fs.functionalize(module), expected
+
+
 def plain(value: Any) -> Any:
     """Values with tensors as lists, all of them alive."""
     if isinstance(value, Tensor):
@@ -103,24 +113,14 @@ def plain(value: Any) -> Any:
     ],
 )
 def test_a_forward_changes_it_in_every_call(what: str, engine: str) -> None:
-    torch.manual_seed(0)
-    module = Leaving(what)
-    expected = run(module, module)
-    torch.manual_seed(0)
-    module = Leaving(what)
-    apply, params, _ = fs.functionalize(module)
+    module, (apply, params, _), expected = functional(what)
     stage = apply if engine == "closures" else fs.compile(apply, backend="aten")
     assert plain(run(lambda x: fs.stage_vjp(stage, params, {}, x)[0], module)) == plain(expected)
 
 
 @pytest.mark.parametrize("what", ["a tensor in a slot", "a tensor in a global", "a tensor on a class"])
 def test_a_tensor_that_is_left_is_alive_or_refused(what: str) -> None:
-    torch.manual_seed(0)
-    module = Leaving(what)
-    expected = run(module, module)
-    torch.manual_seed(0)
-    module = Leaving(what)
-    apply, params, _ = fs.functionalize(module)
+    module, (apply, params, _), expected = functional(what)
     with pytest.raises(fs.TraceError, match="leaves a tensor"):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, {}, torch.randn(2, 3))
     assert module.left()[2:] == Leaving("").left()[2:]  # the refusal has put it back
