@@ -87,17 +87,18 @@ _OF_ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPO
 _OF_GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"})
 _ANY_GLOBAL = frozenset({"globals", "eval", "exec"})
 _ANY_ATTRIBUTE = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "attrgetter", "dir"})
+_REQUIRED_BY_TORCH = {
+    "filelock",
+    "fsspec",
+    "jinja2",
+    "markupsafe",
+    "mpmath",
+    "networkx",
+    "sympy",
+    "typing_extensions",
+}
 _LIBRARIES = frozenset(
     {"torch", "funcstage", "functorch", "torchgen", "numpy", "optree", "triton"}
-    | {
-        "filelock",
-        "fsspec",
-        "jinja2",
-        "markupsafe",
-        "mpmath",
-        "networkx",
-        "sympy",
-        "typing_extensions",
-    }  # torch's
+    | _REQUIRED_BY_TORCH
     | {"_pytest", "pytest", "pluggy", "hypothesis"}  # which run where an assertion fails
 ) | (sys.stdlib_module_names - {"this", "antigravity"})
