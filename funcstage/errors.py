@@ -6,7 +6,14 @@ code outside pipelines would expect (`TypeError`, `ValueError`, `RuntimeError`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+
+def stage_name(apply: Callable[..., Any]) -> str:
+    """What errors call a stage function."""
+    return getattr(apply, "__qualname__", type(apply).__name__)
 
 
 class StageError(Exception):

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from funcstage._torch.modules import weight_names
 from funcstage._torch.operators import without_torch_function
-from funcstage.errors import LeafError, StageError, StructureError
+from funcstage.errors import LeafError, StageError, StructureError, stage_name
 from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import WAY_OUT, holds_tensor
 from funcstage.report import table
@@ -208,7 +208,7 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
     Raises:
         StructureError: if it is no pair, or if its output holds no tensor.
     """
-    name = getattr(apply, "__qualname__", type(apply).__name__)
+    name = stage_name(apply)
     if not isinstance(result, tuple) or len(result) != 2:
         raise StructureError(
             f"{name}: a stage function returns (output, new_buffers), got {describe(result)}. Return "

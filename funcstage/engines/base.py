@@ -20,6 +20,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage.dtensors import Specs, unwrapped
+from funcstage.errors import stage_name
 from funcstage.functional import PLAIN_TENSORS, check_leaves
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
@@ -77,7 +78,7 @@ class StageCall:
     @property
     def name(self) -> str:
         """What to call the stage."""
-        return getattr(self.apply, "__qualname__", type(self.apply).__name__)
+        return stage_name(self.apply)
 
     @cached_property
     def given(self) -> dict[str, PyTree]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import version_of
-from funcstage.errors import StageError
+from funcstage.errors import StageError, stage_name
 from funcstage.residuals import SavedAndWritten
 from funcstage.state.kept import holders
 
@@ -78,12 +78,11 @@ def refuse_trainable(found: Iterable[Tensor], apply: Callable[..., Any]) -> None
     """
     for tensor in found:
         if tensor.requires_grad:
-            owner = getattr(apply, "__qualname__", type(apply).__name__)
             raise StageError(
-                f"{owner} computes with {name_of(tensor, apply)} ({trees.look(tensor)}), which requires grad "
-                "and is not handed to it, so that its gradient would be lost. Read a module's parameter as "
-                "the attribute under which it is registered, pass anything else among the parameters or "
-                "arguments, or detach it if it is a constant."
+                f"{stage_name(apply)} computes with {name_of(tensor, apply)} ({trees.look(tensor)}), which "
+                "requires grad and is not handed to it, so that its gradient would be lost. Read a module's "
+                "parameter as the attribute under which it is registered, pass anything else among the "
+                "parameters or arguments, or detach it if it is a constant."
             )
 
 

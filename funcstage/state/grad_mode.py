@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.functorch import current_level
+from funcstage.errors import stage_name
 from funcstage.state.argument_containers import Containers
 from funcstage.trees import Buffers, Params
 
@@ -46,7 +47,7 @@ def with_gradients_on(stage_vjp: Function) -> Function:
         containers = Containers(given, (args, kwargs))
         with torch.enable_grad():
             output, new_buffers, pullback = stage_vjp(apply, params, buffers, *args, **kwargs)
-        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
+        containers.give_back(stage_name(apply))
         return *trees.map_leaves(_unrecorded, (output, new_buffers)), pullback
 
     return run  # type: ignore[return-value]  # with the same parameters

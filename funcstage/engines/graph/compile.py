@@ -42,7 +42,7 @@ from funcstage.engines.graph.sharded import sharded
 from funcstage.engines.graph.sizes import Open, Sizes, among_tensors
 from funcstage.engines.graph.tapes import linearize
 from funcstage.engines.graph.trace import trace
-from funcstage.errors import StructureError, TraceError
+from funcstage.errors import StructureError, TraceError, stage_name
 from funcstage.report import table
 from funcstage.state.ambient import generators_kept, of_process
 from funcstage.state.module import Fingerprint, locked
@@ -83,7 +83,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         self.repeated = repeated
         self.fullgraph = fullgraph
         self.module: nn.Module | None = getattr(apply, "module", None)
-        self.__qualname__ = self.__name__ = getattr(apply, "__qualname__", type(apply).__name__)
+        self.__qualname__ = self.__name__ = stage_name(apply)
         self._modules = modules_behind(apply)
         self._fingerprint = Fingerprint(self._modules, hooks=getattr(apply, "refuses_hooks", True))
         self._traced: OrderedDict[Signature, Programs] = OrderedDict()

@@ -20,7 +20,7 @@ from funcstage.dtensors import unwrapped
 from funcstage.engines.graph.blame import is_raised_by_stage, line_of
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.rules import control_flow
-from funcstage.errors import PurityError, TraceError
+from funcstage.errors import PurityError, TraceError, stage_name
 from funcstage.residuals import leaves_behind
 from funcstage.state.argument_containers import WAY_OUT, Containers
 from funcstage.state.captured import refuse_trainable as refuse_captured
@@ -37,17 +37,13 @@ class Shown(Exception):
 SHOWING = {Tensor.__repr__, Tensor.__format__}
 
 
-def name_of(apply: Callable[..., Any]) -> str:
-    return getattr(apply, "__qualname__", type(apply).__name__)
-
-
 def refuse_random_backward(apply: Callable[..., Any], first: Node) -> None:
     """What is drawn after the forward would be drawn at other times than in eager."""
     node = first
     while node.op != "output":
         if is_random(node) and "backward" not in str(node.target):  # attention's is given its seed
             raise TraceError(
-                f"{name_of(apply)} draws random numbers in its backward ({node.target}). A compiled stage "
+                f"{stage_name(apply)} draws random numbers in its backward ({node.target}). A compiled stage "
                 "would draw them at another time than eager does. Draw them in the forward."
             )
         node = node.next
@@ -58,20 +54,20 @@ def check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
             raise TraceError(
-                f"{name_of(apply)} reads a tensor that it kept in an earlier call, which a pure function "
+                f"{stage_name(apply)} reads a tensor that it kept in an earlier call, which a pure function "
                 "cannot do. Return the value as a buffer."
             )
         if isinstance(node.target, OpOverload) and writes(node.target):
             raise TraceError(
-                f"{name_of(apply)} calls {node.target}, which writes in place and cannot be traced. Use an "
-                "operator that returns its result."
+                f"{stage_name(apply)} calls {node.target}, which writes in place and cannot be traced. Use "
+                "an operator that returns its result."
             )
         for value in tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.layout is not torch.strided:
                 layout = str(value.layout).removeprefix("torch.")
                 raise TraceError(
-                    f"{name_of(apply)} makes a tensor of {layout} layout ({node.target}), and a trace loses "
-                    "its gradients. Keep it dense."
+                    f"{stage_name(apply)} makes a tensor of {layout} layout ({node.target}), and a trace "
+                    "loses its gradients. Keep it dense."
                 )
         if node.target is torch.ops.aten._efficientzerotensor.default:
             node.target = torch.ops.aten.zeros.default  # which has memory, as a gradient must
@@ -105,7 +101,7 @@ def warn_of_changes(owner: str) -> None:
 
 def impure(apply: Callable[..., Any]) -> PurityError:
     return PurityError(
-        f"{name_of(apply)} writes in place into a tensor that it was given. A stage function mutates "
+        f"{stage_name(apply)} writes in place into a tensor that it was given. A stage function mutates "
         "nothing: work on a clone, or return the new value as a buffer."
     )
 
@@ -124,13 +120,13 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
         return error if str(error).startswith("a leaf") else impure(apply)
     name = control_flow.operator_behind(error)
     if name is not None:
-        return TraceError(control_flow.refusal(name_of(apply), name))
+        return TraceError(control_flow.refusal(stage_name(apply), name))
     if says(error, FUNCTIONAL_WRITES_REAL):
-        return captured(name_of(apply), f"at {line_of(error)}")
+        return captured(stage_name(apply), f"at {line_of(error)}")
     if is_raised_by_stage(error):
         return error
     where = line_of(error)
-    owner = name_of(apply)
+    owner = stage_name(apply)
     names = {
         m: f"{owner}.{n}" if n else owner for n, m in getattr(apply, "module", nn.Module()).named_modules()
     }

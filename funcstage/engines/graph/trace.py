@@ -34,7 +34,6 @@ from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
 from funcstage.engines.graph.refusals import (
     check_recorded,
     impure,
-    name_of,
     refusal_of,
     refuse_random_backward,
     refuse_trainable,
@@ -45,7 +44,7 @@ from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.tape.reentrant import Leftovers
-from funcstage.errors import PurityError, StageError
+from funcstage.errors import PurityError, StageError, stage_name
 from funcstage.functional import checked_result
 from funcstage.gathered import telling
 from funcstage.state import captured
@@ -88,7 +87,7 @@ def trace(
         tt.without_modes(),
         own_autocast_cache(),
         _recording(call.diff is not None),
-        generators.left_alone(name_of(call.apply)),
+        generators.left_alone(stage_name(call.apply)),
     ):
         try:
             with run.fake_mode, recording(), run.open_kernels():
@@ -110,7 +109,7 @@ def trace(
                 getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")
             ]
             run.captured = [value for value in read if isinstance(value, Tensor)]
-            run.state.read(name_of(call.apply), run.captured)
+            run.state.read(stage_name(call.apply), run.captured)
         finally:
             run.state.restore()
     if traced is None:
@@ -170,7 +169,7 @@ class _Run:
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         """Run the stage and its backward."""
         unsay()
-        call, owner = self._call, name_of(self._call.apply)
+        call, owner = self._call, stage_name(self._call.apply)
         with _Functionalization(), Separable(owner, self.regions.leftovers) as separable:
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(self._leaves)

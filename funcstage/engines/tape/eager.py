@@ -268,7 +268,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
         raise PurityError(BACKWARD_CALLED)
     output, new_buffers = checked_result(apply, result)
     if containers is not None:
-        containers.give_back(getattr(apply, "__qualname__", type(apply).__name__))
+        containers.give_back(call.name)
     leaves, spec = trees.flatten(output)
     named = (
         {**new_buffers, **stage_params} if isinstance(new_buffers, dict) and isinstance(params, dict) else {}
