@@ -1,7 +1,8 @@
 """Which engine runs a call of a stage: the one place that knows them all.
 
 A compiled stage brings its own. The levels take every other call but those that only plain autograd can
-run: DTensors, whose class levels hide, and stages that take gradients or start threads inside themselves.
+run: DTensors, whose class levels hide, and stages that take gradients or start threads inside themselves,
+or use operators whose gradients are C++ `torch::autograd::Function`s.
 That a stage does is seen in the middle of its run, which is then given up: generators and the attributes of
 its module go back to what they were, and it runs again. From then on it runs on the tape at once.
 """
@@ -68,9 +69,9 @@ def _start_over(call: StageCall, before: Before) -> None:
     before.restore()
     for iterator in before.moved_iterators():
         raise StageError(
-            "The stage takes gradients inside its forward, or starts threads there, so it has to start over, "
-            f"but its module holds an iterator ({_type(iterator)}) that may have advanced. Keep a list and "
-            "an index into it instead."
+            "The stage takes gradients inside its forward, starts threads there or applies a C++ "
+            "torch::autograd::Function, so it has to start over, but its module holds an iterator "
+            f"({_type(iterator)}) that may have advanced. Keep a list and an index into it instead."
         )
     with suppress(TypeError):  # some callables cannot be remembered
         _TAKING.add(call.apply)

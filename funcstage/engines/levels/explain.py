@@ -57,7 +57,7 @@ class explaining:  # no generator: see `funcstage.state.undone`
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if isinstance(error, StageError) or not isinstance(error, (AttributeError, RuntimeError)):
             return
-        if not self._higher and says(error, torchs.BACKWARD_IN_TRANSFORM):
+        if not self._higher and says(error, torchs.BACKWARD_IN_TRANSFORM + torchs.FUNCTION_IN_CPP):
             raise inner_gradients.TakesGradients from None
         refusal = _refusal(error) or _sparse(error, self._given) or _compressed(error)
         if refusal is not None:
@@ -114,9 +114,9 @@ def _refusal(error: Exception) -> StageError | None:
     if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(
             "The stage uses an operator whose gradient is a C++ torch::autograd::Function (such as torch "
-            "2.11's and 2.12's differentiable collectives), which torch.func cannot transform. Compile the "
-            "stage with funcstage.compile, or wrap the operator, without its gradient, in a "
-            "torch.autograd.Function."
+            "2.11's and 2.12's differentiable collectives), and is differentiated in turn: by torch.func, or "
+            "because parameters or arguments require grad. Pass detached parameters and arguments, or wrap "
+            "the operator, without its gradient, in a torch.autograd.Function."
         )
     if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(
