@@ -361,7 +361,7 @@ class Recorder(TorchFunctionMode):
             for place in self._places.values()
             if place.name != VALUES and (isinstance(place.owner, weakref.ref) or place.name in loaded)
         ]
-        pending += self._given
+        pending += [(value, label) for label, value in self._given]
         pending += [
             (value, f"{type(part).__name__}.{name}")
             for part in self._parts

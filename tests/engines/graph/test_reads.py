@@ -563,6 +563,16 @@ def test_what_cannot_be_watched_is_refused_by_name(name: str) -> None:
         fs.stage_vjp(fast, params, buffers, torch.randn(2, 4))
 
 
+def test_an_iterator_among_the_arguments_is_refused_by_name() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor, given: Any) -> Any:
+        return x * params["w"] * next(getattr(given["scales"], "of", given["scales"])), buffers
+
+    fast = fs.compile(apply, backend="aten")
+    for scales in (iter([1.0, 2.0]), (float(i) for i in range(9)), SimpleNamespace(of=itertools.count(1))):
+        with pytest.raises(fs.TraceError, match="scales"):
+            fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2), {"scales": scales})
+
+
 @pytest.mark.filterwarnings("ignore:.*random")
 @pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand()])
 def test_a_refused_draw_leaves_the_generator_as_it_was(draw: Callable[[], float]) -> None:

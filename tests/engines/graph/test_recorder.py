@@ -1,0 +1,448 @@
+"""Which places the recorder notes when a stage runs, each by its label: all that it read, and no other."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcstage as fs
+from funcstage.engines.graph.reads import Reads
+from funcstage.engines.graph.recorder import Recorder, _run_by_the_interpreter
+
+HERE = __name__
+NUMBER = 1.0
+TABLE = {"a": [1.0]}
+PAIR = (1.0, 2.0)
+VECTOR = torch.ones(3)
+ONE = torch.ones(())
+
+settings = types.ModuleType("settings_of_a_user")
+settings.factor = 2.0  # type: ignore[attr-defined]
+settings.other = 3.0  # type: ignore[attr-defined]
+settings.inner = inner = types.ModuleType("settings_of_a_user.inner")  # type: ignore[attr-defined]
+inner.deep = 4.0  # type: ignore[attr-defined]
+sys.modules |= {"settings_of_a_user": settings, "settings_of_a_user.inner": inner}
+
+
+def recorded(
+    function: Callable[[], Any], modules: Iterable[nn.Module] = (), arguments: Iterable[tuple[str, Any]] = ()
+) -> Reads:
+    """What is noted while a function runs."""
+    recorder = Recorder(function, modules, arguments)
+    with recorder:
+        function()
+    return recorder.finish()[0]
+
+
+def labels(function: Callable[[], Any], **options: Any) -> set[str]:
+    """The labels of all places but the function's own, and those of the recorder's own named tuples."""
+    function()  # what is imported on first use is imported
+    found = {place.label for place in recorded(function, **options).places}
+    found = {label for label in found if "__new__" not in label and "namedtuple_" not in label}
+    return {label.replace(HERE, "here") for label in found - code_of(function.__qualname__)}
+
+
+def code_of(function: str, *more: str) -> set[str]:
+    """The labels of a function that has run and was there before."""
+    return {f"{function}.{name}" for name in ("__code__", "__defaults__", "__kwdefaults__")} | {*more}
+
+
+class Base:
+    unit = 1.0
+    unread = 2.0
+
+    def scaled(self) -> float:
+        return self.unit
+
+
+class Heir(Base):
+    pass
+
+
+class Kept:
+    """An object with a state that is read, and one that is not."""
+
+    def __init__(self) -> None:
+        self.number, self.stream, self.inside = 1.0, iter([1]), [iter([2])]
+
+
+KEPT = Kept()
+STREAM = iter([1])
+STREAMS = {"a": [iter([1])]}
+PARTIAL: Any = functools.partial(list, STREAM)
+
+
+def helper() -> float:
+    return NUMBER
+
+
+def with_defaults(x: float = 3.0, *, y: float = 4.0) -> float:
+    return x + y
+
+
+def closing_over(value: Any) -> Callable[[], Any]:
+    def read() -> Any:
+        return value
+
+    return read
+
+
+CELL = closing_over(5.0)
+READ = "closing_over.<locals>.read"
+
+
+def in_package(source: str, package: str) -> Callable[[], Any]:
+    """A function of a module in a package."""
+    namespace: dict[str, Any] = {"__name__": f"{package}.code", "__package__": package}
+    exec(f"def run():\n    {source}", namespace)
+    run: Callable[[], Any] = namespace["run"]
+    return run
+
+
+def by_import() -> Any:
+    from settings_of_a_user.inner import deep  # type: ignore[import-not-found]
+
+    return deep
+
+
+def by_import_of_a_module() -> Any:
+    import settings_of_a_user.inner as found  # type: ignore[import-not-found]
+
+    return found.deep
+
+
+def hooking() -> None:
+    torch.ones(2, requires_grad=True).register_hook(hook)
+
+
+def hook(grad: Tensor) -> Tensor:
+    return grad * helper() * CELL()
+
+
+def hooking_with_a_closure() -> None:
+    inside = CELL
+
+    def scaled(grad: Tensor) -> Tensor:
+        return grad * helper() * inside()
+
+    torch.ones(2, requires_grad=True).register_hook(scaled)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * helper()
+
+
+HELPER = code_of("helper", "'helper' in module here", "'NUMBER' in module here")
+INNER = {"'inner' in module settings_of_a_user", "'deep' in module settings_of_a_user.inner"}
+TORCH = {"'torch' in module here", "'ones' in module torch"}
+SCALED = "hooking_with_a_closure.<locals>.scaled"
+HOOK = {*HELPER, "'CELL' in module here", "'hook' in module here", *code_of("hook")}
+
+READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
+    "nothing": (lambda: 1 + 1, set()),
+    "a global": (lambda: NUMBER, {"'NUMBER' in module here"}),
+    "a function": (lambda: helper(), HELPER),
+    "a function that is named and not called": (lambda: helper, {"'helper' in module here"}),
+    "defaults": (lambda: with_defaults(), code_of("with_defaults", "'with_defaults' in module here")),
+    "a cell": (lambda: CELL(), code_of(READ, "'CELL' in module here", f"'value' in {READ}")),
+    "a function inside": (lambda: (lambda: NUMBER)(), {"'NUMBER' in module here"}),
+    "an attribute of a module": (
+        lambda: settings.factor,
+        {"'settings' in module here", "'factor' in module settings_of_a_user"},
+    ),
+    "an attribute of a module in a module": (
+        lambda: settings.inner.deep,
+        {"'settings' in module here", *INNER},
+    ),
+    "an import": (by_import, {"'deep' in module settings_of_a_user.inner"}),
+    "an import of a module": (by_import_of_a_module, INNER),
+    "an import of what is beside": (
+        in_package("from .inner import deep", "settings_of_a_user"),
+        {"'deep' in module settings_of_a_user.inner"},
+    ),
+    "an import of what is above": (
+        in_package("from ..inner import deep", "settings_of_a_user.inner"),
+        {"'deep' in module settings_of_a_user.inner"},
+    ),
+    "an import of a name from the package": (
+        in_package("from . import factor", "settings_of_a_user"),
+        {"'factor' in module settings_of_a_user"},
+    ),
+    "a module by its name": (
+        lambda: sys.modules["settings_of_a_user"].factor,
+        {"'sys' in module here", "'factor' in module settings_of_a_user"},
+    ),
+    "a constant of a library": (lambda: math.pi, {"'math' in module here", "'pi' in module math"}),
+    "a function of a library": (
+        lambda: json.dumps([1]),
+        {"'json' in module here", "'dumps' in module json"},
+    ),
+    "the environment": (
+        lambda: os.environ.get("HOME"),
+        {"'os' in module here", "'environ' in module os"},
+    ),
+    "the environment, by a function": (
+        lambda: os.getenv("HOME"),
+        {"'os' in module here", "'getenv' in module os", "'environ' in module os"},
+    ),
+    "an attribute of a class": (
+        lambda: Base.unit,
+        {"'Base' in module here", "'unit' in class Base"},
+    ),
+    "an inherited method": (
+        lambda: Heir().scaled(),
+        {
+            "'Heir' in module here",
+            *("'unit' in class Base", "'scaled' in class Base"),
+            *code_of("Base.scaled"),
+        },
+    ),
+    "a hook": (hooking, {*HOOK, *TORCH, *code_of(READ, f"'value' in {READ}")}),
+    "a hook that is made inside": (
+        hooking_with_a_closure,
+        {
+            *(HELPER | TORCH | code_of(SCALED, f"'inside' in {SCALED}")),
+            *code_of(READ, f"'value' in {READ}", "'CELL' in module here"),
+        },
+    ),
+    "a backward": (
+        lambda: Doubled.apply(torch.ones(2)),
+        {
+            *("'Doubled' in module here", "'forward' in class Doubled"),
+            *(TORCH | HELPER | code_of("Doubled.forward")),
+            *code_of("Doubled.backward") | code_of("Doubled.setup_context"),
+        },
+    ),
+    "an attribute by a computed name": (
+        lambda: getattr(settings, "fac" + "tor"),
+        {
+            *("'settings' in module here", "'factor' in module settings_of_a_user", *INNER),
+            "'other' in module settings_of_a_user",
+            *(
+                f"'{name}' in module {module}"
+                for name in ("__name__", "__package__")
+                for module in ("settings_of_a_user", "settings_of_a_user.inner")
+            ),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_is_read_is_noted_and_nothing_else(name: str) -> None:
+    function, expected = READS[name]
+    assert labels(function) == expected
+
+
+def test_globals_by_computed_names_are_all_that_say_something() -> None:
+    found = labels(lambda: globals()["NUM" + "BER"])
+    assert {"'NUMBER' in module here", "'TABLE' in module here", "'PAIR' in module here"} <= found
+    assert not {label for label in found if "KEPT" in label or "VECTOR" in label}
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "item": lambda x: x[0].item(),
+    "tolist": Tensor.tolist,
+    "numpy": Tensor.numpy,
+    "equal": lambda x: torch.equal(x, x),
+    "is_nonzero": lambda x: torch.is_nonzero(x[0]),
+    "allclose": lambda x: torch.allclose(x, x),
+    "bool": lambda x: bool(x[0]),
+    "int": lambda x: int(x[0]),
+    "float": lambda x: float(x[0]),
+    "complex": lambda x: complex(x[0]),
+    "index": lambda x: [1, 2][x[0].int() - 1],
+    "array": numpy.asarray,
+    "contains": lambda x: 1.0 in x,
+    "format": lambda x: f"{x[0]:.1f}",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_values_of_a_tensor_are_noted_where_they_are_read(name: str) -> None:
+    read = READERS[name]
+    found = {place.label for place in recorded(lambda: read(VECTOR)).places}
+    assert any(label.startswith("the values of a tensor of shape [") for label in found)
+    assert "'VECTOR' in module " + HERE in found
+
+
+@pytest.mark.parametrize("function", [lambda: VECTOR.sum(), lambda: VECTOR.shape, lambda: VECTOR + VECTOR])
+def test_the_values_of_a_tensor_are_not_noted_where_they_are_computed_with(function: Any) -> None:
+    assert not [label for label in labels(function) if "values" in label]
+
+
+def test_of_what_is_read_each_tensor_of_one_element_counts_that_took_part() -> None:
+    def function() -> Any:
+        ONE * 2
+        return torch.ones(2, device="meta").shape[0] + VECTOR[0].item()
+
+    found = [place for place in recorded(function).places if "values" in place.label]
+    assert sum(place.owner() is ONE for place in found) == 1
+
+
+def test_what_has_changed_since_is_told_by_what_its_place_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(helper, (), ())
+    with recorder:
+        helper()
+    reads, said = recorder.finish()
+    assert reads.now() == said
+    monkeypatch.setattr(sys.modules[HERE], "NUMBER", 2.0)
+    changed = [label for (label, now), (_, before) in zip(reads.now(), said, strict=True) if now != before]
+    assert changed == [f"'NUMBER' in module {HERE}"]
+
+
+def test_names_that_appear_in_a_namespace_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function() -> Any:
+        return hasattr(settings, "late")
+
+    recorder = Recorder(function, (), ())
+    with recorder:
+        function()
+    reads, said = recorder.finish()
+    monkeypatch.setattr(settings, "late", 1.0, raising=False)
+    changed = [label for (label, now), (_, before) in zip(reads.now(), said, strict=True) if now != before]
+    assert changed == ["the names in module settings_of_a_user"]
+
+
+@pytest.mark.parametrize(
+    ("function", "label"),
+    [
+        (lambda: next(STREAM, None), f"'STREAM' in module {HERE}"),
+        (lambda: STREAMS["a"], f"'STREAMS' in module {HERE}['a'][0]"),
+        (lambda: KEPT.stream, f"'KEPT' in module {HERE}.stream"),
+        (lambda: KEPT.inside, f"'KEPT' in module {HERE}.inside[0]"),
+        (lambda: PARTIAL(), f"'PARTIAL' in module {HERE}.args[0]"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_where_it_was_read(function: Any, label: str) -> None:
+    with pytest.raises(
+        fs.TraceError, match=re.escape(f"The stage reads {label}, of type builtins.list_iter")
+    ):
+        recorded(function)
+
+
+@pytest.mark.parametrize("function", [lambda: KEPT.number, lambda: KEPT, lambda: "stream"])
+def test_what_is_beside_what_was_read_may_be_anything(function: Any) -> None:
+    recorded(function)
+
+
+def test_an_iterator_among_the_arguments_and_one_on_the_module_are_refused_by_name() -> None:
+    module = nn.Linear(2, 2)
+    module.stream = iter([1])  # type: ignore[assignment]
+    recorded(lambda: module.in_features, modules=[module])
+    with pytest.raises(fs.TraceError, match=re.escape("reads Linear.stream, of type builtins.list_iterator")):
+        recorded(lambda: module.stream, modules=[module])
+    with pytest.raises(fs.TraceError, match=re.escape("reads args[0], of type builtins.list_iterator")):
+        recorded(lambda: None, arguments=[("args[0]", iter([1]))])
+
+
+def test_modules_that_are_watched_elsewhere_are_known_and_only_their_classes_are_read() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    recorder = Recorder(module, [module], ())
+    assert recorder.known == {id(module), id(module[0])}
+    with recorder:
+        module(torch.ones(2))
+    reads, _ = recorder.finish()
+    assert reads.known == recorder.known
+    found = {place.label for place in reads.places}
+    assert {"'forward' in class Linear", "'forward' in class Sequential", "Linear.forward.__code__"} <= found
+    assert not {label for label in found if "in_features" in label or "weight" in label}
+
+
+def test_draws_are_refused_and_clocks_are_warned_of_with_their_line() -> None:
+    def draws() -> float:
+        return random.random()
+
+    line = f"{__file__}:{draws.__code__.co_firstlineno + 1}"
+    with pytest.raises(fs.TraceError, match=re.escape(f"a random number (random's random, at {line})")):
+        recorded(draws)
+    with pytest.raises(fs.TraceError, match=re.escape("(random.uniform, at ")):
+        recorded(lambda: random.uniform(0, 1))
+    with Recorder(helper, (), ()) as recorder:
+        sys.setprofile(None)
+        random.random()
+    with pytest.raises(fs.TraceError, match="at a place that is not known"):
+        recorder.finish()
+    with pytest.warns(UserWarning, match=re.escape("reads a clock (time.time, at ")):
+        recorded(lambda: time.time())
+
+
+def test_handlers_of_signals_and_the_collectors_callbacks_are_nobodys_reading() -> None:
+    def handler(*_: Any) -> None:
+        pass
+
+    def callback(*_: Any) -> None:
+        pass
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    gc.callbacks.append(callback)
+    try:
+        assert {handler.__code__, callback.__code__} <= _run_by_the_interpreter()
+    finally:
+        gc.callbacks.remove(callback)
+        signal.signal(signal.SIGUSR2, before)
+    assert not {handler.__code__, callback.__code__} & _run_by_the_interpreter()
+
+
+def test_the_profiler_and_the_collectors_callbacks_are_as_before_afterwards() -> None:
+    callbacks, before, events = [*gc.callbacks], sys.getprofile(), []
+
+    def profiler(frame: Any, event: str, argument: Any) -> None:
+        events.append((frame.f_code.co_name, event))
+
+    sys.setprofile(profiler)
+    try:
+        recorded(helper)
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(before)
+    assert gc.callbacks == callbacks
+    assert ("helper", "call") in events
+    assert ("helper", "return") in events
+
+
+def test_functions_without_a_module_are_read_unless_they_are_dynamos_guards() -> None:
+    given: tuple[tuple[dict[str, Any], bool], ...] = (({}, True), ({"G": 1}, False))
+    for namespace, noted in given:
+        exec("FACTOR = 1.0\ndef run(): return FACTOR", namespace)
+        del namespace["__builtins__"]
+        namespace.pop("__name__", None)
+        found = {place.label for place in recorded(namespace["run"]).places}
+        assert ("'FACTOR' in module None" in found) == noted
+
+
+def test_a_trace_of_another_thread_is_not_disturbed_by_what_is_collected_there() -> None:
+    recorder = Recorder(helper, (), ())
+    with recorder:
+        thread = threading.Thread(target=recorder._collect, args=("start", {}))
+        thread.start()
+        thread.join()
+        helper()
+    assert f"'NUMBER' in module {HERE}" in {place.label for place in recorder.finish()[0].places}
