@@ -193,10 +193,10 @@ class Recorder(TorchFunctionMode):
         names = loads.globals | ({*namespace} if loads.any_global else set())
         self._look_up(space, names - space.names)
         for name in loads.imports:
-            self._import(name, namespace.get("__package__") or "")
+            self._import(name, namespace.get("__package__"))
         if not _BY_NAME.isdisjoint(loads.globals | loads.attributes):
             for name in filter(sys.modules.__contains__, code.co_consts):
-                self._import(name, "")
+                self._import(name, None)
         for function in self._functions.get(code, ()):
             self._run(function)
 
@@ -221,7 +221,7 @@ class Recorder(TorchFunctionMode):
         for i, name in enumerate(function.__code__.co_freevars):
             self._note(Place(f"{name!r} in {label}", reference, i))
 
-    def _import(self, name: str, package: str) -> None:
+    def _import(self, name: str, package: str | None) -> None:
         above = package.split(".") if package else []
         for n in range(len(above) + 1):
             full = ".".join((*above[:n], name)).rstrip(".")
@@ -307,7 +307,9 @@ class Recorder(TorchFunctionMode):
         pending = [(value, label)]
         while pending:
             value, label = pending.pop()
-            if is_plain(value) or id(value) in self._explored or isinstance(value, ModuleType):
+            if isinstance(value, ModuleType):
+                self._reach_module(value)
+            if is_plain(value) or id(value) in self._explored:
                 continue
             if isinstance(value, type):
                 self._reach_class(value)

@@ -549,6 +549,7 @@ UNWATCHED: dict[str, tuple[Callable[[], Any], str]] = {
     "an iterator behind a weak reference": (lambda: next(WEAK().table["count"]), "count"),
 }
 COUNT = itertools.count(1)
+HOLDS_A_MODULE = SimpleNamespace(of=config)
 COUNTS, NEXT, HOLDER = {"count": COUNT}, functools.partial(next, COUNT), Config(table={"count": COUNT})
 WEAK = weakref.ref(HOLDER)
 OF_CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("of_context", default=COUNT)
@@ -848,6 +849,35 @@ def test_a_global_of_a_module_that_is_found_by_its_name_is_seen(
         monkeypatch.setattr(colorsys, "ONE_THIRD", 5.0)
 
     check_change(compiled(Reading(read, float)), change, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda own, given: own.held.scale,
+        lambda own, given: own.listed["of"][0].scale,
+        lambda own, given: given.scale,
+        lambda own, given, found=HOLDS_A_MODULE: found.of.scale,
+        lambda own, given, found=config: found.scale,
+    ],
+    ids=["attribute", "container", "argument", "object", "default"],
+)
+def test_an_attribute_of_a_module_that_is_held_somewhere_is_seen(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Holding(nn.Linear):
+        held, listed = config, {"of": [config]}
+
+        def forward(self, x: Tensor, given: Any) -> Tensor:
+            y: Tensor = super().forward(x) * read(self, given)
+            return y
+
+    apply, params, buffers = fs.functionalize(Holding(3, 3))
+    fast, x = fs.compile(apply, backend="aten"), torch.randn(2, 3)
+    for scale in (2.0, 3.0):
+        monkeypatch.setattr(config, "scale", scale, raising=False)
+        torch.testing.assert_close(fast(params, buffers, x, config), apply(params, buffers, x, config))
+    assert "2 signature(s)" in repr(fast)
 
 
 def test_whether_a_captured_tensor_requires_grad_is_seen() -> None:

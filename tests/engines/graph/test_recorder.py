@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,10 +22,17 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import funcstage as fs
 from funcstage.engines.graph.reads import Reads
-from funcstage.engines.graph.recorder import Recorder, _run_by_the_interpreter
+from funcstage.engines.graph.recorder import (
+    Recorder,
+    _is_data,
+    _is_made_in_trace,
+    _is_traced,
+    _run_by_the_interpreter,
+)
 
 HERE = __name__
 NUMBER = 1.0
@@ -65,6 +73,7 @@ def code_of(function: str, *more: str) -> set[str]:
 
 
 class Base:
+    __hash__ = None  # type: ignore[assignment]
     unit = 1.0
     unread = 2.0
 
@@ -83,10 +92,31 @@ class Kept:
         self.number, self.stream, self.inside = 1.0, iter([1]), [iter([2])]
 
 
+class Calling:
+    """What is called by an instance, where a class has it for a special method."""
+
+    def __call__(self) -> float:
+        return NUMBER
+
+
+class Special:
+    __call__ = Calling()
+
+
 KEPT = Kept()
+MODULES = [settings]
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+MEMBER = Heir()
+COMPARING = functools.cmp_to_key(lambda a, b: int(NUMBER * a) - b)
 STREAM = iter([1])
+IN_SET = (iter([1]), CYCLE, 1, 1)
 STREAMS = {"a": [iter([1])]}
 PARTIAL: Any = functools.partial(list, STREAM)
+
+
+def default(stream: Any = STREAM) -> None:
+    pass
 
 
 def helper() -> float:
@@ -114,6 +144,28 @@ def in_package(source: str, package: str) -> Callable[[], Any]:
     exec(f"def run():\n    {source}", namespace)
     run: Callable[[], Any] = namespace["run"]
     return run
+
+
+def of_a_module(found: Any = settings) -> Any:
+    return found.factor
+
+
+def after_another() -> Any:
+    return settings.factor, computed(settings, "other")
+
+
+def computed(owner: Any, name: str) -> Any:
+    return getattr(owner, name)
+
+
+def under_torchs_layer(x: Tensor) -> Any:
+    if torch.overrides.has_torch_function((x,)):
+        return torch.overrides.handle_torch_function(helping, (x,), x)
+    return x
+
+
+def helping(x: Tensor) -> Any:
+    return x * NUMBER
 
 
 def by_import() -> Any:
@@ -161,6 +213,11 @@ class Doubled(torch.autograd.Function):
 
 HELPER = code_of("helper", "'helper' in module here", "'NUMBER' in module here")
 INNER = {"'inner' in module settings_of_a_user", "'deep' in module settings_of_a_user.inner"}
+OF_RELU = {"'relu' in module torch", "'functional' in module torch", "'functional' in module torch.nn"}
+OF_OVERRIDES = {
+    "'overrides' in module torch",
+    *("'handle_torch_function' in module torch.overrides", "'has_torch_function' in module torch.overrides"),
+}
 TORCH = {"'torch' in module here", "'ones' in module torch"}
 SCALED = "hooking_with_a_closure.<locals>.scaled"
 HOOK = {*HELPER, "'CELL' in module here", "'hook' in module here", *code_of("hook")}
@@ -240,11 +297,57 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
             *code_of("Doubled.backward") | code_of("Doubled.setup_context"),
         },
     ),
+    "a hook by its keyword": (
+        lambda: torch.ones(2, requires_grad=True).register_hook(hook=hook),
+        {*HOOK, *TORCH, *code_of(READ, f"'value' in {READ}")},
+    ),
+    "a hook of a library": (
+        lambda: torch.ones(2, requires_grad=True).register_hook(nn.functional.relu),
+        {*TORCH, "'nn' in module here", "'relu' in module torch.nn.functional", *OF_RELU},
+    ),
+    "what only torch's layer calls": (
+        lambda: under_torchs_layer(VECTOR),
+        {
+            *("'VECTOR' in module here", "'NUMBER' in module here", "'helping' in module here"),
+            *("'torch' in module here", "'under_torchs_layer' in module here"),
+            *(code_of("helping") | code_of("under_torchs_layer") | OF_OVERRIDES),
+        },
+    ),
+    "what only an object in C calls": (
+        lambda: COMPARING(1) < COMPARING(2),
+        {"'COMPARING' in module here", "'NUMBER' in module here"},
+    ),
+    "a special method that is an object": (
+        lambda: Special()(),
+        {
+            *("'Special' in module here", "'__call__' in class Special", "'NUMBER' in module here"),
+            *("'__call__' in class Calling", *code_of("Calling.__call__")),
+        },
+    ),
+    "a module in a list": (
+        lambda: MODULES[0].factor,
+        {"'MODULES' in module here", "'factor' in module settings_of_a_user"},
+    ),
+    "a module as a default": (
+        lambda: of_a_module(),
+        code_of("of_a_module", "'of_a_module' in module here", "'factor' in module settings_of_a_user"),
+    ),
+    "a list that holds itself": (lambda: CYCLE, {"'CYCLE' in module here"}),
+    "an attribute of an object": (lambda: MEMBER.unit, {"'MEMBER' in module here", "'unit' in class Base"}),
+    "a separator of the system": (lambda: os.sep, {"'os' in module here", "'sep' in module os"}),
+    "the word getenv": (
+        lambda: ("getenv", settings.factor),
+        {"'settings' in module here", "'factor' in module settings_of_a_user"},
+    ),
+    "an attribute of a library by a computed name": (
+        lambda: computed(math, "".join(["p", "i"])),
+        code_of("computed", "'computed' in module here", "'math' in module here"),
+    ),
     "an attribute by a computed name": (
-        lambda: getattr(settings, "fac" + "tor"),
+        after_another,
         {
             *("'settings' in module here", "'factor' in module settings_of_a_user", *INNER),
-            "'other' in module settings_of_a_user",
+            *("'other' in module settings_of_a_user", *code_of("computed", "'computed' in module here")),
             *(
                 f"'{name}' in module {module}"
                 for name in ("__name__", "__package__")
@@ -339,6 +442,8 @@ def test_names_that_appear_in_a_namespace_are_told(monkeypatch: pytest.MonkeyPat
         (lambda: KEPT.stream, f"'KEPT' in module {HERE}.stream"),
         (lambda: KEPT.inside, f"'KEPT' in module {HERE}.inside[0]"),
         (lambda: PARTIAL(), f"'PARTIAL' in module {HERE}.args[0]"),
+        (lambda: default(), "default.__defaults__[0]"),
+        (lambda: IN_SET, f"'IN_SET' in module {HERE}[0]"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_where_it_was_read(function: Any, label: str) -> None:
@@ -374,6 +479,76 @@ def test_modules_that_are_watched_elsewhere_are_known_and_only_their_classes_are
     found = {place.label for place in reads.places}
     assert {"'forward' in class Linear", "'forward' in class Sequential", "Linear.forward.__code__"} <= found
     assert not {label for label in found if "in_features" in label or "weight" in label}
+
+
+def test_what_modules_and_arguments_hold_is_looked_through_for_classes() -> None:
+    module, given = nn.Linear(2, 2), Heir()
+    module.holder = MEMBER  # type: ignore[assignment]
+    assert "'unit' in class Base" in labels(lambda: module.holder.unit, modules=[module])
+    assert "'unit' in class Base" in labels(lambda: given.unit, arguments=[("args[0]", given)])
+    module._modules["holder"] = MEMBER  # type: ignore[assignment]
+    del module.__dict__["holder"]
+    assert "'unit' in class Base" not in labels(lambda: "unit", modules=[nn.Linear(2, 2)])
+
+
+def test_of_libraries_classes_those_of_layers_are_read() -> None:
+    plain = nn.Linear(2, 2)
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    for layer, classes in ((plain, {"Linear"}), (module, {"Linear", "ParametrizationList", "_WeightNorm"})):
+        found = {place.label for place in recorded(lambda m=layer: m(VECTOR[:2]), modules=[layer]).places}  # type: ignore[misc]
+        assert {f"'forward' in class {name}" for name in classes} <= found
+        assert not {label for label in found if label.endswith(" in class Module")}
+
+
+def test_the_users_profiler_is_told_of_what_runs_inside_torch() -> None:
+    events, before = [], sys.getprofile()
+
+    def profiler(frame: Any, event: str, argument: Any) -> None:
+        events.append((frame.f_code.co_name, event))
+
+    recorder = Recorder(helper, (), ())
+    sys.setprofile(profiler)
+    try:
+        with recorder:
+            nn.functional.softmin(VECTOR, 0)
+    finally:
+        sys.setprofile(before)
+    assert events.count(("softmin", "call")) == 2  # once to ask the modes, then by the recorder
+
+
+def test_tensors_of_a_trace_are_told_from_others_and_so_are_containers_of_them() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        assert _is_traced(x)
+        assert all(map(_is_made_in_trace, (x, [x], (x,), {"a": x}, [1, x])))
+        assert not any(map(_is_made_in_trace, (VECTOR, [VECTOR], "x", [[x]], None, ())))
+        return x * params["w"], buffers
+
+    fs.compile(apply, backend="aten", fullgraph=True)({"w": VECTOR}, {}, VECTOR)
+    assert not _is_traced(VECTOR)
+    assert _is_traced(VECTOR.to("meta"))
+    with FakeTensorMode() as mode:
+        assert _is_traced(mode.from_tensor(VECTOR))
+    assert torch.func.functionalize(lambda x: x * (2 if _is_traced(x) else 3))(VECTOR)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, True),
+        (helper, True),
+        (math.sin, True),
+        ([1, {"a": (2, {3}, frozenset({4}), deque([5]))}], True),
+        ([helper, [math.sin]], True),
+        (KEPT, False),
+        ([1, [KEPT]], False),
+        ({"a": KEPT}, False),
+        (deque([KEPT]), False),
+        ([[0] for _ in range(499)], True),
+        ([[0] for _ in range(1500)], False),
+    ],
+)
+def test_data_is_what_is_compared_at_little_cost(value: Any, expected: bool) -> None:
+    assert _is_data(value) == expected
 
 
 def test_draws_are_refused_and_clocks_are_warned_of_with_their_line() -> None:
@@ -429,13 +604,12 @@ def test_the_profiler_and_the_collectors_callbacks_are_as_before_afterwards() ->
 
 
 def test_functions_without_a_module_are_read_unless_they_are_dynamos_guards() -> None:
-    given: tuple[tuple[dict[str, Any], bool], ...] = (({}, True), ({"G": 1}, False))
-    for namespace, noted in given:
+    given: tuple[dict[str, Any], ...] = ({}, {"G": 1}, {"G": 1, "__name__": "of_a_user"})
+    for namespace, noted in zip(given, (True, False, True), strict=True):
         exec("FACTOR = 1.0\ndef run(): return FACTOR", namespace)
         del namespace["__builtins__"]
-        namespace.pop("__name__", None)
         found = {place.label for place in recorded(namespace["run"]).places}
-        assert ("'FACTOR' in module None" in found) == noted
+        assert (f"'FACTOR' in module {namespace.get('__name__')}" in found) == noted
 
 
 def test_a_trace_of_another_thread_is_not_disturbed_by_what_is_collected_there() -> None:
