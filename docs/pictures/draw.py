@@ -80,7 +80,7 @@ def what_is_held(path: Path) -> None:
         color="#00614A",
         linewidth=1.6,
     )
-    for remat, offset in (("full", (6, 8)), ("min_cut", (-30, 10)), ("none", (6, 10))):
+    for remat, offset in (("full", (6, 8)), ("min_cut", (-56, -12)), ("none", (4, 8))):
         held, again = point(remat)
         axes.plot(held, again, "o", color="#B5562B")
         axes.annotate(f'"{remat}"', (held, again), xytext=offset, textcoords="offset points", fontsize=10)
