@@ -66,7 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--device", default="cpu", help="torch device to train on, such as cpu or cuda")
-    demo.add_argument("--schedule", default="ZBVZeroBubble", choices=SCHEDULES, help="pipeline schedule")
+    demo.add_argument(
+        "--schedule",
+        default="ZBVZeroBubble",
+        choices=SCHEDULES,
+        metavar="NAME",
+        help="%(choices)s (default: %(default)s)",
+    )
     demo.add_argument("--steps", default=150, type=_positive, metavar="N", help="training steps")
     demo.add_argument(
         "--stages",

@@ -46,7 +46,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--schedule",
         default="ZBVZeroBubble",
         choices=(*SCHEDULES, _ZB_H1, _FOUND),
-        help=f"'{_FOUND}' is what find_schedule finds for the costs (default: %(default)s)",
+        metavar="NAME",
+        help=f"%(choices)s; '{_FOUND}' is what find_schedule finds for the costs (default: %(default)s)",
     )
     which.add_argument(
         "--trace",

@@ -202,7 +202,8 @@ def _placed(schedule: str, num_stages: int, num_ranks: int | None) -> int:
     if num_ranks is not None:
         check_count("num_ranks", num_ranks)
         if num_stages % num_ranks or per_rank not in (None, num_stages // num_ranks):
-            share = "the same number of stages" if per_rank is None else f"{per_rank} stage(s)"
+            shares = {None: "the same number of stages", 1: "one stage"}
+            share = shares.get(per_rank, f"{per_rank} stages")
             raise ScheduleError(
                 f"{schedule} has {share} on every rank; {num_stages} stages on {num_ranks} ranks do not fit. "
                 "Change one of these numbers."

@@ -258,6 +258,16 @@ def test_a_table_fits_into_80_columns_on_a_terminal_and_off(
     assert [figure for figure in figures if figure not in drawn] == []
 
 
+@pytest.mark.parametrize("command", [[], ["plan"], ["check"], ["timeline"], ["demo"]], ids=" ".join)
+def test_help_fits_into_80_columns(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_a_timeline_says_what_the_simulation_does(capsys: pytest.CaptureFixture[str]) -> None:
     costs = ["--costs", 1, 1.5, 0.5, "--held", 8, 4, "--comm", 0.25]
     schedule = ["--schedule", "ZBVZeroBubble", "--ranks", 3, "--microbatches", 6]
