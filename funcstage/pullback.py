@@ -14,6 +14,7 @@ from typing import Any, Generic
 import optree
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
 from funcstage import trees
 from funcstage.checks import (
@@ -34,7 +35,7 @@ from funcstage.state.captured import Captured
 from funcstage.state.grad_mode import in_ordinary_mode, outside_inference_mode
 from funcstage.state.undone import undone_if_interrupted
 from funcstage.state.writes import Part, Watch, refuse_written
-from funcstage.trees import AnyBuffers, AnyParams, NoBuffers, Output, PyTree, describe
+from funcstage.trees import AnyBuffers, AnyParams, NoBuffers, Output, PyTree, describe, is_differentiable
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 
@@ -134,8 +135,16 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
                 leaves[i] = None
         for i, (leaf, meta) in enumerate(zip(leaves, self._output_metas, strict=True)):
             if leaf is not None:
+                if meta is None and self._is_of_packed(i, leaf):
+                    leaves[i] = None
+                    continue
                 self._check_leaf(i, leaf, meta)
         return leaves
+
+    def _is_of_packed(self, i: int, leaf: object) -> bool:
+        """Tell whether it is the sizes or indices of a packed sequence, which torch makes none without."""
+        accessor = self._output_spec.accessors()[i]
+        return bool(accessor) and accessor[-1].type is PackedSequence and not is_differentiable(leaf)
 
     def _check_leaf(self, i: int, leaf: object, meta: Meta | None) -> None:
         shaped = isinstance(leaf, Tensor) and not (is_lazy(leaf) or leaf.is_nested)

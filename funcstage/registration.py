@@ -1,8 +1,9 @@
 """Types that optree was not told of, told to it when they are first met in arguments or outputs.
 
 Dataclasses (and attrs classes), subclasses of dict, list and tuple, as model libraries return them, what is
-registered in `torch.utils._pytree`, and FlexAttention's masks (`masks.py`). They are rebuilt by their
-contents, without their constructors, as a cotangent or a gradient need not be what those accept. The
+registered in `torch.utils._pytree`, FlexAttention's masks (`masks.py`), and named tuples whose constructors
+are their own (`PackedSequence`). They are rebuilt by their contents, without their constructors, as a
+cotangent or a gradient need not be what those accept. The
 namespace is ours alone, and what a user has registered there, or for all namespaces, comes first.
 """
 
@@ -12,8 +13,10 @@ import dataclasses
 import enum
 import threading
 import types
+import warnings
 from collections import OrderedDict, UserDict, UserList, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,6 +66,47 @@ def has_new(leaves: Iterable[Any]) -> bool:
                 _registered.add(kind)
             found = True
     return found
+
+
+def has_new_nodes(spec: optree.PyTreeSpec) -> bool:
+    """Register named tuples of a structure that optree would rebuild by constructors of their own."""
+    with suppress(TypeError):  # what a user's node keeps need not be hashable
+        if spec in _SEEN:
+            return False
+    picky = [*filter(_is_picky, _named_tuples(spec))]
+    if not picky:
+        with suppress(TypeError):
+            if len(_SEEN) >= _MANY:
+                _SEEN.clear()
+            _SEEN.add(spec)
+        return False
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is named, too: optree takes it for a mistake
+        for kind in {*picky} - _registered:
+            rebuild = partial(_unflatten_items, kind)
+            optree.register_pytree_node(
+                kind, _flatten_fields, rebuild, path_entry_type=optree.GetAttrEntry, namespace=NAMESPACE
+            )
+            _registered.add(kind)
+    return True
+
+
+_SEEN: set[optree.PyTreeSpec] = set()
+_MANY = 256
+
+
+def _named_tuples(spec: optree.PyTreeSpec) -> Iterable[type]:
+    """The classes of a structure's named tuples, but for those that have rules of their own."""
+    if spec.kind == optree.PyTreeKind.NAMEDTUPLE:
+        yield spec.type  # type: ignore[misc]  # which only a leaf has not
+    for child in spec.children():
+        yield from _named_tuples(child)
+
+
+def _is_picky(kind: Any) -> bool:
+    """Tell whether a named tuple is more than its fields, or makes something else of them."""
+    maker = next(base for base in kind.__mro__ if "__new__" in vars(base))
+    return "_fields" not in vars(maker) or kind.__init__ is not object.__init__ or kind.__dictoffset__ != 0
 
 
 def _rule(kind: type) -> tuple[Any, Any, Any] | None:
@@ -169,6 +213,11 @@ def _flatten_items(base: Any, instance: Any) -> tuple[Iterable[Any], Any, Any]:
     attributes = attributes_of(instance)
     items = list(base.__iter__(instance))
     return [*items, *attributes.values()], tuple(attributes), (*range(len(items)), *attributes)
+
+
+def _flatten_fields(instance: Any) -> tuple[Iterable[Any], Any, Any]:
+    items, names, _ = _flatten_items(tuple, instance)
+    return items, names, (*instance._fields, *names)
 
 
 def _unflatten_items(kind: Any, names: tuple[str, ...], children: Iterable[Any]) -> Any:

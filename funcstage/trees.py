@@ -15,7 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from typing_extensions import TypeVar
 
-from funcstage.registration import ALWAYS_LEAVES, LEAVES, NAMESPACE, has_new
+from funcstage.registration import ALWAYS_LEAVES, LEAVES, NAMESPACE, has_new, has_new_nodes
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
@@ -40,6 +40,8 @@ def flatten(tree: PyTree) -> tuple[list[Any], optree.PyTreeSpec]:
             return leaves, known.spec
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     if not LEAVES.issuperset(map(type, leaves)) and has_new(leaves):
+        return flatten(tree)
+    if (spec.num_nodes > spec.num_leaves + 1 or spec.type not in _BUILTIN) and has_new_nodes(spec):
         return flatten(tree)
     is_new = known is None and type(tree) is dict and spec.num_leaves == len(tree) == spec.num_nodes - 1
     if is_new and _NAMES.issuperset(map(type, tree)):
@@ -70,6 +72,7 @@ class _Flat(NamedTuple):
 _FLAT: dict[tuple[Any, ...], _Flat] = {}
 _MANY = 256
 _NAMES = frozenset((str,))
+_BUILTIN = frozenset((None, tuple, list, dict))
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> PyTree:

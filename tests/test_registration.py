@@ -126,6 +126,30 @@ class Named(NamedTuple):
     extra: Any = None
 
 
+class Doubled(Named):
+    """Makes something else of what it is given, so that it must not be made twice."""
+
+    def __new__(cls, hidden: Tensor, extra: Any = None) -> Doubled:
+        return super().__new__(cls, hidden * 2, extra)
+
+
+class Picky(Named):
+    """Takes other arguments than its fields, and has an attribute."""
+
+    def __new__(cls, pair: tuple[Tensor, Any]) -> Picky:
+        new = super().__new__(cls, *pair)
+        new.width = new.hidden.shape[-1]  # type: ignore[attr-defined]
+        return new
+
+
+class Initialised(Named):
+    __slots__ = ()
+
+    def __init__(self, hidden: Tensor, extra: Any = None) -> None:
+        if self.hidden is None:
+            raise ValueError("hidden is needed")
+
+
 class User(UserDict):  # type: ignore[type-arg]
     pass
 
@@ -168,6 +192,9 @@ MAKE: dict[str, Any] = {
     "list subclass": lambda h, e: Items([h, e]),
     "tuple subclass": lambda h, e: Pair([h, e]),
     "named tuple": Named,
+    "named tuple with __new__": Doubled,
+    "named tuple of a pair": lambda h, e: Picky((h, e)),
+    "named tuple with __init__": Initialised,
     "UserDict": lambda h, e: User(hidden=h, extra=e),
     "attrs": Attrs,
     "registered in torch": lambda h, e: Cache([h], e),
@@ -223,12 +250,24 @@ def test_a_type_passes_in_and_out_with_eagers_gradients(kind: str, extra: Any, e
     cotangents = [torch.ones(2, 4) for _ in leaves]
     if kind == "nested":
         cotangents[-1] = torch.full((2, 4), 2.0)
+    if kind == "named tuple with __new__":
+        cotangents[0] = torch.full((2, 4), 2.0)
     dx, *dparams = torch.autograd.grad(leaves, [leaf, *module.parameters()], cotangents)
     found = [t for t in fs.trees.flatten(dvalue)[0] if isinstance(t, Tensor)]
+    if kind == "named tuple with __new__":
+        found = [found[0] * 2]
     if kind in ("nested", "in a dict"):
         found = [found[0] + found[1] * (2 if kind == "nested" else 1)]
     torch.testing.assert_close(found, [dx])
     torch.testing.assert_close(list(grads.values()), dparams)
+
+
+def test_a_named_tuple_keeps_the_attributes_that_it_was_given() -> None:
+    apply, params, buffers = fs.functionalize(Stage("named tuple of a pair", None))
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, Picky((torch.randn(2, 4), None)))
+    assert output.width == 4  # type: ignore[attr-defined]
+    (dvalue,), _ = pullback(output._replace(hidden=None))
+    assert dvalue == (None, None)
 
 
 def test_a_model_output_keeps_its_entries_attributes_and_nones() -> None:
