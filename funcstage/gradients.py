@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,27 +66,37 @@ def value_and_grad(
     if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
         raise StructureError(f"microbatches must be a positive integer, got {microbatches!r}.")
 
-    def run(params: Params, buffers: Buffers, *args: PyTree, **kwargs: PyTree) -> tuple[Any, Buffers, Params]:
-        losses: list[Tensor] = []
-        auxiliary: list[PyTree] = []
-        grads: Params = None
-        for of_microbatch in cut("args", args, microbatches):
-            output, buffers, pullback = stage_vjp(
-                apply, params, buffers, *of_microbatch, argnums=(), **kwargs
-            )
-            loss, aux = _parts(output, has_aux)
-            losses.append(loss)
-            auxiliary.append(aux)
-            share = torch.full_like(loss, 1 / microbatches)
-            cotangents = (share, trees.map_leaves(lambda _: None, aux)) if has_aux else share
-            _, weight_pullback = pullback(cotangents)
-            grads = stage_backward_weight(weight_pullback, accumulate=grads)
-        value = torch.stack(losses).mean() if microbatches > 1 else losses[0]
-        if not has_aux:
-            return value, buffers, grads
-        return (value, auxiliary if microbatches > 1 else auxiliary[0]), buffers, grads
+    return partial(_run, _Step(apply, has_aux, microbatches))  # no function in here: it can be pickled
 
-    return run
+
+class _Step(NamedTuple):
+    """What `value_and_grad` was given."""
+
+    apply: Callable[..., tuple[Any, Buffers]]
+    has_aux: bool
+    microbatches: int
+
+
+def _run(
+    step: _Step, /, params: Params, buffers: Buffers, *args: PyTree, **kwargs: PyTree
+) -> tuple[Any, Buffers, Params]:
+    apply, has_aux, microbatches = step
+    losses: list[Tensor] = []
+    auxiliary: list[PyTree] = []
+    grads: Params = None
+    for of_microbatch in cut("args", args, microbatches):
+        output, buffers, pullback = stage_vjp(apply, params, buffers, *of_microbatch, argnums=(), **kwargs)
+        loss, aux = _parts(output, has_aux)
+        losses.append(loss)
+        auxiliary.append(aux)
+        share = torch.full_like(loss, 1 / microbatches)
+        cotangents = (share, trees.map_leaves(lambda _: None, aux)) if has_aux else share
+        _, weight_pullback = pullback(cotangents)
+        grads = stage_backward_weight(weight_pullback, accumulate=grads)
+    value = torch.stack(losses).mean() if microbatches > 1 else losses[0]
+    if not has_aux:
+        return value, buffers, grads
+    return (value, auxiliary if microbatches > 1 else auxiliary[0]), buffers, grads
 
 
 def _parts(output: PyTree, has_aux: bool) -> tuple[Tensor, PyTree]:

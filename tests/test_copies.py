@@ -100,3 +100,27 @@ def test_what_is_differentiated_in_turn_is_not_copied(copied: Any) -> None:
     (again,), _ = pullback(torch.ones_like(output))
     for grad in (dx, again):
         assert torch.autograd.grad(grad.sum(), x, retain_graph=True)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_a_step_of_value_and_grad_is_copied_and_pickled(copied: Any, compiled: bool) -> None:
+    torch.manual_seed(0)
+    module = Reduced()
+    x = torch.randn(4, 3)
+    module(x).backward()
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, backend="aten") if compiled else apply
+    value, _, grads = copied(fs.value_and_grad(stage, microbatches=2))(params, buffers, x)
+    torch.testing.assert_close(value, module(x))
+    torch.testing.assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
+class Reduced(nn.Linear):
+    """A scalar per microbatch, as a loss is."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
