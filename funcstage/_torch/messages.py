@@ -21,6 +21,9 @@ SAVED_WRITTEN: Signs = ("modified by an inplace operation",)
 CAPTURED_WRITTEN: Signs = ("mutate a captured Tensor",)
 """torch.func: a tensor from outside of a transform is written in place."""
 
+STORAGE_SET: Signs = ("in-place operation (aten::set_",)
+"""torch.func: of these, a tensor is given another storage."""
+
 FUNCTIONAL_WRITES_REAL: Signs = ("mutating a non-functional tensor",)
 """Functionalization: a tensor of a trace is written into one from outside."""
 
@@ -47,6 +50,13 @@ NESTED_IN_TRACE: Signs = ("shape_env must not be None", "_nested_tensor_from", "
 
 NO_MEMORY: Signs = ("Cannot access data pointer", "Cannot access storage of TensorWrapper")
 """The memory of a wrapper of torch.func is asked for, which has none."""
+
+NO_VALUES: Signs = (
+    ".numpy() is not supported for tensor subclasses",
+    "tolist() shouldn't be called on a tensor with unallocated storage",
+    *("Cannot access data pointer of Tensor", "access the data pointer on an invalid python storage"),
+)
+"""Fake tensors: what they hold is asked for, other than by an operation, whose error has a class."""
 
 CHECKPOINT_UNLIKE: Signs = ("during selective activation checkpoint", "not found in storage")
 """Selective checkpoints: the second run does other things than the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import funcstage as fs
 from funcstage._torch import functorch as ft
 from funcstage._torch import messages, tracing
 from funcstage._torch.messages import says
@@ -90,6 +92,35 @@ def storage_of_a_wrapper() -> None:
     torch.func.grad(lambda x: copy.copy(x).sum())(torch.ones(3))
 
 
+def storage_set() -> None:
+    def stage(weight: Tensor, _: object, x: Tensor) -> tuple[Tensor, object]:
+        return weight * x * copy.copy(x.detach()), _
+
+    with pytest.raises(fs.StageError) as refusal:
+        fs.stage_vjp(stage, torch.ones(3), {}, torch.ones(3))
+    raise refusal.value.__cause__ or refusal.value
+
+
+def as_numpy_in_a_trace() -> None:
+    with tracing.FakeTensorMode():
+        torch.ones(3).numpy()
+
+
+def as_a_list_in_a_trace() -> None:
+    with tracing.FakeTensorMode():
+        torch.func.grad(lambda x: x.sum() * x.detach().tolist()[0])(torch.ones(3))
+
+
+def pointer_in_a_trace() -> None:
+    with tracing.FakeTensorMode(), tracing.FunctionalTensorMode():
+        torch.from_dlpack(torch.ones(3))
+
+
+def pickled_in_a_trace() -> None:
+    with tracing.FakeTensorMode(), tracing.FunctionalTensorMode():
+        pickle.dumps(torch.ones(3))
+
+
 def functional_writes_real() -> None:
     real = torch.ones(3)
     torch.func.functionalize(lambda x: real.add_(x))(FLOAT)
@@ -131,6 +162,11 @@ CASES: list[tuple[Callable[[], None], messages.Signs]] = [
     (nested_in_a_trace, messages.NESTED_IN_TRACE),
     (memory_of_a_wrapper, messages.NO_MEMORY),
     (storage_of_a_wrapper, messages.NO_MEMORY),
+    (storage_set, messages.STORAGE_SET),
+    (as_numpy_in_a_trace, messages.NO_VALUES),
+    (as_a_list_in_a_trace, messages.NO_VALUES),
+    (pointer_in_a_trace, messages.NO_VALUES),
+    (pickled_in_a_trace, messages.NO_VALUES),
     (checkpoint_unlike, messages.CHECKPOINT_UNLIKE),
     (mode_not_entered, messages.NOT_ENTERED),
     (level_not_entered, messages.NOT_ENTERED),

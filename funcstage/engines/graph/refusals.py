@@ -13,7 +13,14 @@ from torch.fx import GraphModule, Node
 
 from funcstage._torch import functorch as ft
 from funcstage._torch import tracing as tt
-from funcstage._torch.messages import FUNCTIONAL_WRITES_REAL, LEAF_WRITTEN, NESTED_IN_TRACE, says
+from funcstage._torch.messages import (
+    FUNCTIONAL_WRITES_REAL,
+    LEAF_WRITTEN,
+    NESTED_IN_TRACE,
+    NO_VALUES,
+    SAVED_WRITTEN,
+    says,
+)
 from funcstage._torch.operators import OpOverload, writes
 from funcstage._torch.pytree import tree_leaves
 from funcstage.dtensors import unwrapped
@@ -136,8 +143,13 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
+    if says(reason, SAVED_WRITTEN):
+        reason = (
+            "it overwrites in place what it has read before and what a gradient needs, such as a buffer that "
+            "it reads and updates several times; clone it where it is read, or assign the new value"
+        )
     kind = TraceError
-    if isinstance(error, (*tt.UNTRACEABLE, Shown)):
+    if isinstance(error, (*tt.UNTRACEABLE, Shown)) or says(reason, NO_VALUES):
         kind, reason = ReadsValue, f"it reads the value of a tensor ({reason})"
         if torch.is_anomaly_enabled() and where is None:
             kind = TraceError

@@ -94,6 +94,12 @@ def _refusal(error: Exception) -> StageError | None:
         return StageError(_HOOKS_REFUSED)
     if says(error, torchs.HOOKS_IN_TRANSFORM):  # those of `saving_outside`
         return inner_gradients.refused("torch.func")
+    if says(error, torchs.STORAGE_SET):
+        return StageError(
+            "The stage gives a tensor the memory of another, as copy.copy and unpickling do, which "
+            "torch.func does not allow. In place of copy.copy write tensor.detach(), in place of pickle "
+            "copy.deepcopy(tensor.detach())."
+        )
     if says(error, torchs.CAPTURED_WRITTEN):
         return PurityError(
             "The stage writes in place into a tensor that it captured from outside (not an argument, a "
@@ -108,8 +114,8 @@ def _refusal(error: Exception) -> StageError | None:
     if says(error, torchs.NO_MEMORY):
         return StageError(
             "The stage reads the memory of a tensor that is differentiated (through NumPy, copy.copy or "
-            "pickle, for example), which torch.func does not allow. Wrap the code that reads it in a "
-            "torch.library.custom_op; in place of copy.copy write tensor.detach()."
+            "pickle, for example), which torch.func does not allow. Read that of tensor.detach(); what is to "
+            "have a gradient, wrap in a torch.library.custom_op."
         )
     if says(error, torchs.FUNCTION_IN_CPP):
         return StageError(

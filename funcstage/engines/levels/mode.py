@@ -53,6 +53,7 @@ class Split(Levels, TorchFunctionMode):
         had_apart: whether another engine has run parts of the stage.
         had_regions: whether checkpointed regions have been run, which leave tensors of closed levels behind.
         before_write: told what is about to be overwritten.
+        before_read: called where values leave torch other than by an operation.
         first_reads: where data meets parameters, if no argument is differentiated.
     """
 
@@ -76,6 +77,7 @@ class Split(Levels, TorchFunctionMode):
         self.had_regions = False
         self.had_apart = False
         self.before_write: Callable[[Any, Any], None] | None = None
+        self.before_read: Callable[[Any], None] | None = None
         self.first_reads: FirstReads | None = None
 
     def __torch_function__(
@@ -90,6 +92,8 @@ class Split(Levels, TorchFunctionMode):
             refuse_effects(func, args, kwargs)
             if func in MARKS:
                 return self.mark(*args, **kwargs)
+            if func in _READING_MEMORY:
+                return self.read_memory(func, args, kwargs)
         operation = known(func)
         if operation.opened is not None:
             if func is Tensor.register_hook:
@@ -205,6 +209,23 @@ class Split(Levels, TorchFunctionMode):
             if self.hooked:
                 self.take_gradients("a hook")
         return tensor
+
+    def read_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand out what a tensor holds: where it is detached it is a constant, which needs no wrappers."""
+
+        if self.before_read is not None:
+            self.before_read(None)
+
+        def constant(leaf: Any) -> Any:
+            leaf = self.current(leaf)
+            if isinstance(leaf, Tensor) and (kwargs.get("force") or not ft.requires_grad(leaf)):
+                for level in range(ft.current_level(), 0, -1):
+                    leaf = ft.unwrap(leaf, level)
+            return leaf
+
+        args = trees.map_leaves(constant, args)
+        with ft.down_to(0):
+            return func(*args, **kwargs)
 
     def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: Written) -> Any:
         """Run an operation that writes into some of its operands."""
@@ -324,4 +345,8 @@ _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", 
 """Attributes that are operations."""
 
 
-_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING
+_READING_MEMORY: set[Any] = {
+    *(Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__),
+    *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
+}
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY

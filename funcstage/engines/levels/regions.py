@@ -86,11 +86,11 @@ def _first_run(split: Split, region: Region, captured: _Captured) -> tuple[list[
         stack.enter_context(torch.enable_grad())
         captured.inner = stack.enter_context(ft.grad_level())
         nested = split.nested(captured.outer, captured.inner)
-        nested.before_write = captured.before_write
+        nested.before_write, nested.before_read = captured.before_write, region.forget
         with nested, intercepting(nested), StandIns(captured.adopted):
             leaves, spec = trees.flatten(region.run())
             exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
-        region.release(lambda buffer: split.bare(nested.leave(buffer).value))
+        region.release(lambda buffer: captured.around(buffer, nested))
     exits = [exit._replace(value=split.bare(exit.value)) for exit in exits]
     if any(isinstance(exit.value, Tensor) and exit.value.requires_grad for exit in exits):
         split.trainable += [*captured.values, *nested.captured()]
@@ -160,6 +160,19 @@ class _Captured:
         level = self.inner if self._split.is_weight(value) else self.outer
         with ft.down_to(level):
             return ft.wrap_leaf(bare, level)
+
+    def around(self, buffer: Any, nested: Split) -> Any:
+        """What a buffer that a region has assigned is to the split around, which may write it in turn."""
+        exit = nested.leave(buffer)
+        if exit.outer or exit.inner:  # whoever reads it needs the region's tape
+            return buffer if self._split.had_tapes else self._split.bare(exit.value)
+        for own, stand_in in zip(self.values, self._adopted, strict=True):
+            if buffer is stand_in:  # written in place, as `+=` does
+                return own
+        value = self._split.bare(exit.value)
+        for level in self._split.levels if isinstance(value, Tensor) else ():
+            value = ft.wrap(value, level)
+        return value
 
     def before_write(self, tensor: Any, func: Any) -> None:
         """Keep what is overwritten as it was, which is how the second run must find it."""
