@@ -2,7 +2,7 @@
 
 What the stage raises by itself is passed on. Anything else may be a limit of the trace or a mistake of the
 stage's (a wrong shape, a missing argument), which look alike: the uncompiled stage is tried, once, and what
-it raises is the answer. Only where it works is it said to.
+it raises is the answer, in its backward too. Only where it works is it said to.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from funcstage import trees
-from funcstage.engines.base import StageCall
+from funcstage.engines.base import InputTape, StageCall
 from funcstage.engines.choose import uncompiled
-from funcstage.errors import StageError, TraceError
+from funcstage.errors import StageError, TraceError, stage_name
+from funcstage.state.backward_errors import explain
 from funcstage.state.before import Before
+from funcstage.trees import PyTree
 
 
 def is_raised_by_stage(error: BaseException) -> bool:
@@ -66,9 +68,11 @@ def tried_uncompiled(refusal: TraceError, call: StageCall) -> Exception:
     """Run a stage that cannot be traced uncompiled, and return the error that is to be raised."""
     if _has_other_ranks():
         return TraceError(f"{refusal} {_UNTRIED}")
-    found = _error_of(call)
+    found = _error_of(call, backward=call.diff is not None and torch.is_grad_enabled())
     if found is None:
         return TraceError(f"{refusal} {_WORKS}")
+    if isinstance(found, torch.OutOfMemoryError):
+        return TraceError(f"{refusal} {_UNTRIED}")
     return refusal if _is_a_refusal(found) else found
 
 
@@ -85,17 +89,32 @@ def _has_other_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _error_of(call: StageCall) -> Exception | None:
-    """What the uncompiled stage raises."""
+def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
+    """What the uncompiled stage raises, in I and W too if these are to be tried."""
     args, kwargs = trees.map_leaves(lambda leaf: leaf, (call.args, call.kwargs))  # may be written into
     before = Before.of(call.apply, call.module, call.leaves)
     try:
-        uncompiled(replace(call, args=args, kwargs=kwargs))
+        output, _, tape = uncompiled(replace(call, args=args, kwargs=kwargs))
+        if backward:
+            _run_backward(output, tape, stage_name(call.apply))
     except Exception as error:
         return error
     finally:
         before.restore()
     return None
+
+
+def _run_backward(output: PyTree, tape: InputTape, stage: str) -> None:
+    leaves = trees.flatten(output)[0]
+    cotangents = [torch.ones_like(leaf) if trees.is_differentiable(leaf) else None for leaf in leaves]
+    phase = "I"
+    try:
+        weight_tape = tape.input_vjp(cotangents, retain=False)[1]
+        phase = "W"
+        weight_tape.weight_vjp(retain=False)
+    except RuntimeError as error:
+        explain(error, stage, phase)
+        raise
 
 
 def _is_a_refusal(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd import Function
 
 from funcstage._torch import functorch as ft
@@ -239,6 +239,8 @@ class _Bridge(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.context, *args = inputs
+        needed = zip(args, ctx.needs_input_grad[1:], strict=True)
+        ctx.shapes = [arg.shape if needs and isinstance(arg, Tensor) else None for arg, needs in needed]
         outputs = output if isinstance(output, tuple) else (output,)
         if any(ctx.needs_input_grad):  # or it is a level that will not call the backward
             ctx.turn = ctx.context._turns.enter()
@@ -253,7 +255,9 @@ class _Bridge(Function):
         grads = copied(grads) if again else grads
         with nullcontext() if has_own_tape else inner_gradients.Refusing(function.__name__):
             found = function.backward(context, *grads)
-        return None, *(found if isinstance(found, tuple) else (found,))
+        found = found if isinstance(found, tuple) else (found,)
+        _check_gradients(function, found, ctx.shapes)
+        return None, *found
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, context: Context, *args: Any) -> Any:
@@ -262,6 +266,30 @@ class _Bridge(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise _refused(ctx.context)
+
+
+def _check_gradients(function: type[Function], grads: tuple[Any, ...], wanted: Sequence[Size | None]) -> None:
+    """Raise what torch raises of a function's own node: here it is ours, which takes one argument more.
+
+    `wanted` are the shapes of the arguments, None where no gradient is needed.
+    """
+    name, n = f"{function.__name__}Backward", len(wanted)
+    if len(grads) < n or any(grad is not None for grad in grads[n:]):
+        raise RuntimeError(
+            f"function {name} returned an incorrect number of gradients (expected {n}, got {len(grads)})"
+        )
+    for i, (grad, shape) in enumerate(zip(grads, wanted, strict=False)):
+        if isinstance(grad, Tensor) and not grad.is_nested and shape and not _sums_to(grad.shape, shape):
+            raise RuntimeError(
+                f"Function {name} returned an invalid gradient at index {i} - got {list(grad.shape)} but "
+                f"expected shape compatible with {list(shape)}"
+            )
+
+
+def _sums_to(shape: Size, wanted: Size) -> bool:
+    """Tell whether a gradient is one of a tensor that was broadcast, which torch sums."""
+    missing = len(shape) - len(wanted)
+    return missing >= 0 and all(n in (1, m) for n, m in zip(wanted, shape[missing:], strict=True))
 
 
 def _refused(context: Context) -> StageError:
