@@ -143,6 +143,8 @@ class FunctionalPipelineStage(AccumulatingStage):
         with constructors.constructing(group, stage_index, num_stages):
             read = where.of_this_torch()
             device = torch.device(device)
+            if device.type == "cpu":
+                device = torch.device("cpu")  # which cpu:0 is, too
             check_position(stage_index, num_stages)
             check_module(submodule, device)
             check_loss(loss_fn)

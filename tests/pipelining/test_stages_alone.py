@@ -75,6 +75,15 @@ def alone(module: nn.Module, group: Any, loss: Any, microbatches: int = 2, **opt
     return ScheduleGPipe(stage, microbatches, loss_fn=loss or stage.loss_fn), stage
 
 
+@ENGINES
+def test_the_cpu_may_go_by_its_number(compile: Any, group: Any) -> None:
+    module, x, target = nn.Linear(4, 2), torch.randn(6, 4), torch.randn(6, 2)
+    expected = torch.autograd.grad(functional.mse_loss(module(x), target), list(module.parameters()))
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu:0", group=group, compile=compile)
+    ScheduleGPipe(stage, 2, loss_fn=functional.mse_loss).step(x, target=target)
+    torch.testing.assert_close([p.grad for p in module.parameters()], list(expected))
+
+
 @pytest.mark.parametrize("loss", [1.0, None, "loss"], ids=repr)
 def test_a_loss_that_is_no_tensor_is_refused(loss: Any, group: Any) -> None:
     schedule, _ = alone(nn.Linear(4, 2), group, lambda output, target: loss)
