@@ -49,6 +49,14 @@ Rows are missing that have not been trained yet.
 What was not tried: torchtitan's trainer, which insists on a GPU, and with it FlexAttention's kernels,
 bfloat16 and Inductor on torchtitan's models.
 
+What could not be tried: torchtitan 0.3.0 on torch 2.11, where neither its models nor its trainer can be
+imported (`ImportError: cannot import name 'DataParallelMeshDims' from 'torch.distributed.fsdp'`); with torch
+2.12 all of it imports. Nor could its GraphPP (`torchtitan.experiments.graph_trainer.graph_pp`), which 0.3.0
+has: building its graphs needs the same name, so torch 2.12 at least, and besides `_PipelineScheduleRuntime`,
+`_PipelineContext`, `_Action`, `_wait_batch_p2p` and `_normalize_model_output_as_tuple` of
+`torch.distributed.pipelining`, `_extract_graph_with_inputs_outputs` and `_extract_fwd_bwd_outputs` of
+`torch._functorch.partitioners`, and `torch.fx._lazy_graph_module`, which torch 2.11 has.
+
 """
 
 
