@@ -164,10 +164,9 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
         if field != "leaves":
             yield field if field == "structure" else f"{field} {before} -> {after}"
             continue
-        names = trees.leaf_names(new.structure, "")
-        for name, a, b in zip(names, old.leaves, new.leaves, strict=True):
+        for i, (a, b) in enumerate(zip(old.leaves, new.leaves, strict=True)):
             if a != b:
-                yield f"{name}: {a} -> {b}"
+                yield f"{_name(new.structure, i)}: {a} -> {b}"
                 break
     if old.structure == new.structure and old.sharding != new.sharding:
         yield f"placements or meshes of DTensors {old.sharding} -> {new.sharding}"
