@@ -227,3 +227,31 @@ def test_a_plan_is_the_same_whatever_the_callers_mode(mode: Any) -> None:
         assert str(stage.plan(params, buffers, x)) == expected
         programs = fs.compile(apply, backend="aten").programs(params, buffers, x)
     assert str(programs.weight_grad.graph) == str(stage.programs(params, buffers, x).weight_grad.graph)
+
+
+SEEN: list[bool] = []
+LIBRARY = torch.library.Library("modes_seen_by_kernels", "DEF")
+LIBRARY.define("twice(Tensor x) -> Tensor")
+
+
+def _twice(x: Tensor) -> Tensor:
+    SEEN.append(torch.is_grad_enabled())
+    return x * 2
+
+
+LIBRARY.impl("twice", _twice, "CPU")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("argnums", [None, ()])
+def test_kernels_see_gradients_on_whatever_the_callers_mode(mode: str, argnums: Any) -> None:
+    twice = torch.ops.modes_seen_by_kernels.twice
+    stages: tuple[Callable[..., Any], ...] = (
+        lambda p, b, x: (twice(x) * p["w"], b),
+        lambda p, b, x: (twice(p["w"]) * x, b),
+    )
+    for apply in stages:
+        SEEN.clear()
+        with MODES[mode]():
+            fs.stage_vjp(apply, {"w": torch.ones(3)}, {}, torch.ones(3), argnums=argnums)
+        assert SEEN == [True]  # as in eager: the fused LSTM, for one, keeps what its backward reads

@@ -1,6 +1,8 @@
 """The passes on their own, and what a new release of torch could bring that they do not know."""
 
 import operator
+import sys
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -18,6 +20,7 @@ from funcstage.engines.graph.crossing import _cut
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.mincut import nbytes
 from funcstage.engines.graph.partition import partition
+from funcstage.engines.graph.plan import Phase
 from funcstage.engines.graph.trace import trace
 
 SERVES_INPUTS_ALONE = {
@@ -117,6 +120,32 @@ def test_where_i_computes_everything_again_w_is_given_its_matrix_products() -> N
     assert plan.weight_grad.recomputed_flops == 0
 
 
+def test_the_gradient_of_a_learned_slope_is_computed_apart_from_that_of_its_input() -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.PReLU(3), nn.Linear(3, 3)))
+    programs = fs.compile(apply, backend="aten").programs(params, buffers, torch.randn(4, 3))
+    assert not any(
+        "prelu_kernel_backward" in node.name for program in programs for node in program.graph.nodes
+    )
+
+
+def test_what_stands_for_operations_with_several_gradients_computes_them() -> None:
+    aten = torch.ops.aten
+    x, grad, weight = torch.randn(4, 3), torch.randn(4, 3), torch.randn(3)
+    x[0] = 0
+    stand_in = DECOMPOSED[aten._prelu_kernel_backward.default]
+    for ours, theirs in zip(
+        stand_in(grad, x, weight), aten._prelu_kernel_backward(grad, x, weight), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    _, mean, invstd = aten.native_batch_norm(x, weight, weight, None, None, True, 0.1, 1e-3)
+    expected = aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, invstd, True, 1e-3, [True, True, True]
+    )
+    for operation in (aten.cudnn_batch_norm_backward.default, aten.miopen_batch_norm_backward.default):
+        found = DECOMPOSED[operation](x, grad, weight, None, None, mean, invstd, 1e-3)
+        assert all(map(torch.equal, found, expected))
+
+
 class Weighted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +157,20 @@ class Weighted(nn.Module):
 
 def test_a_constant_that_a_forward_makes_is_no_residual() -> None:
     assert planned(Weighted(), torch.randn(2, 4), "none").forward_to_input == 0
+
+
+def test_a_plan_is_a_data_frame_with_a_row_for_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def frame(rows: Any, columns: Any) -> Any:
+        given.append((rows, columns))
+        return given
+
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=frame))
+    plan = planned(nn.Linear(4, 4), torch.randn(2, 4), "none")
+    assert plan.to_pandas() is given
+    rows = [("F", *plan.forward), ("I", *plan.input_grad), ("W", *plan.weight_grad)]
+    assert given == [(rows, ["program", *Phase._fields])]
 
 
 class DropoutInAttention(nn.Module):
