@@ -56,6 +56,7 @@ CONCERNED = {
     "first_run": ("checkpoint", "second_runs"),
     "first_stage": ("sites", "split"),
     "grad_mode": ("threads",),
+    "guards": ("compile", "reads", "signatures"),
     "hooks": ("parameter_hooks",),
     "joint": ("partition",),
     "mincut": ("budget", "min_cut", "partition"),
