@@ -229,13 +229,13 @@ def test_a_plan_is_the_same_whatever_the_callers_mode(mode: Any) -> None:
     assert str(programs.weight_grad.graph) == str(stage.programs(params, buffers, x).weight_grad.graph)
 
 
-SEEN: list[bool] = []
+_seen: list[bool] = []
 LIBRARY = torch.library.Library("modes_seen_by_kernels", "DEF")
 LIBRARY.define("twice(Tensor x) -> Tensor")
 
 
 def _twice(x: Tensor) -> Tensor:
-    SEEN.append(torch.is_grad_enabled())
+    _seen.append(torch.is_grad_enabled())
     return x * 2
 
 
@@ -251,7 +251,37 @@ def test_kernels_see_gradients_on_whatever_the_callers_mode(mode: str, argnums: 
         lambda p, b, x: (twice(p["w"]) * x, b),
     )
     for apply in stages:
-        SEEN.clear()
+        _seen.clear()
         with MODES[mode]():
             fs.stage_vjp(apply, {"w": torch.ones(3)}, {}, torch.ones(3), argnums=argnums)
-        assert SEEN == [True]  # as in eager: the fused LSTM, for one, keeps what its backward reads
+        assert _seen == [True]  # as in eager: the fused LSTM, for one, keeps what its backward reads
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_kernels_of_a_region_that_runs_again_see_gradients_on(reentrant: bool) -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        def region(y: Tensor) -> Tensor:
+            return torch.ops.modes_seen_by_kernels.twice(y.detach()) * y.sin() * params["w"]  # type: ignore[no-any-return]
+
+        return checkpoint(region, x * 1, use_reentrant=reentrant), buffers
+
+    _seen.clear()
+    _, _, pullback = fs.stage_vjp(apply, {"w": torch.ones(3)}, {}, torch.ones(3))
+    pullback(torch.ones(3))
+    assert _seen == [not reentrant, True]  # as torch's own checkpoints have it
+
+
+@pytest.mark.parametrize("argnums", [None, ()])
+def test_under_a_transform_that_sees_no_gradients_the_split_has_them(argnums: Any) -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(3, 3))
+
+    def run(x: Tensor) -> Any:
+        with torch.no_grad():
+            output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+            grads, weight_pullback = pullback(output.cos())
+            return output, [grad for grad in grads if grad is not None], weight_pullback()
+
+    xs = torch.randn(4, 2, 3)
+    batched = torch.func.vmap(run)(xs)
+    for i, x in enumerate(xs):
+        torch.testing.assert_close(optree.tree_map(lambda leaf, i=i: leaf[i], batched), run(x))

@@ -206,7 +206,7 @@ def _numbers(tensor: Any) -> Hashable:
     if not isinstance(tensor, Tensor):
         return content(tensor, set())
     with without_torch_function(), tt.without_modes():
-        values = tensor.detach().cpu()
+        values = tensor.detach().cpu().resolve_conj().resolve_neg()
         said = values.contiguous().view(torch.uint8).numpy() if values.dim() else values.item()
         return tuple(tensor.shape), content(said, set())
 

@@ -38,10 +38,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.engines.graph.reads import Said
+from funcstage.engines.graph.reads import ABSENT, Said, _numbers
 from funcstage.engines.graph.recorder import _is_data
 
 SETTING: Any = None
@@ -849,6 +850,29 @@ def test_a_global_of_a_module_that_is_found_by_its_name_is_seen(
         monkeypatch.setattr(colorsys, "ONE_THIRD", 5.0)
 
     check_change(compiled(Reading(read, float)), change, torch.randn(2, 4))
+
+
+ROW = torch.tensor([1.0, 2.0])
+NUMBERS: tuple[Any, ...] = (
+    *(torch.tensor(value) for value in (0.0, -0.0, 1.0, 2.0, 1, True, 1j, float("inf"))),
+    *(ROW, ROW * 2, ROW[None], ROW[:, None], ROW.double(), ROW.bfloat16(), ROW > 1, ROW + 0j, ROW[:0]),
+    *(torch.tensor([0.0]), torch.tensor([-0.0]), torch.arange(6).view(2, 3), torch.arange(6).view(3, 2).t()),
+    *(ABSENT, None, 1.0),
+)
+
+
+def test_the_values_of_tensors_are_told_apart_exactly_in_every_layout_and_under_every_mode() -> None:
+    said = [_numbers(value) for value in NUMBERS]
+    assert len(set(said)) == len(NUMBERS)
+    for value, numbers in zip(NUMBERS, said, strict=True):
+        if isinstance(value, Tensor):
+            assert _numbers(value.clone().requires_grad_(value.is_floating_point())) == numbers
+            assert _numbers(value.mT.contiguous().mT if value.dim() == 2 else value) == numbers
+            with FakeTensorMode(), torch.device("meta"):
+                assert _numbers(value) == numbers
+    assert _numbers(torch.tensor(float("nan"))) == _numbers(torch.tensor(float("nan")))
+    assert _numbers((ROW + 1j).conj()) == _numbers(ROW - 1j)
+    assert _numbers((ROW + 1j).conj().imag) == _numbers(ROW * 0 - 1)
 
 
 @pytest.mark.parametrize(
