@@ -41,11 +41,11 @@ def interactive_timeline(
             "An interactive timeline needs plotly, not installed here: pip install 'funcstage[interactive]'."
         ) from missing
     scale, unit = (1e3, "ms") if max(timeline.makespan for timeline in every) < 1 else (1.0, "s")
-    figure = graph_objects.Figure()
+    figure, prefixes = graph_objects.Figure(), _prefixes([timeline.order.schedule for timeline in every])
     for kind, name in NAMES.items():
         spans = [
-            (_row(timeline, rank, len(every) > 1), span)
-            for timeline in every
+            (f"{prefix}rank {rank}", span)
+            for prefix, timeline in zip(prefixes, every, strict=True)
             for rank, of_rank in enumerate(timeline.ranks)
             for span in of_rank
             if span.action.kind == kind
@@ -69,21 +69,27 @@ def interactive_timeline(
             hovertemplate=f"%{{customdata[0]}}<br>%{{customdata[1]:.4g}} to %{{customdata[2]:.4g}} {unit}"
             "<extra></extra>",
         )
-    rows = [_row(t, rank, len(every) > 1) for t in every for rank in range(t.order.num_ranks)]
+    named = zip(prefixes, every, strict=True)
+    rows = [f"{prefix}rank {rank}" for prefix, t in named for rank in range(t.order.num_ranks)]
     figure.update_layout(
-        title="<br>".join(map(str, every)),
+        title={"text": "<br>".join(map(str, every)), "font": {"size": 14}, "x": 0.02},
         barmode="overlay",
         plot_bgcolor="#EDEDED",  # what stays of it is the bubble
         xaxis={"title": f"time ({unit})", "showgrid": False},
         yaxis={"categoryorder": "array", "categoryarray": rows[::-1], "showgrid": False},
-        height=180 + 34 * len(rows),
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
-        margin={"t": 60 + 24 * len(every)},
+        height=180 + 34 * len(rows) + 18 * len(every),
+        # At the bottom, with room for a row each: on a telephone they stand one below the other.
+        legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0.0, "x": 0.0},
+        margin={"t": 40 + 18 * len(every), "b": 130, "r": 20},
     )
     if path is not None:
         figure.write_html(path)
     return figure
 
 
-def _row(timeline: Timeline, rank: int, named: bool) -> str:
-    return f"{timeline.order.schedule}: rank {rank}" if named else f"rank {rank}"
+def _prefixes(schedules: Sequence[str]) -> list[str]:
+    """What tells rows of several timelines apart: the schedule, with a number where one comes again."""
+    if len(schedules) == 1:
+        return [""]
+    names = [f"{name} ({schedules[: i + 1].count(name)})" for i, name in enumerate(schedules)]
+    return [f"{n if schedules.count(s) > 1 else s}: " for s, n in zip(schedules, names, strict=True)]

@@ -41,6 +41,20 @@ def test_several_timelines_are_written_as_one_page_that_needs_no_network(tmp_pat
         interactive_timeline([])
 
 
+def test_timelines_of_one_schedule_have_rows_of_their_own() -> None:
+    pytest.importorskip("plotly")
+    slower = simulate(TIMELINE.order, [Costs(2, 1.5, 0.5)] * 4)
+    figure = interactive_timeline([TIMELINE, slower])
+    for number, timeline in enumerate((TIMELINE, slower), start=1):
+        ends = [
+            start + width
+            for bar in figure.data
+            for row, start, width in zip(bar.y, bar.base, bar.x, strict=True)
+            if row == f"ZBVZeroBubble ({number}): rank 0"
+        ]
+        assert sorted(ends) == sorted(span.end for span in timeline.ranks[0])
+
+
 def test_tables_become_data_frames() -> None:
     pytest.importorskip("pandas")
     actions = TIMELINE.to_pandas()
