@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.engines.graph.generators import RECORDED
+from funcstage.engines.graph.generators import RECORDED, Asked
 from funcstage.engines.graph.replay import draws_in_graphs
 
 Forward = Callable[["Drawing", Tensor], Tensor]
@@ -347,3 +348,53 @@ def test_cuda_graphs_draw_what_is_drawn_on_the_device_from_its_default_generator
     node = graph.call_function(operation, (graph.placeholder("x"), 0.5), options)
     node.meta["val"] = torch.empty(2, device=device)
     assert draws_in_graphs(SimpleNamespace(module=SimpleNamespace(graph=graph))) is draws
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_generators_within_reach_are_watched_and_put_back(late: bool, seeded: bool) -> None:
+    generator, default = torch.Generator(), torch.default_generator
+    before, of_all = generator.get_state(), default.get_state()
+    asked = Asked()
+    found = [generator, default, generator]
+    for each in [] if late else found:
+        asked.reach(each)
+    asked.begin()
+    for each in found if late else []:
+        asked.reach(each)
+    asked.begin()
+    assert not torch.equal(generator.get_state(), before)  # so that its own seed set again is noticed
+    assert torch.equal(default.get_state(), of_all)  # from which other threads draw
+    if seeded:
+        functools.partial(generator.manual_seed, generator.initial_seed() + 1)()
+        with pytest.raises(fs.TraceError, match=r"called by functools\.partial"):
+            asked.refuse()
+    else:
+        asked.refuse()
+    asked.undo()
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(default.get_state(), of_all)
+
+
+def test_torchs_own_generator_seeded_by_partial_is_noticed_and_put_back() -> None:
+    before, asked = torch.default_generator.get_state(), Asked()
+    asked.begin()
+    functools.partial(torch.default_generator.manual_seed, torch.initial_seed() + 1)()
+    with pytest.raises(fs.TraceError, match=r"called by functools\.partial"):
+        asked.refuse()
+    asked.undo()
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
+def test_methods_of_generators_that_are_called_are_noted_with_the_first_line() -> None:
+    frame, generator = sys._getframe(), torch.Generator()
+    for function in (generator.manual_seed, generator.seed, generator.get_state, generator.set_state):
+        asked = Asked()
+        asked.note(torch.sin, frame)
+        asked.note([].append, frame)
+        asked.refuse()
+        asked.note(function, frame)
+        line = frame.f_lineno - 1
+        asked.note(generator.initial_seed, frame)
+        with pytest.raises(fs.TraceError, match=rf"\({function.__name__}\(\), at .*:{line}\)"):
+            asked.refuse()

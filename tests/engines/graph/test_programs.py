@@ -11,8 +11,8 @@ from torch import Tensor
 import funcstage as fs
 from funcstage.engines.base import StageCall
 from funcstage.engines.choose import uncompiled
-from funcstage.engines.graph import blame
-from funcstage.engines.graph.programs import Programs
+from funcstage.engines.graph import blame, programs, tapes
+from funcstage.engines.graph.programs import Programs, unshared
 
 
 @pytest.mark.parametrize(("error", "tried"), [(RuntimeError, 1), (torch.OutOfMemoryError, 0)])
@@ -99,6 +99,51 @@ def test_a_pullback_that_failed_in_its_midst_is_consumed_and_says_so_unless_reta
     else:
         with pytest.raises(fs.ConsumedError, match="failed halfway"):
             run()
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("half", ["I", "W"])
+def test_a_compiled_half_that_failed_in_its_midst_says_whether_it_can_run_again(
+    half: str, retain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return (x.sin() * params["w"]).cos(), buffers
+
+    def fails(*args: Any) -> Any:
+        raise KeyError("in a kernel")
+
+    fast = fs.compile(apply, backend="aten")
+    _, _, pullback = fs.stage_vjp(fast, {"w": torch.ones(2)}, {}, torch.ones(2))
+    weight_pullback = pullback(torch.ones(2))[1] if half == "W" else None
+
+    def run() -> Tensor:
+        if weight_pullback is None:
+            found: Tensor = pullback(torch.ones(2), retain=retain)[0][0]
+        else:
+            found = weight_pullback(retain=retain)["w"]
+        return found
+
+    with monkeypatch.context() as patched:
+        for module in (programs, tapes):
+            patched.setattr(module, "plain_run", fails)
+        with pytest.raises(KeyError, match="in a kernel"):
+            run()
+    if not retain:
+        with pytest.raises(fs.ConsumedError, match="failed halfway"):
+            run()
+        return
+    x, w = (torch.ones(2, requires_grad=True) for _ in range(2))
+    expected = torch.autograd.grad((x.sin() * w).cos().sum(), [x, w])
+    for _ in range(2):
+        torch.testing.assert_close(run(), expected[half == "W"])
+
+
+def test_memory_that_two_tensors_have_a_part_of_is_nobodys_own() -> None:
+    a, b, c = torch.ones(4), torch.ones(4), torch.ones(4)
+    names = ["a", "b", "c", "d"]
+    assert unshared(names, [a, b, c, None], []) == {"a", "b", "c"}
+    assert unshared(names, [a, b, c, None], [a[:1], None]) == {"b", "c"}
+    assert unshared(names, [a, b[2:], b[:2], a.view(2, 2)], [c]) == frozenset()
 
 
 def test_a_program_that_reads_nothing_but_what_the_stage_has_captured_is_compiled_by_inductor() -> None:

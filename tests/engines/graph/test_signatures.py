@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import optree
@@ -237,7 +238,13 @@ def test_dtensors_are_alike_on_one_mesh_in_the_same_places() -> None:
     ]
     for specs, alike in others:
         assert recent._alike(specs) == alike
-    assert recent.match(CALLS["plain"], Fingerprint([MODULE], hooks=True)) is None
+    module, plain = Fingerprint([MODULE], hooks=True), CALLS["plain"]
+    assert recent.match(plain, module) is None
+    with_specs: Any = SimpleNamespace(local=(plain.local[0], known), flat=plain.flat, diff=plain.diff)
+    assert recent.match(with_specs, module) is not None
+    recent._specs = {}
+    assert recent.match(with_specs, module) is None
+    assert recent.match(plain, module) is not None
 
 
 Z = torch.ones(2, 3, dtype=torch.complex64)
