@@ -46,6 +46,7 @@ UNRELATED = {
 
 
 CONCERNED = {
+    "compile": ("soak",),
     "content": ("argument_objects", "contents", "guards", "reads"),
     "crossing": ("budget", "partition"),
     "decompose": ("absent", "partition"),
@@ -65,7 +66,7 @@ CONCERNED = {
     "modules_behind": ("guards", "reads"),
     "moves": ("linearize",),
     "nodes": ("budget", "partition"),
-    "pieces": ("pieces", "split"),
+    "pieces": ("parts_of_w", "pieces", "split"),
     "plan": ("budget", "compile", "partition"),
     "pullback": ("higher_gradients", "refusals"),
     "recorder": ("generators", "reads"),
@@ -76,6 +77,7 @@ CONCERNED = {
     "runners": ("inductor", "programs"),
     "separable": ("compile", "generators"),
     "sharded": ("dtensors",),
+    "sites": ("parts_of_w",),
     "sizes": ("lengths",),
     "tape": ("linearize", "residuals", "sites", "split"),
     "tapes": ("accumulate", "offloading", "sites", "split"),
