@@ -6,8 +6,8 @@ alike.
 
 The model and the stages are those of `benchmarks.pipeline`; both are captured by
 `funcstage.pipelining.captured`. Step times are medians by the host's clock around finished work, the slower
-rank's; memory is what the allocator has reserved after the last step, on the fuller rank. "Simulated" is as
-there.
+rank's; memory is what the allocator has reserved after the last step, with that which peers write messages
+into, on the fuller rank. "Simulated" is as there.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ def contestants() -> list[Contestant]:
     interleaved = System("torch Interleaved1F1B, compiled", "Interleaved1F1B", 2, theirs_compiled)
     eager = System("torch ZBVZeroBubble, eager", "ZBVZeroBubble", 2, theirs)
     split = System("funcstage ZBVZeroBubble", "ZBVZeroBubble", 2, compiled)
+    by_nccl = System("funcstage ZBVZeroBubble, NCCL", "ZBVZeroBubble", 2, ours("nccl", backend="inductor"))
     others = [
         System("funcstage InterleavedZeroBubble", "InterleavedZeroBubble", 2, compiled),
         System("funcstage DualPipeV", "DualPipeV", 2, compiled),
         System("funcstage, found", FOUND, 2, compiled),
     ]
-    found = [Contestant(system, False) for system in (one, interleaved, split)]
-    return found + [Contestant(system, True) for system in (one, interleaved, eager, split, *others)]
+    found = [Contestant(system, False) for system in (one, interleaved, by_nccl, split)]
+    return found + [Contestant(system, True) for system in (one, interleaved, eager, by_nccl, split, *others)]
 
 
 def measure(
@@ -112,7 +113,8 @@ def measure(
         torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e3)
     quartiles = statistics.quantiles(times, n=4)
-    reserved = torch.cuda.memory_reserved() / 2**20
+    routes = {stage.route for stage in stages if getattr(stage, "route", None) is not None}
+    reserved = (torch.cuda.memory_reserved() + sum(route.memory.own.nbytes for route in routes)) / 2**20
     mine = Result(contestant.name, statistics.median(times), quartiles[2] - quartiles[0], reserved, error)
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, mine)

@@ -48,6 +48,7 @@ from funcstage.pipelining import (
     simulate,
     write_order,
 )
+from funcstage.pipelining.transport.choice import Transport
 
 SIZES = {
     "L": Size(4096, 11008, 8, 1, 4096, 32),
@@ -102,9 +103,13 @@ def theirs_compiled(module: nn.Module, index: int, n: int, device: torch.device)
     return PipelineStage(module, index, n, device)
 
 
-def ours(**options: Any) -> Callable[[nn.Module, int, int, torch.device], FunctionalPipelineStage]:
+def ours(
+    transport: Transport = "auto", **options: Any
+) -> Callable[[nn.Module, int, int, torch.device], FunctionalPipelineStage]:
     def make(module: nn.Module, index: int, n: int, device: torch.device) -> FunctionalPipelineStage:
-        return FunctionalPipelineStage(module, index, n, device, compile=options, loss_fn=loss_fn)
+        return FunctionalPipelineStage(
+            module, index, n, device, compile=options, loss_fn=loss_fn, transport=transport
+        )
 
     return make
 

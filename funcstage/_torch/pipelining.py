@@ -49,7 +49,10 @@ __all__ = [
     "Examples",
     "ExchangingStage",
     "OptimizedModule",
+    "arriving",
     "let_go_of_last_step",
+    "put_there",
+    "receive_there",
     "without_memory",
 ]
 
@@ -425,6 +428,31 @@ def without_memory(kind: type[Tensor], like: Tensor, device: torch.device) -> An
     return Tensor._make_wrapper_subclass(
         kind, like.shape, dtype=like.dtype, device=device, requires_grad=like.requires_grad
     )
+
+
+def arriving(infos: Sequence[Any]) -> list[Tensor]:
+    """Examples of the tensors that a message brings, from what torch notes of each input or gradient."""
+    noted = [info.tensor_meta if _CHUNKS_HAVE_STATES else info.buffer for info in _of_messages(infos)]
+    return [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in noted]
+
+
+def put_there(infos: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Let a message's tensors be found where torch looks for them."""
+    for info, tensor in zip(_of_messages(infos), tensors, strict=True):
+        info.buffer = tensor
+
+
+def receive_there(infos: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Let torch, which up to 2.14 has memory for messages from the beginning, have this in its place."""
+    if not _CHUNKS_HAVE_STATES:
+        put_there(infos, tensors)
+
+
+def _of_messages(infos: Sequence[Any]) -> list[Any]:
+    found = [info for info in infos if isinstance(info, torch_stage._RecvInfo)]
+    if EVERY_INPUT_RETURNS_A_GRADIENT:
+        return found
+    return [each for each in found if not each.is_root_arg and each.tensor_meta is not None]
 
 
 def _metas(examples: Sequence[Tensor | None]) -> tuple[Any, ...]:

@@ -24,12 +24,20 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch.messages import STORE_EMPTY, says
 from funcstage._torch.pipelining import ExchangingStage
-from funcstage._torch.schedules import Microbatches, prepare, prepare_again, prepared, stages_of
+from funcstage._torch.schedules import (
+    Microbatches,
+    num_microbatches,
+    prepare,
+    prepare_again,
+    prepared,
+    stages_of,
+)
 from funcstage.dtensors import placement
 from funcstage.errors import LeafError, StructureError
 from funcstage.pipelining import failures
 from funcstage.pipelining.examples import looks, tensors
 from funcstage.pipelining.preparations import OF_THE_NEXT_MICROBATCH, copied, copies
+from funcstage.pipelining.transport.carrying_stage import open_routes
 
 _UNHEARD = 16
 """Steps after which a rank that has none of our stages is told nothing more."""
@@ -47,10 +55,12 @@ class Agreement:
         others: the ranks to tell.
         listens: whether the first rank is known to tell; nothing where that is not yet known.
         seconds: how long to wait for it.
+        decide: decides on the first rank how messages travel.
         step: how many there were.
         prepared: whether the stages have been prepared for anything.
         now: what they are prepared for.
         described: how the first rank describes microbatches, those of the last step.
+        symmetric: whether messages are written into the memory of peers, once it is decided.
         ahead: what was agreed about the step that is to come, if that was done ahead.
         keep: how many preparations to keep, so that going back to one takes no messages.
         kept: what was prepared for what; the same on all ranks.
@@ -63,10 +73,12 @@ class Agreement:
     others: list[int]
     listens: bool | None
     seconds: float
+    decide: Callable[[], bool]
     step: int = 0
     prepared: bool = False
     now: bytes | None = None
     described: tuple[Any, bytes] | None = None
+    symmetric: bool | None = None
     ahead: bytes | None = None
     keep: int = 0
     kept: dict[bytes, list[dict[str, Any]]] = field(default_factory=dict)
@@ -101,8 +113,10 @@ class Agreement:
         rank, begun = dist.get_rank(self.group), False
         if rank == self.first:
             now = looks_of(microbatches), microbatches.trains
+            if self.symmetric is None:
+                self.symmetric = self.decide()
             if self.described is None or self.described[0] != now:
-                self.described = now, described(*now)
+                self.described = now, described(*now, self.symmetric)
             told = self.described[1]
             self._check_may_change(told, microbatches)
             self._tell(told)
@@ -118,12 +132,24 @@ class Agreement:
     def _prepare_for(self, schedule: Any, microbatches: Microbatches, told: bytes, begun: bool) -> None:
         self.now = None  # until all is well
         stages = stages_of(schedule)
+        symmetric = bool(told) and pickle.loads(told)[2]
+        if (
+            not symmetric
+            and len(self.others)
+            and "symmetric" in (getattr(s, "transport", "") for s in stages)
+        ):
+            raise StructureError(
+                "transport='symmetric' needs stages of FunctionalPipelineStage on all ranks of the pipeline. "
+                "Make all of them that, or leave transport at 'auto'."
+            )
         if told in self.kept:
             for stage, found in zip(stages, self.kept[told], strict=True):
                 vars(stage).update(copies(found))
             prepared(schedule, microbatches.trains)
         else:
             self._prepare_kinds(schedule, microbatches, pickle.loads(told)[1] if told else (), begun)
+            if symmetric:
+                open_routes(stages, num_microbatches(schedule), microbatches.trains)
             if self.keep and told:
                 self.kept[told] = [*map(copied, stages)]
                 if len(self.kept) > self.keep:  # the same one on all ranks
@@ -240,12 +266,12 @@ def looks_of(microbatches: Microbatches) -> list[Any]:
     return [_look(both) for both in zip(microbatches.args, microbatches.kwargs, strict=True)]
 
 
-def described(found: Sequence[Any], trains: bool) -> bytes:
-    """What microbatches look like, and which are of one kind: the first of it, for each."""
+def described(found: Sequence[Any], trains: bool, symmetric: bool = False) -> bytes:
+    """What microbatches look like, and which are of one kind: the first of it, for each; how they travel."""
     first: dict[Any, int] = {}
     kinds = tuple(first.setdefault(look, i) for i, look in enumerate(found))
     text = repr(([*first], trains))
-    return pickle.dumps((hashlib.sha256(text.encode()).digest(), kinds))
+    return pickle.dumps((hashlib.sha256(text.encode()).digest(), kinds, symmetric))
 
 
 def _look(tree: Any) -> Any:

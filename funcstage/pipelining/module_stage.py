@@ -13,12 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from funcstage import trees
 from funcstage._torch import tracing as tt
-from funcstage._torch.pipelining import (
-    TAKES_GRADS_AND_MESHES,
-    Examples,
-    ExchangingStage,
-    GradExamples,
-)
+from funcstage._torch.pipelining import TAKES_GRADS_AND_MESHES, Examples, GradExamples
 from funcstage.dtensors import as_cotangent, groups_of, placement
 from funcstage.engines.graph import compile as compile_stage
 from funcstage.engines.graph.blame import is_raised_by_stage
@@ -42,6 +37,7 @@ from funcstage.pipelining.inference import input_grads, run_on_fakes
 from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
+from funcstage.pipelining.transport.carrying_stage import CarryingStage
 from funcstage.pipelining.whole import WholeParameters, whole_parameters
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe
 from funcstage.wrappers import check_alone
@@ -50,7 +46,7 @@ STAGES_OF: Any = WeakIdKeyDictionary()
 """The stages of this process that a parameter belongs to."""
 
 
-class ModuleStage(ExchangingStage):
+class ModuleStage(CarryingStage):
     """What a stage knows of its module, and finds out about it before the first microbatch.
 
     The module stays the owner of its tensors. It is looked at again in each step and before each microbatch.

@@ -25,6 +25,8 @@ from funcstage.errors import StructureError
 from funcstage.pipelining import constructors, failed_steps, over_order
 from funcstage.pipelining.failures import check_unbroken, key, share, store, written
 from funcstage.pipelining.lengths import AGREEMENTS, Agreement, watch
+from funcstage.pipelining.transport import carrying_stage
+from funcstage.pipelining.transport.choice import Offer, is_symmetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Plan:
         trains: whether there is a loss.
         stages: those of this rank.
         torchs: those of them that are torch's own.
+        offer: how their messages could travel.
         order: which order of ours it runs, as a number.
     """
 
@@ -50,6 +53,7 @@ class Plan:
     stages: tuple[int, ...]
     torchs: tuple[int, ...] = ()
     order: int = 0
+    offer: Offer | None = None
 
     @classmethod
     def of(cls, schedule: Any) -> Plan:
@@ -64,6 +68,7 @@ class Plan:
             tuple(sorted(stage.stage_index for stage in stages)),
             tuple(sorted(s.stage_index for s in stages if not isinstance(s, ExchangingStage))),
             over_order.digest(schedule),
+            Offer.of(stages),
         )
 
     def disagreement(self, other: Plan) -> str:
@@ -120,6 +125,8 @@ def check_agreement(
                 f"Rank {first} and rank {second} of the pipeline disagree about {said}. Give all ranks the "
                 "same schedule, loss_fn, number of stages and number of microbatches, and each stage to one."
             )
+    if len(plans) == world - 1:
+        is_symmetric({rank: plan.offer} | {other: theirs.offer for other, theirs in plans.items()})
     for i in plan.stages:
         if rank_of.get(i, rank) != rank:
             raise StructureError(
@@ -143,6 +150,15 @@ def strangers(group: dist.ProcessGroup | None, number: int, plan: Plan) -> list[
     return found
 
 
+def _is_symmetric(group: dist.ProcessGroup | None, number: int, plan: Plan) -> bool:
+    """Decide how messages travel, by the plans of all ranks."""
+    offers = {dist.get_rank(group): plan.offer}
+    for rank in set(range(dist.get_world_size(group))) - {*offers}:
+        text = written(plan_key(group, number, rank))
+        offers[rank] = pickle.loads(text).offer if text else None
+    return is_symmetric(offers)
+
+
 def _agreement(stage: Any, number: int, plan: Plan) -> Agreement:
     """What the ranks of a schedule know of its microbatches, before its first step."""
     group, first = stage.group, stage.stage_index_to_group_rank[0]
@@ -155,6 +171,7 @@ def _agreement(stage: Any, number: int, plan: Plan) -> Agreement:
         [r for r in range(world) if r != rank],
         True if world == 1 or written(plan_key(group, number, first)) else None,
         timeout_of(group, stage.device),
+        partial(_is_symmetric, group, number, plan),
     )
 
 
@@ -200,7 +217,10 @@ def watch_caller(stage: Any, groups: Callable[[], Iterable[dist.ProcessGroup | N
     def step_microbatches(*args: Any, **kwargs: Any) -> Any:
         try:
             agreement.before_step(weak(), Microbatches.of(weak(), *args, **kwargs))
-            return kind._step_microbatches(weak(), *args, **kwargs)
+            carrying_stage.begin(stages_of(weak()))
+            found = kind._step_microbatches(weak(), *args, **kwargs)
+            carrying_stage.finish(stages_of(weak()))
+            return found
         except BaseException as error:
             failed_steps.note_gradients(error, stages_of(weak()))
             share(stage, groups(), error)

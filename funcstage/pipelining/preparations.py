@@ -16,7 +16,7 @@ from funcstage._torch.pipelining import PREPARED_BY_TORCH
 OF_THE_NEXT_MICROBATCH = ("_input_examples", "_output_examples", "_input_grad_examples", "_output")
 """Attributes of a stage that may be others for each microbatch."""
 
-PREPARED = (*PREPARED_BY_TORCH, *OF_THE_NEXT_MICROBATCH, "examples_of", "_prepared_for", "_fitting")
+PREPARED = (*PREPARED_BY_TORCH, *OF_THE_NEXT_MICROBATCH, "examples_of", "_prepared_for", "_fitting", "route")
 """Attributes of a stage that a preparation sets."""
 
 

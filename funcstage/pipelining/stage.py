@@ -38,6 +38,7 @@ from funcstage.pipelining.refusals import (
 )
 from funcstage.pipelining.replicas import replicas_of
 from funcstage.pipelining.stays import Offloaded, check_offload
+from funcstage.pipelining.transport.choice import Transport, check_transport
 from funcstage.pipelining.upstream import Upstream
 from funcstage.pipelining.waiting import Waiting, waiting_under
 from funcstage.pullback import stage_vjp
@@ -98,12 +99,15 @@ class FunctionalPipelineStage(AccumulatingStage):
         offload: whose residuals wait in host memory (`funcstage.offload`) where the schedule runs two actions
             or more of this rank in between: `"W"` for those of W, from I on; `"IW"` for those of I and W,
             from F on, too. They are fetched one action before they are used.
+        transport: how messages travel: `"nccl"` through the process group, `"symmetric"` by writing into the
+            memory of the peer's GPU, which takes no multiprocessors; `"auto"` does that where all ranks of
+            the pipeline are on one host, on GPUs that reach each other's memory, with stages of this class.
 
     Raises:
         LeafError: if `stage_index` is out of range, a tensor of the module is on another device, or
             `param_dtype` is no floating dtype.
         StructureError: if the module is wrapped, the loss has parameters, `dw_builder` is given, or `offload`
-            is something else.
+            or `transport` is something else. In the first step, if the GPUs cannot do as `transport` says.
         StageError: if there is no process group.
 
     In a process for each rank (examples/train_distributed.py is a complete script):
@@ -136,6 +140,7 @@ class FunctionalPipelineStage(AccumulatingStage):
         data_parallel: dist.ProcessGroup | DeviceMesh | None = None,
         param_dtype: torch.dtype | None = None,
         offload: Offloaded | None = None,
+        transport: Transport = "auto",
     ) -> None:
         """Construct the stage; the docstring of the class describes the arguments."""
         where = Position(output_grads, input_grads, group, dw_builder, get_mesh)
@@ -150,6 +155,7 @@ class FunctionalPipelineStage(AccumulatingStage):
             check_loss(loss_fn)
             check_param_dtype(param_dtype)
             self.offload: Offloaded | None = check_offload(offload)
+            self.transport = check_transport(transport, device)
             if read.dw_builder is not None:
                 raise StructureError(
                     "dw_builder must be None: this stage splits its backward itself, into I and W."

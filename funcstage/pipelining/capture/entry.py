@@ -77,7 +77,7 @@ class Graph:
         result: what the step has returned, losses first, in memory that each replay overwrites.
         gradients: what it does to gradients.
         written: the tensors of others that it writes.
-        received: the memory that it receives messages in.
+        received: what has the memory that messages are in.
     """
 
     recording: Recording
@@ -85,7 +85,7 @@ class Graph:
     result: Any
     gradients: Recorded
     written: list[Tensor]
-    received: list[Tensor]
+    received: list[object]
 
     def replay(self, tensors: Sequence[Tensor]) -> Any:
         """Run the step for these arguments.
@@ -131,7 +131,7 @@ def record(
     """
     device = entry.baked.device
     recorded = Recorded(entry.parameters, gradients, entry.expected, first)
-    received: list[Tensor] = []
+    received: list[object] = []
 
     def step() -> Any:
         recorded.begin()

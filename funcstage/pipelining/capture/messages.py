@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 _RECEIVE = ("get_fwd_recv_ops", "get_bwd_recv_ops")
 _SEND = ("get_fwd_send_ops", "get_bwd_send_ops")
@@ -36,13 +35,13 @@ def withheld(stages: Sequence[Any]) -> Iterator[None]:
 
         return answer
 
-    with in_place_of(stages, (*_RECEIVE, *_SEND), instead), _without_replicas(stages):
+    with in_place_of(stages, (*_RECEIVE, *_SEND), instead), _without_replicas(stages), _rehearsing(stages):
         yield
 
 
 @contextmanager
-def noted(stages: Sequence[Any], memory: list[Tensor]) -> Iterator[None]:
-    """Add to a list the memory that messages are received in: a graph writes there as long as it lives."""
+def noted(stages: Sequence[Any], memory: list[object]) -> Iterator[None]:
+    """Add to a list what has the memory of messages: a graph reads and writes there as long as it lives."""
 
     def instead(_: str, asked: Method) -> Method:
         def answer(chunk: int) -> list[Any]:
@@ -54,6 +53,7 @@ def noted(stages: Sequence[Any], memory: list[Tensor]) -> Iterator[None]:
 
     with in_place_of(stages, _RECEIVE, instead):
         yield
+    memory.extend(getattr(stage, "route", None) for stage in stages)
 
 
 @contextmanager
@@ -88,3 +88,16 @@ def _without_replicas(stages: Sequence[Any]) -> Iterator[None]:
     finally:
         for stage, replicas in before:
             stage._replicas = replicas
+
+
+@contextmanager
+def _rehearsing(stages: Sequence[Any]) -> Iterator[None]:
+    """Let stages of ours whose messages go on a route give away their operations instead."""
+    ours = [stage for stage in stages if hasattr(stage, "rehearses")]
+    for stage in ours:
+        stage.rehearses = True
+    try:
+        yield
+    finally:
+        for stage in ours:
+            stage.rehearses = False
