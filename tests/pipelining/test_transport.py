@@ -1,4 +1,4 @@
-"""Messages written into the memory of peers, against plain eager autograd; over memory that processes share."""
+"""Messages written into the memory of peers, against eager autograd; over memory that processes share."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class CarryingStage(ExchangingStage):
 
 
 def open_routes(stages: Sequence[Any], microbatches: int, trains: bool) -> None:
-    """Let the messages of a rank's stages, all of ours, go on a route; all ranks of a pipeline do so at once."""
+    """Let the messages of a rank's stages go on a route; all ranks of a pipeline do so at once."""
     messages = None
     if not any(stage.cannot_run for stage in stages):
         found = [stage.messages(microbatches, trains) for stage in stages]

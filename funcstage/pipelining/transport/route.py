@@ -30,7 +30,7 @@ _BEHIND = 1
 
 
 class Memory(Protocol):
-    """Memory of this rank and its peers, and signals: `symmetric.Memory`, or in tests what stands in for it."""
+    """Memory of this rank and its peers, with signals: `symmetric.Memory`, or in tests another."""
 
     @property
     def own(self) -> Tensor: ...
