@@ -648,6 +648,33 @@ def open_sizes() -> None:
     assert "1 signature" in repr(compiled)
 
 
+@stands_on("_torch/symmetric.py")
+def memory_of_peers() -> None:
+    from funcstage._torch.symmetric import open_memory, place
+
+    device = torch.device("cuda", 0)
+    if not torch.cuda.is_available():  # where nobody has peers
+        assert place(torch.device("cpu")) == "cpu is no CUDA device"
+        kind = torch._C._distributed_c10d._SymmetricMemory
+        assert kind.signal_pad_size >= 4
+        for name in ("empty_strided_p2p", "rendezvous", "get_buffer", "put_signal", "wait_signal"):
+            assert callable(getattr(kind, name))
+        return
+    _, name, others = place(device)
+    assert name not in others
+    with one_process():
+        memory = open_memory(64, 1000, dist.group.WORLD, device)
+        x = torch.arange(16.0, device=device)
+        with memory.beside():
+            memory.of(0).view(torch.float32).copy_(x)
+            for signal in (0, 999):
+                memory.put(0, signal)
+        for signal in (0, 999):
+            memory.wait(0, signal)
+        memory.join(memory.mark())
+        assert memory.own.view(torch.float32).equal(x)
+
+
 @stands_on("_torch/graphs.py")
 def abandoned_recordings() -> None:
     if not torch.cuda.is_available():

@@ -341,7 +341,7 @@ def test_no_two_tensors_share_a_place(messages: list[list[tuple[list[Any], torch
     slots, nbytes = laid_out(given)
     memory = torch.zeros(nbytes, dtype=torch.uint8)
     found = [slot for chunks in slots.values() for chunk in chunks for slot in chunk]
-    values = [torch.ones(slot.shape, dtype=slot.dtype) * (i % 2) for i, slot in enumerate(found)]
+    values = [torch.full(slot.shape, i % 2, dtype=slot.dtype) for i, slot in enumerate(found)]
     for slot, value in zip(found, values, strict=True):
         slot.of(memory).copy_(value)
     for slot, value in zip(found, values, strict=True):
