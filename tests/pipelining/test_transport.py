@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from pipeline_cases import (
     Step,
     assert_same,
     expected,
+    from_csv,
     gathered,
     growing,
     make_schedule,
@@ -146,6 +149,34 @@ def test_a_rehearsal_sends_no_message() -> None:
     case = Case("ZBVZeroBubble", 4, 4)
     wanted = expected(case)[0]._replace(state={})
     assert_same(gathered(run(2, rehearse_between_steps, case)), [wanted, wanted], **CLOSE)
+
+
+def train_a_slow_last_stage(rank: int, group: dist.ProcessGroup) -> None:
+    """The first rank is at its next step while the second one still has to read what it received in this."""
+    with over_shared_memory():
+        torch.manual_seed(0)
+        modules = [nn.Linear(3, 3).double() for _ in range(2)]
+        whole = copy.deepcopy(nn.Sequential(*modules))
+        modules[1].weight.register_hook(slowly)
+        stage = FunctionalPipelineStage(modules[rank], rank, 2, "cpu", group=group)
+        rows = ("0F0 0F1 0B0 0B1", "1F0 1F1 1I0 1I1 1W0 1W1")
+        schedule = from_csv(rows, [stage], 2, functional.mse_loss)
+        for _ in range(3):
+            x = torch.randn(2, 3).double()
+            schedule.step(*[x] * (rank == 0), target=x if rank == 1 else None)
+            functional.mse_loss(whole(x), x).backward()
+            torch.testing.assert_close(modules[rank].weight.grad, whole[rank].weight.grad)
+            modules[rank].zero_grad()
+            whole.zero_grad()
+
+
+def slowly(grad: Tensor) -> Tensor:
+    time.sleep(0.3)
+    return grad
+
+
+def test_nothing_is_overwritten_that_is_still_needed() -> None:
+    run(2, train_a_slow_last_stage)
 
 
 class Failing(nn.Module):
