@@ -133,11 +133,8 @@ class Agreement:
         self.now = None  # until all is well
         stages = stages_of(schedule)
         symmetric = bool(told) and pickle.loads(told)[2]
-        if (
-            not symmetric
-            and len(self.others)
-            and "symmetric" in (getattr(s, "transport", "") for s in stages)
-        ):
+        insists = any(getattr(stage, "transport", "") == "symmetric" for stage in stages)
+        if insists and self.others and not symmetric:
             raise StructureError(
                 "transport='symmetric' needs stages of FunctionalPipelineStage on all ranks of the pipeline. "
                 "Make all of them that, or leave transport at 'auto'."
