@@ -22,6 +22,7 @@ from pipeline_cases import (
     make_stages,
 )
 from pipeline_ranks import Raised, ranks, run
+from shared_memory import over_shared_memory
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, schedules
 from torch.nn import functional
@@ -206,6 +207,31 @@ def test_going_back_to_a_length_that_was_kept_takes_no_messages(schedule: str) -
     # Two are kept: a and b; b and a's evaluation; that and a, once more; a and c; c and b; b and a.
     for _, known in answers:
         assert known == [True, False, True, False, False, False, False, False]
+
+
+# What is written into the memory of peers.
+
+
+def over_memory(rank: int, group: dist.ProcessGroup, job: Any, *args: Any) -> tuple[Any, int]:
+    with over_shared_memory() as made:
+        return job(rank, group, *args), len(made)
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_lengths_may_change_where_messages_are_written_into_memory(schedule: str) -> None:
+    case = Case(schedule, stages_for(schedule, 2), 4, mixing)
+    answers = run(2, over_memory, runs, case, CALLS)
+    assert_same(gathered([steps for steps, _ in answers]), expected(case, CALLS), **CLOSE)
+    assert [number > 0 for _, number in answers] == [True, True]
+
+
+def test_lengths_that_were_kept_share_their_memory() -> None:
+    a, b = (("step", alike(length)) for length in (7, 5))
+    calls: Calls = [a, b, a, ("eval", alike(5)), b, a, b]
+    case = Case("ZBVZeroBubble", 4, 4, mixing)
+    answers = run(2, over_memory, runs_ahead, case, calls)
+    assert_same(gathered([steps for (steps, _), _ in answers]), expected(case, calls), **CLOSE)
+    assert [number for _, number in answers] == [1, 1]
 
 
 # What is refused, on every rank.
