@@ -62,7 +62,7 @@ CHECKPOINT_UNLIKE: Signs = ("during selective activation checkpoint", "not found
 """Selective checkpoints: the second run does other things than the first."""
 
 NOT_ENTERED: Signs = (
-    "trying to pop from empty mode stack",
+    *("trying to pop from empty mode stack", "Attempted to unset"),
     *("dynamicLayerStack", "dynamic_layer.layerId()"),
 )
 """A mode or level is left that was broken off while it was entered."""

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from funcstage.state.at_once import at_once
 from funcstage.state.content import content, is_plain
 from funcstage.state.parameter_hooks import any_hooked, held_in
 
@@ -122,13 +123,12 @@ def state_with(module: nn.Module | None, state: Mapping[str, Any]) -> list[Modul
 @contextmanager
 def swapped(states: Sequence[ModuleState]) -> Iterator[None]:
     """Let modules hold what they held then, for as long as the context lasts."""
-    before = state_of([state.module for state in states])
+    back = steps_to(state_of([state.module for state in states]))
     try:
-        for state in states:
-            _hold(state)
+        put_back(states)
         yield
     finally:
-        put_back(before)
+        at_once(back)
 
 
 @contextmanager
@@ -143,15 +143,19 @@ def locked_and_swapped(states: Sequence[ModuleState]) -> Iterator[None]:
 
 def put_back(states: Sequence[ModuleState]) -> None:
     """Let modules hold again what they held, for good."""
-    for state in states:
-        _hold(state)
+    at_once(steps_to(states))
 
 
-def _hold(state: ModuleState) -> None:
-    for own, values in ((state.module._parameters, state.params), (state.module._buffers, state.buffers)):
-        own.clear()
-        own.update(values)  # type: ignore[arg-type]  # swapped tensors are no parameters
-    vars(state.module).update(state.attributes)
+def steps_to(states: Sequence[ModuleState]) -> Iterator[Any]:
+    """The steps by which modules come to hold again what they held: `at_once` takes them."""
+    of_params = [(state.module._parameters, state.params) for state in states]
+    of_buffers = [(state.module._buffers, state.buffers) for state in states]
+    own: list[tuple[dict[str, Any], dict[str, Any]]] = [*of_params, *of_buffers]
+    return chain(
+        map(call, [space.clear for space, _ in own]),
+        map(call, [space.update for space, _ in own], [values for _, values in own]),
+        map(dict.update, [vars(state.module) for state in states], [state.attributes for state in states]),
+    )
 
 
 _STATE = ("training", "_flat_weights", "_flat_weight_refs")

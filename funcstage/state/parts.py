@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from itertools import chain, compress
-from operator import getitem, is_, itemgetter
+from operator import getitem, is_, itemgetter, setitem
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import PurityError
+from funcstage.state.at_once import at_once
 from funcstage.state.parameter_hooks import any_hooked
 
 
@@ -95,6 +96,7 @@ class Parts:
         if not (before and self._names.issuperset(state)):
             return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
         lent = [*map(state.get, self.names, before)]
+        back = map(setitem, holders, keys, before)
         try:
             for holder, key, tensor in zip(holders, keys, lent, strict=True):
                 holder[key] = tensor
@@ -103,8 +105,8 @@ class Parts:
         except BaseException:  # an interrupt may come while the tensors are exchanged
             try:
                 self._take_back(before)
-            except BaseException:  # and another one now, as a handler that is put back may raise again
-                self._take_back(before)
+            except BaseException:  # and others now, as a handler that is put back may raise again
+                at_once(back)
                 raise
             raise
         self._check_parameters(before, lent, left)

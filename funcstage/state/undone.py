@@ -32,11 +32,9 @@ def undone_if_interrupted(function: Function) -> Function:
         levels, entered, grad = ft.current_level(), modes.function_modes(), torch.is_grad_enabled()
         hooks, refusal, asked = ft.saving_hooks(), ft.saving_refused(), _interception.current()
         eager, dispatched, called = _dynamo.runs_eagerly(), modes.dispatch_modes(), _calls.current()
-        try:
-            return function(*args, **kwargs)
-        except BaseException as error:
-            interrupt = _interrupt_behind(error)
-            _close_contexts(interrupt)
+
+        def undo(error: BaseException) -> None:
+            _close_contexts(error)
             while modes.dispatch_modes() > dispatched:
                 modes.pop_dispatch_mode()
             modes.restore_function_modes(entered)
@@ -47,6 +45,18 @@ def undone_if_interrupted(function: Function) -> Function:
             _interception.restore(asked)
             _calls.restore(called)
             modes.set_grad_enabled(grad)
+
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            undone: BaseException = error
+            for _ in range(_TIMES):
+                try:
+                    undo(undone)
+                    break
+                except BaseException as later:  # another interrupt, of which the one before is the context
+                    undone = later
+            interrupt = _interrupt_behind(error)
             if interrupt is not error:
                 raise interrupt from None
             raise
@@ -54,21 +64,32 @@ def undone_if_interrupted(function: Function) -> Function:
     return run  # type: ignore[return-value]  # with the same parameters
 
 
+_TIMES = 10
+"""How often what undoes an interrupt is begun anew where it is interrupted itself."""
+
+
 def _interrupt_behind(error: BaseException) -> BaseException:
     """What came between entering and leaving a mode, if that is why it could not be left."""
-    left = isinstance(error, RuntimeError) and says(error, NOT_ENTERED)
-    return error.__context__ or error if left else error
+    found = error
+    while isinstance(found, (RuntimeError, AssertionError)) and says(found, NOT_ENTERED):
+        if found.__context__ is None:
+            return error
+        found = found.__context__
+    return found
 
 
-def _close_contexts(error: BaseException) -> None:
+def _close_contexts(error: BaseException | None) -> None:
     """Let torch's context managers that an interrupt came into put modes back now, not when they are freed.
 
-    What raises the interrupt, a handler of signals or a profiler, is given the frame that it came into.
+    What raises the interrupt, a handler of signals or a profiler, is given the frame that it came into. One
+    that comes while another is dealt with has that as its context.
     """
-    traceback = None if isinstance(error, Exception) else error.__traceback__
-    while traceback is not None:
-        frame, traceback = traceback.tb_frame, traceback.tb_next
-        name = str(frame.f_globals.get("__name__"))
-        if traceback is None or name.partition(".")[0] in ("torch", "contextlib"):
-            with suppress(RuntimeError):  # it still runs
-                frame.clear()
+    while error is not None:
+        traceback = None if isinstance(error, Exception) else error.__traceback__
+        while traceback is not None:
+            frame, traceback = traceback.tb_frame, traceback.tb_next
+            name = str(frame.f_globals.get("__name__"))
+            if traceback is None or name.partition(".")[0] in ("torch", "contextlib"):
+                with suppress(RuntimeError):  # it still runs
+                    frame.clear()
+        error = error.__context__

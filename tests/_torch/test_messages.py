@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import funcstage as fs
 from funcstage._torch import functorch as ft
-from funcstage._torch import messages, tracing
+from funcstage._torch import messages, modes, tracing
 from funcstage._torch.messages import says
 
 FLOAT = torch.ones(3)
@@ -148,6 +148,10 @@ def level_not_entered() -> None:
     ft.pop_layer()
 
 
+def infrastructure_mode_not_entered() -> None:
+    modes.pop_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+
+
 CASES: list[tuple[Callable[[], None], messages.Signs]] = [
     (leaf_written, messages.LEAF_WRITTEN),
     (view_of_a_leaf_written, messages.LEAF_WRITTEN),
@@ -170,6 +174,7 @@ CASES: list[tuple[Callable[[], None], messages.Signs]] = [
     (checkpoint_unlike, messages.CHECKPOINT_UNLIKE),
     (mode_not_entered, messages.NOT_ENTERED),
     (level_not_entered, messages.NOT_ENTERED),
+    (infrastructure_mode_not_entered, messages.NOT_ENTERED),
 ]
 
 

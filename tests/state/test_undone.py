@@ -18,6 +18,7 @@ from interrupting import (
     calls_of,
     drop_what_autograd_left,
     interrupted,
+    interrupted_again,
     state_of_everything,
 )
 from torch import Tensor, nn
@@ -169,6 +170,38 @@ def test_a_pullback_that_failed_keeps_no_tensor_alive(engine: str, at: int) -> N
     drop_what_autograd_left()
     gc.collect()
     assert not [ref() for ref in refs if ref() is not None]
+
+
+@pytest.mark.parametrize(
+    ("engine", "share", "later"),
+    [
+        *(("closures", 12, each) for each in ((1,), (2,), (5,), (1, 1), (2, 1), (3, 2), (1, 1, 1))),
+        *(("compiled before", 8, each) for each in ((1,), (1, 1), (2, 1))),
+        *(("aten", 1, each) for each in ((1,), (1, 1))),
+    ],
+)
+def test_interrupts_of_what_an_interrupt_has_begun_leave_nothing_behind(
+    engine: str, share: int, later: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    module, x, grad = Everything(), torch.randn(5, 3), torch.randn(5, 2)
+    apply, params, buffers = fs.functionalize(module)
+    kept = fs.compile(apply, backend="aten")
+
+    def run() -> list[Tensor | None]:
+        stage = {"closures": apply, "compiled before": kept}.get(engine)
+        stage = fs.compile(apply, backend="aten") if stage is None else stage
+        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+        (dx,), weight_pullback = pullback(grad)
+        return [output, dx, *weight_pullback().values()]
+
+    expected, before = run(), state_of_everything(module)
+    calls, again = calls_of(run), 0
+    for n in range(calls // (2 * share), calls, calls // share):
+        again += interrupted_again(run, n + sum(later), later) > 1
+        assert state_of_everything(module) == before, f"at call {n} of {calls}"
+        torch.testing.assert_close(run(), expected)
+    assert again or engine == "aten"
 
 
 class Outer(TorchFunctionMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import CO_GENERATOR
 from typing import Any
 
@@ -69,6 +69,48 @@ class Interrupt:
             sys.setprofile(None)
             self.n = 0  # once, though a recorder sets it again
             raise KeyboardInterrupt
+
+
+class Nested:
+    """Raises at the n-th call of a Python function, and again each of these many calls later.
+
+    A profiler that raises is taken away, so that a tracer sets it anew. What comes later interrupts what puts
+    things back after the interrupt before.
+    """
+
+    def __init__(self, n: int, later: Sequence[int]) -> None:
+        self.left: int | None = n
+        self.later = [*later]
+        self.raised = 0
+
+    def trace(self, frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and self.left is not None:
+            self.left -= 1
+            if self.left <= 0 and not frame.f_code.co_flags & CO_GENERATOR:
+                self.left = self.later.pop(0) if self.later else None
+                sys.setprofile(self._raise)
+
+    def _raise(self, frame: Any, event: str, arg: Any) -> None:
+        if event == "call":
+            self.raised += 1
+            raise KeyboardInterrupt
+
+
+def interrupted_again(run: Callable[[], object], call: int, later: Sequence[int]) -> int:
+    """Run something, interrupt it at a call, and interrupt the undoing of that; return how often."""
+    tracer, profiler, nested = sys.gettrace(), sys.getprofile(), Nested(call, later)
+    ignored, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what generators raise that are freed
+    sys.settrace(nested.trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracer)
+        sys.setprofile(profiler)
+        gc.collect(0)
+        sys.unraisablehook = ignored
+    return nested.raised
 
 
 def calls_of(run: Callable[[], object]) -> int:

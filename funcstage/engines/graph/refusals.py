@@ -61,8 +61,9 @@ def check_recorded(apply: Callable[..., Any], module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), tt.FakeTensor):
             raise TraceError(
-                f"{stage_name(apply)} reads a tensor that it kept in an earlier call, which a pure function "
-                "cannot do. Return the value as a buffer."
+                f"{stage_name(apply)} reads a tensor of another trace: one that it kept in an earlier call, "
+                "which a pure function cannot do, or one of a trace inside, as torch.func.linearize makes. "
+                "Return what is kept as a buffer."
             )
         if isinstance(node.target, OpOverload) and writes(node.target):
             raise TraceError(

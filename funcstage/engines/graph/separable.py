@@ -44,6 +44,8 @@ class Separable(OneTape):
             self._mark(*args, **kwargs)
         if func in SHOWING and is_asked_by_stage():
             raise Shown(func.__name__)
+        if func == _READ_DATA and not isinstance(ft.innermost(unwrapped([args[0]])[0][0]), TRACED):
+            func = Tensor.detach  # the same of what is captured, which no mode of the trace takes `.data` of
         operation = known(func)
         for target in operation.written.among(args, kwargs):
             (local,), _ = unwrapped([target])
@@ -62,6 +64,9 @@ class Separable(OneTape):
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         if id(tensor) in self.given and tensor.requires_grad != requires_grad:
             raise refused_mark(f"{self.given[id(tensor)]} ({trees.describe(tensor)})", requires_grad)
+
+
+_READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def refuse_of_levels(owner: str, operands: Any) -> None:

@@ -25,7 +25,7 @@ from funcstage._torch import tracing as tt
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unsay
 from funcstage._torch.interception import intercepting
-from funcstage._torch.messages import LEAF_WRITTEN, says
+from funcstage._torch.messages import LEAF_WRITTEN, NOT_ENTERED, says
 from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
@@ -95,6 +95,8 @@ def trace(
         except StageError:
             raise
         except Exception as error:
+            if says(error, NOT_ENTERED):  # which an interrupt has kept from it, as is found out outside
+                raise
             if overwritten or not says(error, LEAF_WRITTEN):
                 refusal = refusal_of(call.apply, error)
                 if refusal is error:

@@ -34,9 +34,10 @@ from funcstage._torch import functorch as ft
 from funcstage.engines.levels.first_run import Numbers, Operations
 from funcstage.errors import StageError
 from funcstage.state.ambient import AmbientState, RandomState, among, of_process, of_torch
+from funcstage.state.at_once import at_once
 from funcstage.state.cells import closed_over
 from funcstage.state.kept import reached, undone
-from funcstage.state.module import locked, put_back, state_of, swapped
+from funcstage.state.module import locked, state_of, steps_to, swapped
 
 
 class Place(NamedTuple):
@@ -135,7 +136,7 @@ class Region:
         leaves = [stand_ins[leaf.number] if isinstance(leaf, Place) else leaf for leaf in self._leaves]
         args, kwargs = trees.unflatten(self._spec, leaves)
         with self._ambient.restored(), self._random.again(), locked(self._owner):
-            before = state_of([state.module for state in self._modules])
+            back = steps_to(state_of([state.module for state in self._modules]))
             owners = [state.module for state in self._modules] if self._owner is None else [self._owner]
             try:
                 with ExitStack() as stack:
@@ -150,7 +151,7 @@ class Region:
                         stack.enter_context(self._numbers.passed_again())
                     return self._function(*args, **kwargs)
             except BaseException:
-                put_back(before)  # an interrupt may come between leaving and what that does
+                at_once(back)  # an interrupt may come between leaving and what that does
                 raise
 
     def forget(self, saved: Any) -> None:

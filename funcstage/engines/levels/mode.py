@@ -346,7 +346,7 @@ _VIEWS = {getattr(Tensor, name).__get__ for name in ("real", "imag", "T", "mT", 
 
 
 _READING_MEMORY: set[Any] = {
-    *(Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__),
+    *(Tensor.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__dlpack__),
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
 _HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY
