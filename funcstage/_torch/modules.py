@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
 
-__all__ = ["has_hooks", "is_saved_without", "weight_names"]
+from torch import nn
+from torch.nn.modules import module as of_all
+
+__all__ = ["has_hooks", "hooks_of", "hooks_of_backwards", "is_saved_without", "weight_names"]
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether hooks run when the module is called, or with its backward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    return any(hooks) or bool(module._backward_hooks or module._backward_pre_hooks)
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """The module's own tables of hooks that run when it is called, or with its backward."""
+    of_forward = module._forward_pre_hooks, module._forward_hooks
+    return [*of_forward, module._backward_pre_hooks, module._backward_hooks]
+
+
+def hooks_of_backwards(modules: Iterable[nn.Module]) -> list[Callable[..., Any]]:
+    """The hooks that run with the backward of any of these modules, those of all modules among them."""
+    own = chain.from_iterable(hooks_of(part)[2:] for part in modules)
+    everybodys = of_all._global_backward_pre_hooks, of_all._global_backward_hooks
+    return [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
 
 
 def is_saved_without(module: nn.Module) -> set[str]:

@@ -57,7 +57,7 @@ class Forward:
         return trees.unflatten(self.spec, grads)
 
     def awaiting_grad(self, i: int, leaf: Tensor) -> Tensor:
-        """Make an autograd leaf of a leaf of the output, whose gradient comes here; nothing else holds it."""
+        """Let the gradient of a leaf of the output come here. A loss may write into what this returns."""
         arrived = self.output_grads
 
         def take(leaf: Tensor) -> None:
@@ -65,4 +65,17 @@ class Forward:
 
         leaf = leaf.detach().requires_grad_()
         leaf.register_post_accumulate_grad_hook(take)
-        return leaf
+        made: Tensor = _Itself.apply(leaf)
+        return made
+
+
+class _Itself(torch.autograd.Function):
+    """A leaf of autograd as a result, in the same memory: only a result may be written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

@@ -359,6 +359,10 @@ class State:
             if differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
                 refill(holder, contents)
 
+    def changed(self) -> list[tuple[Any, Any]]:
+        """The containers that hold something else now, each with what it held."""
+        return [pair for pair in zip(self._holders, self._contents, strict=True) if differs(*pair)]
+
     def changes(self, owner: str) -> tuple[Changes, list[Tensor]] | None:
         """What was changed since, and the tensors that were left; None where nothing was.
 

@@ -17,6 +17,7 @@ from pipeline_cases import (
     growing,
     make_schedule,
     train,
+    uneven,
     with_everything,
 )
 from torch import Tensor, nn
@@ -304,3 +305,18 @@ def test_finding_out_shapes_leaves_nothing_in_the_lists_of_a_module(compile: Any
     expected = [module.last(rows).sum() for rows in x.chunk(4)]
     assert torch.equal(torch.stack(module.log), torch.stack(expected))
     assert module.notes == {"rows": [2, 2, 2, 2]}
+
+
+@ENGINES
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_a_loss_may_write_into_the_output_that_it_is_given(schedule: str, compile: Any, group: Any) -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        output.div_(2.0)
+        output[..., 0] = 0.0
+        return functional.mse_loss(output, target)
+
+    def model(num_stages: int, batch: int) -> Any:
+        return uneven(num_stages, batch)._replace(loss_fn=loss_fn)
+
+    case = Case(schedule, stages_for(schedule), 4, model, compile=compile, steps=2)
+    assert_same(train(0, group, case), expected(case), **CLOSE)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
-from types import BuiltinMethodType, CellType, CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from funcstage._torch import tracing as tt
+from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional, is_functionalized
 from funcstage.engines.graph.draws import Noted
@@ -29,7 +30,7 @@ from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
-from funcstage.state.cells import closed_over
+from funcstage.state.cells import closed_over, function_of
 from funcstage.state.code import is_library, loads_of, nested_codes
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
 
@@ -59,6 +60,7 @@ class Recorder(TorchFunctionMode):
         self._nested: set[CodeType] = set()
         self._functions: dict[CodeType, list[FunctionType]] = {}
         self._explored: dict[int, Any] = {}
+        self._heard_of: dict[int, FunctionType] = {}
         self._globals: set[str] = set()
         self._reached: set[int] = set()
         self._any = False  # whether attributes are looked up by computed names
@@ -72,8 +74,7 @@ class Recorder(TorchFunctionMode):
         self._thread = get_ident()
         self._collecting = False
         self._random = RandomState(())
-        parts = self._parts
-        self.known = {*map(id, parts)}
+        parts, self.known = self._parts, {*map(id, self._parts)}
         self._explored.update((id(part), part) for part in parts)
         self._explore(apply, "the stage function")
         for part in parts:
@@ -82,6 +83,10 @@ class Recorder(TorchFunctionMode):
             for name, value in vars(part).items():
                 if name not in ("_parameters", "_buffers", "_modules"):
                     self._explore(value, f"{owner}.{name}")
+        for place in _held_by_hooks(parts):
+            self._note(place)
+        for hook in hooks_of_backwards(parts):
+            self._read(hook)
         for label, value in self._given:
             self._explore(value, label)
 
@@ -114,8 +119,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         given = [arg for arg in (*args, *kwargs.values()) if callable(arg) and not isinstance(arg, Tensor)]
         for function in given:
-            if isinstance(function, FunctionType):
-                self._read(function)  # a hook, which runs with the backward
+            self._read(function)  # a hook, which runs with the backward
         own_code = isinstance(func, _WITHOUT_CALLBACKS) or is_library(getattr(func, "__module__", None))
         if given or not own_code:
             return func(*args, **kwargs)
@@ -200,17 +204,20 @@ class Recorder(TorchFunctionMode):
         for function in self._functions.get(code, ()):
             self._run(function)
 
-    def _read(self, function: FunctionType) -> None:
-        """Note what a function can read that runs when nobody looks, and what those can that it may call."""
-        if function.__code__ in self._codes or is_library(function.__globals__.get("__name__")):
+    def _read(self, callback: Any) -> None:
+        """Note what a callback can read that runs when nobody looks, and what those can that it may call."""
+        function = function_of(callback)
+        if function is None or id(function) in self._heard_of:
             return
-        self._enter(function.__code__, function.__globals__)
-        self._explore(function, function.__qualname__)
-        for name in loads_of(function.__code__).globals & function.__globals__.keys():
-            if isinstance(function.__globals__[name], FunctionType):
-                self._read(function.__globals__[name])
-        for value in closed_over(function):
-            if isinstance(value, FunctionType):
+        self._heard_of[id(function)] = function
+        called = closed_over(function)
+        if not _is_of_library(function):
+            self._explore(callback, function.__qualname__)
+            self._enter(function.__code__, function.__globals__)
+            names = loads_of(function.__code__).globals & function.__globals__.keys()
+            called += [function.__globals__[name] for name in names]
+        for value in called:
+            if isinstance(value, (FunctionType, MethodType, partial)):
                 self._read(value)
 
     def _run(self, function: FunctionType) -> None:
@@ -285,9 +292,7 @@ class Recorder(TorchFunctionMode):
             special = [name for name in entries if name[:2] == name[-2:] == "__" and callable(entries[name])]
             self._look_up(self._spaces[id(entries)], special)
             if issubclass(base, Function) and isinstance(entries.get("backward"), staticmethod):
-                backward = entries["backward"].__func__  # which may run in a thread of its own
-                if isinstance(backward, FunctionType):
-                    self._read(backward)
+                self._read(entries["backward"].__func__)  # which may run in a thread of its own
 
     def _note(self, place: Place) -> None:
         owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
@@ -382,6 +387,20 @@ class Recorder(TorchFunctionMode):
             for name, part in parts_of(value):
                 if entered or not isinstance(name, str) or name in self._names or name[:2] == "__":
                     pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
+
+
+def _held_by_hooks(parts: list[nn.Module]) -> Iterator[Place]:
+    """Where hooks of modules are that are no plain functions, and hold what they read: methods, partials."""
+    for part in parts:
+        for table in hooks_of(part):
+            for key, hook in table.items():
+                function = function_of(hook)
+                if function is not None and function is not hook and not _is_of_library(function):
+                    yield Place(f"a hook of {type(part).__name__} ({function.__qualname__})", table, key)
+
+
+def _is_of_library(function: FunctionType) -> bool:
+    return is_library(function.__globals__.get("__name__"))
 
 
 def _is_traced(tensor: Tensor) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from funcstage.errors import PurityError, TraceError, stage_name
 from funcstage.residuals import leaves_behind
 from funcstage.state.argument_containers import WAY_OUT, Containers
 from funcstage.state.captured import refuse_trainable as refuse_captured
+from funcstage.state.kept import State
 
 
 class ReadsValue(TraceError):
@@ -95,6 +97,27 @@ def refuse_trainable(apply: Callable[..., Any], outputs: list[Tensor]) -> None:
     leaves = leaves_behind(outputs)
     real = (leaf for leaf in leaves if not isinstance(ft.innermost(unwrapped([leaf])[0][0]), TRACED))
     refuse_captured(real, apply)
+
+
+@contextmanager
+def refusing_changes(owner: str, module: nn.Module | None) -> Iterator[None]:
+    """Refuse a backward that leaves something on its module: programs would do that only while traced."""
+    before = State(module)
+    yield
+    changed = [_where(*pair) for pair in before.changed()]
+    if changed:
+        raise TraceError(
+            f"{owner} changes its module in its backward ({changed[0]}), by a hook or a custom function. A "
+            "compiled stage would do so only while it is traced. Do it in the forward, or leave the stage "
+            "uncompiled."
+        )
+
+
+def _where(holder: Any, contents: Any) -> str:
+    if not isinstance(holder, dict):
+        return f"a {type(holder).__name__}"
+    keys = [key for key in {**holder, **contents} if holder.get(key, holder) is not contents.get(key, holder)]
+    return ", ".join(map(repr, keys))
 
 
 def warn_of_changes(owner: str) -> None:

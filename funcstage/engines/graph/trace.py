@@ -38,6 +38,7 @@ from funcstage.engines.graph.refusals import (
     refuse_random_backward,
     refuse_trainable,
     refuse_writes,
+    refusing_changes,
 )
 from funcstage.engines.graph.separable import OWN, Separable, refuse_of_levels
 from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
@@ -217,7 +218,11 @@ class _Run:
             grads: list[Tensor | None] = [None] * len(values)
             if wanted:
                 held = {} if call.module is None else {**buffers, **params}
-                with swapped(state_with(call.module, held)), autocast_off():
+                with (
+                    swapped(state_with(call.module, held)),
+                    autocast_off(),
+                    refusing_changes(owner, call.module),
+                ):
                     found = torch.autograd.grad(
                         [outputs[i] for i in roots], ends, cotangents, allow_unused=True
                     )
