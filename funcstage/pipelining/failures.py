@@ -90,6 +90,16 @@ def break_off(groups: Iterable[dist.ProcessGroup | None]) -> None:
 _NEVER_SENT = 0x7FFF_0001
 
 
+def check_connected(group: dist.ProcessGroup | None, rank: int) -> None:
+    """Notice that the process of a rank is gone, if the backend knows: gloo says so, whatever it is asked.
+
+    Raises:
+        RuntimeError: gloo's own.
+    """
+    if "gloo" in dist.get_backend(group):
+        dist.irecv(torch.empty(1), group_src=rank, group=group, tag=_NEVER_SENT)  # and not waited for
+
+
 def lost(error: BaseException) -> bool:
     """Whether an error says no more than that another rank does not answer."""
     return isinstance(error, RuntimeError) and says(error, RANK_LOST)

@@ -202,10 +202,12 @@ class Agreement:
     def _hear(self, rank: int) -> bytes:
         place, store, pause = self.place(self.step, rank), failures.store(), 1.0
         deadline = time.monotonic() + self.seconds
-        while not _is_there(store, place, pause):
+        while not _is_there(store, place, min(pause, max(deadline - time.monotonic(), 0.1))):
             pause = min(2 * pause, 30.0)  # stores log each wait that was in vain
             failure = failures.heard([self.group])
-            if failure is not None:
+            if failure is None:
+                failures.check_connected(self.group, self.first)
+            else:
                 failures.tell([self.group], failure)
                 failures.break_off([self.group])
                 raise failures.heard_by_all(failure)
