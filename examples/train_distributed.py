@@ -267,7 +267,7 @@ def checkpoints(folder: Path, latest: str | None) -> list[str]:
 def pointed_to(folder: Path) -> str | None:
     """Read the name of the latest checkpoint; `None` if there is none, or it cannot be read."""
     pointer = folder / "latest"
-    name = pointer.read_text(errors="replace") if pointer.exists() else ""
+    name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""  # or by `echo`
     return name if step_of(name) >= 0 else None
 
 
@@ -281,6 +281,8 @@ def damage_of(checkpoint: Path) -> str:
     """Say what is wrong with a checkpoint, on all ranks the same; each reads its share of the files."""
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        if ".metadata" not in sums:
+            raise ValueError(f"{CHECKSUMS} leaves files out")
         files = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
         wrong = [name for name in files if checksum(checkpoint / name) != sums[name]]
     except (OSError, ValueError, TypeError) as error:

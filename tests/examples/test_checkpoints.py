@@ -137,6 +137,13 @@ def test_a_damaged_pointer_loses_no_checkpoint(damage: Damage, saved: Path, exam
 def test_a_checkpoint_that_was_never_announced_is_not_used(saved: Path, example: dict[str, Any]) -> None:
     (saved / "latest").write_text("step-4")
     assert Run(example, saved).load() == 4
+    (saved / "latest").write_text("step-4\n")  # by `echo step-4 > latest`
+    assert Run(example, saved).load() == 4
+
+
+def test_checksums_that_leave_files_out_are_damaged(saved: Path, example: dict[str, Any]) -> None:
+    (saved / "step-6" / "checksums.json").write_text("{}")
+    assert Run(example, saved).load() == 4
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_trained(saved: Path, example: dict[str, Any]) -> None:
