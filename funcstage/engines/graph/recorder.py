@@ -210,15 +210,11 @@ class Recorder(TorchFunctionMode):
         if function is None or id(function) in self._heard_of:
             return
         self._heard_of[id(function)] = function
-        called = closed_over(function)
         if not _is_of_library(function):
             self._explore(callback, function.__qualname__)
             self._enter(function.__code__, function.__globals__)
-            names = loads_of(function.__code__).globals & function.__globals__.keys()
-            called += [function.__globals__[name] for name in names]
-        for value in called:
-            if isinstance(value, (FunctionType, MethodType, partial)):
-                self._read(value)
+        for called in _may_be_called_by(function):
+            self._read(called)
 
     def _run(self, function: FunctionType) -> None:
         """Note the cells and defaults of a function that runs."""
@@ -397,6 +393,13 @@ def _held_by_hooks(parts: list[nn.Module]) -> Iterator[Place]:
                 function = function_of(hook)
                 if function is not None and function is not hook and not _is_of_library(function):
                     yield Place(f"a hook of {type(part).__name__} ({function.__qualname__})", table, key)
+
+
+def _may_be_called_by(function: FunctionType) -> list[Any]:
+    """The callbacks that a function closes over, and those among its globals that it names."""
+    named = set() if _is_of_library(function) else loads_of(function.__code__).globals
+    values = [*closed_over(function), *map(function.__globals__.get, named)]
+    return [value for value in values if isinstance(value, (FunctionType, MethodType, partial))]
 
 
 def _is_of_library(function: FunctionType) -> bool:
