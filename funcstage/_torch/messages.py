@@ -21,6 +21,9 @@ SAVED_WRITTEN: Signs = ("modified by an inplace operation",)
 CAPTURED_WRITTEN: Signs = ("mutate a captured Tensor",)
 """torch.func: a tensor from outside of a transform is written in place."""
 
+INFERENCE: Signs = ("Cannot set version_counter for inference tensor",)
+"""torch.func: a wrapper meets a tensor that was made in inference mode."""
+
 STORAGE_SET: Signs = ("in-place operation (aten::set_",)
 """torch.func: of these, a tensor is given another storage."""
 

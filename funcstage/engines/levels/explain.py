@@ -94,6 +94,11 @@ def _refusal(error: Exception) -> StageError | None:
         return StageError(_HOOKS_REFUSED)
     if says(error, torchs.HOOKS_IN_TRANSFORM):  # those of `saving_outside`
         return inner_gradients.refused("torch.func")
+    if says(error, torchs.INFERENCE):
+        return StageError(
+            "The stage enters torch.inference_mode() in its forward, whose tensors torch.func cannot take. "
+            "Write torch.no_grad(), which gives the same values, or compile the stage with funcstage.compile."
+        )
     if says(error, torchs.STORAGE_SET):
         return StageError(
             "The stage gives a tensor the memory of another, as copy.copy and unpickling do, which "

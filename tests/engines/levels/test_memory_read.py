@@ -92,3 +92,22 @@ def test_copies_of_memory_are_refused_with_ways_out() -> None:
     apply, params, buffers = fs.functionalize(Logs(lambda y: float(y.data_ptr()), "forward"))
     with pytest.raises(fs.StageError, match=r"memory of a tensor.*Read that of tensor\.detach\(\)"):
         fs.stage_vjp(apply, params, buffers, torch.randn(2, 3))
+
+
+def test_inference_mode_inside_is_refused_with_no_grad_as_the_way_out() -> None:
+    class Within(nn.Module):
+        def __init__(self, mode: Callable[[], Any]) -> None:
+            super().__init__()
+            self.proj, self.mode = nn.Linear(3, 3), mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.mode():
+                total = self.proj(x).sum()
+            return self.proj(x) + total.clone() * 1
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3)
+    with pytest.raises(fs.StageError, match=r"inference_mode\(\) in its forward.*Write torch\.no_grad\(\)"):
+        fs.stage_vjp(*fs.functionalize(Within(torch.inference_mode)), x)
+    module = Within(torch.no_grad)
+    torch.testing.assert_close(fs.stage_vjp(*fs.functionalize(module), x)[0], module(x))
