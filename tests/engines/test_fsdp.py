@@ -110,6 +110,27 @@ def test_whole_parameters_are_held_or_gathered_again_as_fsdp_was_told() -> None:
     assert again < held
 
 
+def hidden(rank: int, group: Any) -> list[list[bool]]:
+    """Of each message of F, I and W, in the order in which they are sent: are products computed meanwhile?"""
+    apply, params, buffers = fs.functionalize(force_sums(nested()()))
+    compiled = fs.compile(apply, backend="aten")
+    fs.stage_vjp(compiled, params, buffers, batch(rank))
+    found = []
+    for program in compiled.programs(params, buffers, batch(rank)):
+        names = [node.name for node in program.graph.nodes]
+        messages = [node for node in program.graph.nodes if node.name.startswith(("all_gather", "reduce_"))]
+        spans = [names[names.index(m.name) : names.index(min(m.users).name)] for m in messages]
+        found.append([any("mm" in name for name in span) for span in spans])
+    return found
+
+
+def test_all_messages_but_the_first_gather_and_the_last_sum_travel_behind_products() -> None:
+    of_f, of_i, of_w = run(2, hidden)[0]
+    assert of_f == [False, True, True]
+    assert of_i == [True, True]
+    assert of_w == [True, True, False]
+
+
 def trained(rank: int, group: Any, engine: str) -> int:
     """Three steps of AdamW with clipping, after an evaluation that left whole parameters, and state dicts."""
     module, twin = (force_sums(nested(reshard_after_forward=False)()) for _ in range(2))

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from funcstage._torch.tracing import BoxedCodeGen, LazyGraphModule
 from funcstage.engines.graph.joint import Joint
 from funcstage.engines.graph.nodes import aten, is_view
+from funcstage.engines.graph.overlap import overlap
 from funcstage.engines.graph.replay import drawn_once
 
 
@@ -79,6 +80,7 @@ def extract(
     drawn_once(graph)
     if own:
         own_results(graph)
+    overlap(graph)
     return Program(
         boxed(joint.module, graph),
         tuple(node.name for node in given),

@@ -34,6 +34,7 @@ from funcstage._torch.inductor import (
 from funcstage._torch.shapes import hint
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.nodes import is_cheap, is_view
+from funcstage.engines.graph.overlap import is_message
 from funcstage.engines.graph.runners import Runner, run_as_python
 
 
@@ -85,6 +86,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     context.fw_metadata = _Donation(places)  # type: ignore[assignment]
     try:
         options = {**_OPTIONS, "emulate_precision_casts": low_on_cpu}
+        if any(map(is_message, graph.nodes)):
+            options["reorder_for_peak_memory"] = False  # it does not know of what travels meanwhile
         with config.patch(options), V.set_fake_mode(fake_mode), tracing(context):
             compiled = compile_fx_inner(
                 GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True

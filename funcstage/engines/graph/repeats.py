@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from funcstage._torch.operators import OpOverload
 from funcstage._torch.shapes import SYMBOLIC
 from funcstage.engines.graph.mincut import nbytes
+from funcstage.engines.graph.overlap import is_message
 
 
 class Least(NamedTuple):
@@ -146,7 +146,7 @@ def _prices(nodes: Sequence[Node]) -> list[float]:
         if last == i:
             continue
         value = node.meta["val"]
-        crossable = isinstance(value, (Tensor, *SYMBOLIC)) and not _is_awaited(node)
+        crossable = isinstance(value, (Tensor, *SYMBOLIC)) and not is_message(node)
         into = changes if crossable else barred
         amount = nbytes(node) if crossable else 1
         into[i + 1] += amount
@@ -156,12 +156,6 @@ def _prices(nodes: Sequence[Node]) -> list[float]:
         NEVER if bar else amount
         for amount, bar in zip(bytes_there, itertools.accumulate(barred), strict=True)
     ]
-
-
-def _is_awaited(node: Node) -> bool:
-    """Tell whether a node's value is there only after another operation, which waits for it."""
-    name = node.target.name() if isinstance(node.target, OpOverload) else ""
-    return name.startswith("_c10d_functional") and "wait_tensor" not in name
 
 
 def _look(node: Node, root: GraphModule) -> Hashable:
