@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from funcstage import trees
+from funcstage._torch.operators import without_torch_function
 from funcstage.errors import PurityError, StageError
+from funcstage.state.guise import own_of
 
 
 def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -15,9 +17,20 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     Raises:
         PurityError: if it assigns to a tensor's `.data`.
-        StageError: if it asks for a `.grad` of a tensor that no backward of the user's will reach.
+        StageError: if it asks for a `.grad` of a tensor that no backward of the user's will reach, or reads
+            that of a parameter which has one.
     """
     if func not in EFFECTS:
+        return
+    if func == _READ_GRAD:
+        own = own_of(args[0])
+        with without_torch_function():
+            has_one = own is not None and own.grad is not None
+        if has_one:
+            raise StageError(
+                f"The stage reads the `.grad` of a parameter ({trees.describe(args[0])}) in its forward, "
+                "which a stage function is not given. Pass it as an argument, or set it to None before."
+            )
         return
     tensor = trees.describe(args[0] if args else next(iter(kwargs.values()), None))
     if func == _ASSIGN_DATA:
@@ -49,4 +62,6 @@ _ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 MARKS: set[Any] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 """What marks a tensor as requiring grad, or not."""
 
-EFFECTS: set[Any] = {_ASSIGN_DATA, Tensor.retain_grad}
+_OF_TENSORS: Any = Tensor
+_READ_GRAD = _OF_TENSORS.grad.__get__
+EFFECTS: set[Any] = {_ASSIGN_DATA, _READ_GRAD, Tensor.retain_grad}

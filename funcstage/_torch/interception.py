@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import queue
 import threading
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import Pool
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -194,7 +196,15 @@ def _set_apply(*, asked: bool) -> None:
         kind.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS
 
 
-_GIVING: Any = ((threading.Thread, "start"), (ThreadPoolExecutor, "submit"))
+_GIVING: Any = (
+    (threading.Thread, "start"),
+    (ThreadPoolExecutor, "submit"),
+    (queue.Queue, "put"),
+    (Pool, "apply_async"),
+    (Pool, "_map_async"),
+    (Pool, "imap"),
+    (Pool, "imap_unordered"),
+)
 _OWN_GIVING: Any = tuple(vars(kind)[name] for kind, name in _GIVING)
 
 

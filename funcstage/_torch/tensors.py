@@ -10,6 +10,8 @@ from torch import Tensor
 from torch import _is_functional_tensor as is_functionalized
 
 __all__ = [
+    "IS_PARAMETER",
+    "OF_FUNCTIONAL",
     "has_hooks",
     "hooks_of",
     "indices_and_values",
@@ -21,6 +23,12 @@ __all__ = [
     "users_of",
     "version_of",
 ]
+
+IS_PARAMETER = "_is_param"
+"""The attribute by which `nn.Parameter` takes instances of other classes for its own."""
+
+OF_FUNCTIONAL = frozenset({"elem", "_inference_mode_base"})
+"""Attributes that every tensor of a trace has."""
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor's memory was written; inference tensors do not count."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -60,3 +61,14 @@ class Before(NamedTuple):
     def moved_iterators(self) -> list[Any]:
         """Iterators that the module holds and that have gone on, or may have."""
         return [] if self.held is None else self.held.moved_iterators()
+
+
+@contextmanager
+def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules hold afterwards what they hold now: a region that runs again has been there before."""
+    before = [State(module) for module in modules]
+    try:
+        yield
+    finally:
+        for state in before:
+            state.restore()

@@ -25,21 +25,11 @@ from funcstage.errors import TraceError
 from funcstage.state.cells import closed_over
 from funcstage.state.code import is_library
 from funcstage.state.content import MARK, slots
+from funcstage.state.guise import noted_alike, notes_on
 from funcstage.state.module import locked
 
 if TYPE_CHECKING:
     from funcstage.state.contents import Held
-
-
-@contextmanager
-def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let modules hold afterwards what they hold now: a region that runs again has been there before."""
-    before = [State(module) for module in modules]
-    try:
-        yield
-    finally:
-        for state in before:
-            state.restore()
 
 
 @contextmanager
@@ -105,8 +95,10 @@ def detached(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[N
 
         def off_tape(value: Any) -> Any:
             if isinstance(value, Tensor):
-                is_new = value.requires_grad and id(value) not in known
-                return value.detach() if is_new and not isinstance(value, nn.Parameter) else value
+                is_new = (
+                    value.requires_grad and id(value) not in known and not isinstance(value, nn.Parameter)
+                )
+                return noted_alike(value.detach(), value, off_tape) if is_new else value
             return _in_tuples(off_tape, value)
 
         try:
@@ -132,8 +124,8 @@ def objects_among(leaves: Iterable[Any]) -> list[Any]:
 
 
 def _alive(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ft.without_dead_wrappers(value).detach() if ft.is_dead(value) else value
+    if isinstance(value, Tensor) and ft.is_dead(value):
+        return noted_alike(ft.without_dead_wrappers(value).detach(), value, _alive)
     return _in_tuples(_alive, value)
 
 
@@ -257,9 +249,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Result(NamedTuple):
-    """Stands for a tensor that F returns."""
+    """Stands for a tensor that F returns, with attributes that the forward has set on it."""
 
     number: int
+    notes: dict[str, Any]
 
 
 class _Before(NamedTuple):
@@ -299,6 +292,7 @@ class Changes(NamedTuple):
         for stand_in in self.stand_ins:
             if isinstance(stand_in, _Result):
                 value: Any = results[stand_in.number].detach()
+                vars(value).update(stand_in.notes)
                 setattr(value, MARK, True)
             else:
                 value = self.holders[stand_in.holder][stand_in.place]
@@ -415,7 +409,7 @@ class State:
             else:
                 new = [*holder]
             for value in _tensors_in(new, memo):
-                memo[id(value)] = stand_in = _Result(len(tensors))
+                memo[id(value)] = stand_in = _Result(len(tensors), notes_on(value, owner))
                 stand_ins.append(stand_in)
                 tensors.append(value)
             try:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from funcstage.state.at_once import at_once
 from funcstage.state.content import content, is_plain
+from funcstage.state.guise import Guise
 from funcstage.state.parameter_hooks import any_hooked, held_in
 
 
@@ -123,12 +124,26 @@ def state_with(module: nn.Module | None, state: Mapping[str, Any]) -> list[Modul
 @contextmanager
 def swapped(states: Sequence[ModuleState]) -> Iterator[None]:
     """Let modules hold what they held then, for as long as the context lasts."""
-    back = steps_to(state_of([state.module for state in states]))
+    before = state_of([state.module for state in states])
+    held, holding = _tensors_of(before), _tensors_of(states)
+    guise = Guise([held.get(place) for place in holding], [*holding.values()])
+    back = chain(steps_to(before), guise.back)
     try:
+        guise.put_on()
         put_back(states)
         yield
     finally:
         at_once(back)
+
+
+def _tensors_of(states: Sequence[ModuleState]) -> dict[tuple[int, str], Any]:
+    """The parameters and buffers of modules, by their places."""
+    return {
+        (i, name): tensor
+        for i, state in enumerate(states)
+        for own in (state.params, state.buffers)
+        for name, tensor in own.items()
+    }
 
 
 @contextmanager

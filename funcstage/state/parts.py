@@ -14,6 +14,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import PurityError
 from funcstage.state.at_once import at_once
+from funcstage.state.guise import Guise
 from funcstage.state.parameter_hooks import any_hooked
 
 
@@ -96,20 +97,26 @@ class Parts:
         if not (before and self._names.issuperset(state)):
             return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
         lent = [*map(state.get, self.names, before)]
-        back = map(setitem, holders, keys, before)
+        guise = Guise(before, lent)
+        back = chain(map(setitem, holders, keys, before), guise.back)
         try:
+            guise.put_on()
             for holder, key, tensor in zip(holders, keys, lent, strict=True):
                 holder[key] = tensor
             output = self.module(*args, **kwargs)
-            left = self._take_back(before)
+            notes = guise.notes()
+            left = self._take_back(before, guise)
         except BaseException:  # an interrupt may come while the tensors are exchanged
             try:
-                self._take_back(before)
+                self._take_back(before, guise)
             except BaseException:  # and others now, as a handler that is put back may raise again
                 at_once(back)
                 raise
             raise
         self._check_parameters(before, lent, left)
+        for note in notes:
+            name = next(name for name, own in zip(self.names, before, strict=True) if own is note.own)
+            note.keep(type(self.module).__name__, repr(name))
         places = zip(self.names, left, strict=True)
         state.update((name, now) for name, now in places if name in state and now is not _GONE)
         return output
@@ -151,8 +158,9 @@ class Parts:
             space.clear()
             space.update(submodules)
 
-    def _take_back(self, before: list[Any]) -> list[Any]:
+    def _take_back(self, before: list[Any], guise: Guise) -> list[Any]:
         """Let all places hold what they held before; return what they have held by now."""
+        at_once(guise.back)
         holders, keys = self._holders, self._keys
         if all(map(is_, chain.from_iterable(map(_TENSORS, self._holding)), self._held_by)):
             with suppress(KeyError):  # the forward has moved a tensor

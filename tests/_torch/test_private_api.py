@@ -705,6 +705,26 @@ def inductor() -> None:
         assert_split_as_eager(Frequent(), ROWS, engine="inductor")
 
 
+@stands_on("_torch/tensors.py", "engines/graph/trace.py")
+def attributes_of_tensors() -> None:
+    from funcstage._torch.tensors import IS_PARAMETER, OF_FUNCTIONAL
+
+    seen: list[set[str]] = []
+
+    class Noting(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            seen.append({*vars(y)})
+            return y * (2 if isinstance(self.weight, torch.nn.Parameter) else 1)
+
+    assert_split_as_eager(Noting(3, 3), torch.randn(2, 3), engine="aten")
+    assert any(seen)
+    assert set[str]().union(*seen) <= OF_FUNCTIONAL
+    tensor = torch.ones(3)
+    setattr(tensor, IS_PARAMETER, True)
+    assert isinstance(tensor, torch.nn.Parameter)
+
+
 @stands_on("_torch/tensors.py", "_torch/operators.py")
 def counts_of_storages() -> None:
     from funcstage._torch.operators import copy_into_all

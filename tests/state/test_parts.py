@@ -236,7 +236,7 @@ def test_a_parameter_that_the_first_call_makes_is_trained_where_that_came_before
 def test_a_forward_may_exchange_a_parameter_for_a_while(engine: Any) -> None:
     def doubled(module: nn.Module, args: Any) -> None:
         part: Any = module
-        part.own = module._parameters.pop("weight")
+        vars(part)["own"] = module._parameters.pop("weight")  # by assignment it would be registered
         part.weight = part.own * 2
 
     def as_before(module: nn.Module, args: Any, output: Any) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Container
 from types import FrameType, ModuleType
 from typing import Any
+
+from funcstage.errors import TraceError
 
 
 class Noted:
@@ -43,6 +46,27 @@ class Noted:
                 self.clocks.setdefault(f"{owner.__name__}.{name}", _where(frame))
         elif _is_generator(owner) and self._is_shared(owner):
             self.draws.setdefault(f"{type(owner).__module__.partition('.')[0]}'s {name}", _where(frame))
+
+    def refuse(self) -> None:
+        """Refuse a stage that draws.
+
+        Raises:
+            TraceError: names what was drawn, and where.
+        """
+        for what, where in self.draws.items():
+            raise TraceError(
+                f"The stage draws a random number ({what}, at {where}), and a trace would repeat it in every "
+                "call. Draw with torch.rand, or draw outside and pass the number as an argument."
+            )
+
+    def warn(self) -> None:
+        """Warn of clocks."""
+        for what, where in self.clocks.items():
+            warnings.warn(
+                f"The stage reads a clock ({what}, at {where}), which stands still in its compiled programs. "
+                "Pass the time as an argument.",
+                stacklevel=2,
+            )
 
     def _is_shared(self, generator: Any) -> bool:
         numpy = sys.modules.get("numpy.random")

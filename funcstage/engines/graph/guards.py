@@ -34,6 +34,7 @@ class Signature(NamedTuple):
     sharding: tuple[Hashable, ...] = ()
     outside: Said = ()
     sizes: Sizes | None = None
+    same: tuple[int, ...] = ()
 
 
 def signature_of(
@@ -67,7 +68,19 @@ def signature_of(
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
     ambient = AmbientState.now(differentiated=diff is not None)
-    return Signature(structure, tuple(found), argnums, module.read(), ambient, sharding_of(specs))
+    same = _repeated(leaves[_n_state(structure.children()) :])
+    return Signature(structure, tuple(found), argnums, module.read(), ambient, sharding_of(specs), same=same)
+
+
+def _n_state(specs: Sequence[optree.PyTreeSpec]) -> int:
+    """How many leaves are parameters and buffers, which come first."""
+    return sum(spec.num_leaves for spec in specs[:2])
+
+
+def _repeated(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Which arguments are the same tensor: for each the place of the first such; empty where all differ."""
+    ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    return () if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
 
 def sharding_of(specs: Specs) -> tuple[Hashable, ...]:
@@ -113,6 +126,8 @@ class Recent:
         self._are_alike = tt.comparison(
             [leaves[i] for i in self._tensors], {place[i]: dims for i, dims in open_dims.items()}
         )
+        self._n_state = _n_state(self._structures)
+        self._same = _repeated(leaves[self._n_state :])
         self._glance = module.glance()
         self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
@@ -129,6 +144,8 @@ class Recent:
         if [*map(type, tensors)] != self._kinds:
             return None
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
+            return None
+        if _repeated(leaves[self._n_state :]) != self._same:
             return None
         if not self._are_alike(*tensors) or any(
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others

@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -25,6 +24,7 @@ from funcstage._torch import tracing as tt
 from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional, is_functionalized
+from funcstage.engines.graph.classes import compared_class, refuse_comparison
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
@@ -73,6 +73,7 @@ class Recorder(TorchFunctionMode):
         self._before: Any = None
         self._thread = get_ident()
         self._collecting = False
+        self._compared: str | None = None
         self._random = RandomState(())
         parts, self.known = self._parts, {*map(id, self._parts)}
         self._explored.update((id(part), part) for part in parts)
@@ -144,6 +145,7 @@ class Recorder(TorchFunctionMode):
             TraceError: if some of it cannot be watched.
         """
         self._find_functions()
+        self._look_at_tensors()
         self._refuse()
         said = [self._said[key] for key in self._places]
         reads = Reads(self._places, said, self._spaces.values(), self.known)
@@ -167,6 +169,8 @@ class Recorder(TorchFunctionMode):
                 caller = frame.f_back
                 if caller is not None and caller.f_code in self._codes:
                     self._noted.draw(frame, caller)
+        elif event == "return" and frame.f_code in self._codes:
+            self._compared = self._compared or compared_class(frame)
         elif event == "c_call":
             self.generators.note(argument, frame)
             if frame.f_code in self._codes:
@@ -328,33 +332,31 @@ class Recorder(TorchFunctionMode):
                 self._reach_class(type(value))
             pending += [(part, f"{label}.{name}") for name, part in parts_of(value)]
 
+    def _look_at_tensors(self) -> None:
+        """Note attributes of the modules' parameters and buffers, under all names that were loaded."""
+        for space in _attributes_of_tensors(self._parts):
+            if self._spaces.setdefault(id(space.entries), space) is space:
+                self._look_up(space, self._wanted(space) & space.entries.keys())
+                space.names.update(self._names)
+
     def _find_functions(self) -> None:
         """Look for the functions that ran and were not within reach, in all there is."""
         missing = [code for code in self._codes if code not in self._functions and code not in self._nested]
-        if missing:
-            for function in gc.get_referrers(*missing):
-                if isinstance(function, FunctionType):
-                    self._explore(function, function.__qualname__)
+        for function in gc.get_referrers(*missing) if missing else ():
+            if isinstance(function, FunctionType):
+                self._explore(function, function.__qualname__)
 
     def _refuse(self) -> None:
         self.generators.refuse()
-        for what, where in self._noted.draws.items():
-            raise TraceError(
-                f"The stage draws a random number ({what}, at {where}), and a trace would repeat it in every "
-                "call. Draw with torch.rand, or draw outside and pass the number as an argument."
-            )
+        self._noted.refuse()
+        refuse_comparison(self._compared)
         for label, value in self._unwatchable():
             raise TraceError(
                 f"The stage reads {label}, of type {type(value).__module__}.{type(value).__qualname__}, "
                 "whose state cannot be compared: a later change would go unnoticed. Pass what the stage "
                 "reads of it as an argument."
             )
-        for what, where in self._noted.clocks.items():
-            warnings.warn(
-                f"The stage reads a clock ({what}, at {where}), which stands still in its compiled programs. "
-                "Pass the time as an argument.",
-                stacklevel=2,
-            )
+        self._noted.warn()
 
     def _unwatchable(self) -> Iterator[tuple[str, Any]]:
         """What was read and cannot be looked at; of attributes, those whose names were loaded."""
@@ -404,6 +406,13 @@ def _may_be_called_by(function: FunctionType) -> list[Any]:
 
 def _is_of_library(function: FunctionType) -> bool:
     return is_library(function.__globals__.get("__name__"))
+
+
+def _attributes_of_tensors(parts: Iterable[nn.Module]) -> Iterator[Space]:
+    for part in parts:
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield Space(f"the attributes of {type(part).__name__}.{name}", vars(tensor), set(), False)
 
 
 def _is_traced(tensor: Tensor) -> bool:

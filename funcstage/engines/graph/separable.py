@@ -21,6 +21,7 @@ from funcstage.engines.rules.dtypes import refuse_complex
 from funcstage.engines.rules.table import known
 from funcstage.engines.tape.reentrant import Leftovers, OneTape
 from funcstage.errors import TraceError
+from funcstage.state.guise import own_of
 
 
 class Separable(OneTape):
@@ -36,6 +37,7 @@ class Separable(OneTape):
         super().__init__(leftovers)
         self.owner = owner
         self.given: dict[int, str] = {}  # state and differentiated arguments, by their ids
+        self.aliases: dict[int, Tensor] = {}  # of the leaves that stand for them, by their ids
         self._within = current_interceptor() is not None  # the run of another stage, of which this is a part
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -44,6 +46,11 @@ class Separable(OneTape):
             self._mark(*args, **kwargs)
         if func in SHOWING and is_asked_by_stage():
             raise Shown(func.__name__)
+        if func in _OF_LEAVES and id(args[0]) in self.given:
+            return self._of_leaf(func, args[0])
+        if func == _BASE:
+            base = func(*args)
+            return self.aliases.get(id(base), base)
         if func == _READ_DATA and not isinstance(ft.innermost(unwrapped([args[0]])[0][0]), TRACED):
             func = Tensor.detach  # the same of what is captured, which no mode of the trace takes `.data` of
         operation = known(func)
@@ -60,6 +67,15 @@ class Separable(OneTape):
             return func(*args, **kwargs)
         with nullcontext() if rule.whole else self:
             return rule.body(*args, **kwargs)
+
+    def _of_leaf(self, func: Any, leaf: Tensor) -> Any:
+        """What eager says of a parameter or argument, which here is an alias of another leaf."""
+        if func == _GRAD and own_of(leaf) is not None:
+            raise TraceError(
+                f"{self.owner} reads the `.grad` of a parameter ({self.given[id(leaf)]}), which changes from "
+                "call to call. Pass it as an argument."
+            )
+        return _OF_LEAVES[func]
 
     def _mark(self, tensor: Tensor, requires_grad: bool = True) -> None:
         if id(tensor) in self.given and tensor.requires_grad != requires_grad:
@@ -79,6 +95,19 @@ def refuse_of_levels(owner: str, operands: Any) -> None:
                 f"{owner} reads a tensor ({trees.describe(leaf)}) that the stage around it has computed, "
                 "but was not given it. Pass it as an argument."
             )
+
+
+_TENSOR: Any = Tensor
+_GRAD, _BASE = _TENSOR.grad.__get__, _TENSOR._base.__get__
+_OF_LEAVES = {
+    _TENSOR.is_leaf.__get__: True,
+    _TENSOR.grad_fn.__get__: None,
+    _TENSOR.output_nr.__get__: 0,
+    _TENSOR.retains_grad.__get__: False,
+    _BASE: None,
+    _TENSOR._is_view: False,
+    _GRAD: None,
+}
 
 
 @torch.library.custom_op("funcstage::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

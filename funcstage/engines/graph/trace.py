@@ -45,7 +45,7 @@ from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.tape.reentrant import Leftovers
-from funcstage.errors import PurityError, StageError, stage_name
+from funcstage.errors import PurityError, StageError, TraceError, stage_name
 from funcstage.functional import checked_result
 from funcstage.gathered import telling
 from funcstage.state import captured
@@ -178,16 +178,19 @@ class _Run:
             values = list(self._leaves)
             for i, tensor in zip(self._places, given, strict=True):
                 values[i] = tensor
-            values = dtensors.wrapped(values, self._specs)
             wanted = self._wanted()
+            for i, first in _same_objects(self._leaves, range(self._n_leaves, len(values)), wanted):
+                values[i] = values[first]
+            values = dtensors.wrapped(values, self._specs)
             marked = {i: values[i].requires_grad_() for i in wanted}
             for i in wanted:
                 # A leaf would run the hooks that module trackers put on leaves, which fail in a trace.
                 values[i] = torch.ops.aten.alias.default(values[i])
-            separable.given = self._named(values, wanted)
             ends = [values[i] for i in wanted]
             for i in self._wanted_args() if self._overwritten else ():
                 values[i] = values[i].clone()
+            separable.given = self._named(values, wanted)
+            separable.aliases = {id(marked[i]): values[i] for i in wanted}
             params, buffers = trees.unflatten(self._state_spec, values[: self._n_leaves])
             args, kwargs = trees.unflatten(self._args_spec, values[self._n_leaves :])
             containers = Containers((call.args, call.kwargs), (args, kwargs))
@@ -297,6 +300,15 @@ class _Found(NamedTuple):
     changes: Changes | None
     roots: list[int]
     constants: dict[int, Any]
+
+
+def _same_objects(
+    leaves: Sequence[Any], places: Sequence[int], apart: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Tensors that were there before, as a forward may ask for; those `apart` are leaves of a tape."""
+    first: dict[int, int] = {}
+    others = [i for i in places if isinstance(leaves[i], Tensor) and i not in {*apart}]
+    return [(i, j) for i in others if (j := first.setdefault(id(leaves[i]), i)) != i]
 
 
 @contextmanager
@@ -417,7 +429,11 @@ class _Regions:
         return apply(*args)
 
     def thread(self) -> None:
-        """What another thread does with fake tensors raises there."""
+        """Another thread cannot compute with tensors of the trace, and what else it does it would do once."""
+        raise TraceError(
+            "The stage starts a thread or gives one something to do, which a compiled stage cannot repeat in "
+            "each call. Do it outside."
+        )
 
     @contextmanager
     def gathers(self, again: bool) -> Iterator[None]:

@@ -35,8 +35,9 @@ from funcstage.engines.levels.first_run import Numbers, Operations
 from funcstage.errors import StageError
 from funcstage.state.ambient import AmbientState, RandomState, among, of_process, of_torch
 from funcstage.state.at_once import at_once
+from funcstage.state.before import undone
 from funcstage.state.cells import closed_over
-from funcstage.state.kept import reached, undone
+from funcstage.state.kept import reached
 from funcstage.state.module import locked, state_of, steps_to, swapped
 
 

@@ -1,0 +1,137 @@
+"""Which functions compare the class of a tensor: in a trace it is another than in eager, and cannot be lent.
+
+`isinstance` is right there, but `type(x) is torch.Tensor` is not. The byte code of a function that runs tells
+that it compares so, and what its variables hold when it returns tells whether that was a tensor of the trace.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Mapping
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from funcstage._torch.operators import without_torch_function
+from funcstage._torch.tensors import is_functional
+from funcstage.errors import TraceError
+
+
+class Comparison(NamedTuple):
+    """`type(variable.attribute) is other`, or the like.
+
+    Attributes:
+        variable: a local one.
+        attributes: those that lead from it to what is asked for its class.
+        others: what the class is compared with, as names from a variable on, or constants.
+        line: where.
+    """
+
+    variable: str
+    attributes: tuple[str, ...]
+    others: tuple[Any, ...]
+    line: int | None
+
+
+def compared_class(frame: FrameType) -> str | None:
+    """Where a function that returns has compared the class of a tensor of the trace, as ``file:number``."""
+    for comparison in comparisons_of(frame.f_code):
+        with without_torch_function():
+            value = _followed(frame.f_locals.get(comparison.variable), comparison.attributes)
+            if isinstance(value, Tensor) and is_functional(value):
+                spaces = {**frame.f_builtins, **frame.f_globals, **frame.f_locals}
+                if any(_is_of_tensors(other, spaces) for other in comparison.others):
+                    return f"{frame.f_code.co_filename}:{comparison.line}"
+    return None
+
+
+def refuse_comparison(where: str | None) -> None:
+    """Refuse a stage that has compared one, if it has.
+
+    Raises:
+        TraceError: names the line.
+    """
+    if where is not None:
+        raise TraceError(
+            f"The stage compares the class of a tensor (at {where}), which is another while it is traced. "
+            "Ask isinstance(x, torch.Tensor), or isinstance(w, torch.nn.Parameter)."
+        )
+
+
+@functools.lru_cache(maxsize=8192)
+def comparisons_of(code: CodeType) -> tuple[Comparison, ...]:
+    """Where a function compares the class of something."""
+    if not {"type", "__class__"} & {*code.co_names}:
+        return ()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _WITHOUT_EFFECT]
+    return tuple(found for i in range(len(steps)) if (found := _comparison_at(steps, i)) is not None)
+
+
+def _comparison_at(steps: list[dis.Instruction], i: int) -> Comparison | None:
+    called = steps[i].opname == "LOAD_GLOBAL" and steps[i].argval == "type"
+    i += called
+    if i >= len(steps) or steps[i].opname not in _OF_LOCALS:
+        return None
+    variable, positions = steps[i].argval, steps[i].positions
+    attributes, i = _attributes(steps, i + 1)
+    if called:
+        if not (i < len(steps) and steps[i].opname == "CALL" and steps[i].arg == 1):
+            return None
+        i += 1
+    elif attributes[-1:] == ("__class__",):
+        attributes = attributes[:-1]
+    else:
+        return None
+    others: list[Any] = []
+    while i < len(steps) and steps[i].opname not in _COMPARING:
+        step, i = steps[i], i + 1
+        if step.opname in _OF_NAMES:
+            names, i = _attributes(steps, i)
+            others.append((step.argval, *names))
+        elif step.opname == "LOAD_CONST":
+            others.append(step.argval)
+        elif step.opname not in _ON_THE_WAY and step.argval != "__name__":
+            return None
+    line = None if positions is None else positions.lineno
+    return Comparison(variable, attributes, tuple(others), line) if i < len(steps) else None
+
+
+def _attributes(steps: list[dis.Instruction], i: int) -> tuple[tuple[str, ...], int]:
+    """The attributes that are loaded one after another, and what comes then."""
+    names = []
+    while i < len(steps) and steps[i].opname == "LOAD_ATTR":
+        names.append(steps[i].argval)
+        i += 1
+    return tuple(names), i
+
+
+def _followed(value: Any, names: tuple[str, ...]) -> Any:
+    """What attributes lead to, without running properties."""
+    for name in names:
+        own = getattr(value, "__dict__", {})
+        held = [own, *(own.get(kind) or {} for kind in ("_parameters", "_buffers", "_modules"))]
+        value = next((space[name] for space in held if name in space), None)
+    return value
+
+
+def _is_of_tensors(other: Any, spaces: Mapping[str, Any]) -> bool:
+    """Tell whether something is a class of tensors, or the name of one."""
+    if isinstance(other, str):
+        return other in (Tensor.__name__, nn.Parameter.__name__)
+    if not isinstance(other, tuple) or other[0] not in spaces:
+        return False
+    found = _followed(spaces[other[0]], other[1:])
+    return any(isinstance(each, type) and issubclass(each, Tensor) for each in _each(found))
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+
+
+_WITHOUT_EFFECT = frozenset({"PRECALL", "PUSH_NULL", "CACHE", "RESUME", "NOP"})
+_OF_LOCALS = frozenset({"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF"})
+_OF_NAMES = _OF_LOCALS | {"LOAD_GLOBAL", "LOAD_NAME"}
+_ON_THE_WAY = frozenset({"BUILD_TUPLE", "BUILD_LIST", "BUILD_SET"})
+_COMPARING = frozenset({"IS_OP", "COMPARE_OP", "CONTAINS_OP"})

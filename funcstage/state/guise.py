@@ -1,0 +1,163 @@
+"""What stands in for a module's tensors while its forward runs, made to look like them.
+
+A forward may ask whether it has a `Parameter`, and read what its user has noted on one as an attribute. A
+stand-in has the class and the attributes of the module's own tensor for as long as it is there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from funcstage._torch.tensors import IS_PARAMETER, OF_FUNCTIONAL, is_functional
+from funcstage.errors import PurityError, TraceError
+from funcstage.state.content import is_plain
+
+
+class Guise:
+    """Lends the looks of a module's tensors to what stands in for them.
+
+    Args:
+        owns: the tensors.
+        stand_ins: what the module holds in their places.
+
+    Attributes:
+        back: the steps by which they look again as before, in the thread that made it; `at_once` takes them.
+    """
+
+    def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any]) -> None:
+        self._owns, self._stand_ins = owns, stand_ins
+        self._dressed: list[Tensor] = []
+        self._had: dict[int, frozenset[str]] = {}
+        self._lent: list[dict[str, Any]] = []
+        self._before: list[dict[str, Any]] = []
+        self._around = _current.guise
+        self.back = chain(
+            map(setattr, (_current,), ("guise",), (self._around,)),
+            map(setattr, self._dressed, repeat("__class__"), repeat(Tensor)),
+            map(dict.clear, self._lent),
+            map(dict.update, self._lent, self._before),
+        )
+
+    def put_on(self) -> None:
+        """Let the stand-ins look like what they stand for."""
+        _current.guise = self
+        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
+            if stand_in is own or own is None or stand_in is None:
+                continue
+            kind = type(own)
+            if type(stand_in) is Tensor and kind is not Tensor and kind.__torch_function__ is _OF_PARAMETERS:
+                self._dressed.append(stand_in)
+                with suppress(TypeError):  # a class with slots
+                    stand_in.__class__ = kind
+            if own.__dict__ or stand_in.__dict__ or type(stand_in) is not kind:
+                self._lend(own, stand_in)
+
+    def _lend(self, own: Tensor, stand_in: Tensor) -> None:
+        namespace = stand_in.__dict__
+        if id(stand_in) not in self._had:
+            self._had[id(stand_in)] = frozenset(namespace)
+            self._before.append(namespace.copy())
+            self._lent.append(namespace)
+        for name, value in own.__dict__.items():
+            namespace.setdefault(name, value)
+        if isinstance(own, nn.Parameter) and not isinstance(stand_in, nn.Parameter):
+            namespace[IS_PARAMETER] = True
+
+    def notes(self) -> list[Note]:
+        """What the forward has noted on the stand-ins, which it meant for the module's own."""
+        if not any(map(_namespace_of, self._stand_ins)):
+            return []
+        return [
+            Note(own, name, value, is_functional(stand_in))
+            for own, stand_in in zip(self._owns, self._stand_ins, strict=True)
+            if stand_in is not own and stand_in is not None and own is not None
+            for name, value in stand_in.__dict__.items()
+            if name not in self._had.get(id(stand_in), ())
+            and name != IS_PARAMETER
+            and own.__dict__.get(name, _ABSENT) is not value
+        ]
+
+    def own(self, tensor: Any) -> Tensor | None:
+        """What a tensor stands in for."""
+        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
+            if stand_in is tensor and own is not tensor:
+                return own
+        return None if self._around is None else self._around.own(tensor)
+
+
+class Note(NamedTuple):
+    """An attribute that a forward has set on a tensor of its module's."""
+
+    own: Tensor
+    name: str
+    value: Any
+    traced: bool
+
+    def keep(self, owner: str, of: str) -> None:
+        """Set it on the module's own tensor.
+
+        Raises:
+            TraceError: in a trace, which would do so only once.
+            PurityError: if it may hold tensors.
+        """
+        what = f"{owner} sets an attribute, {self.name!r}, on {of} in its forward"
+        if self.traced:
+            raise TraceError(
+                f"{what}, which a compiled stage would do in its first call alone. Set it on the module."
+            )
+        if not is_plain(self.value):
+            raise PurityError(
+                f"{what}, and it may hold tensors ({type(self.value).__qualname__}). Keep it on the module, "
+                "or return it."
+            )
+        setattr(self.own, self.name, self.value)
+
+
+def own_of(tensor: Any) -> Tensor | None:
+    """The tensor of a module for which one stands in, in this thread, now."""
+    guise = _current.guise
+    return None if guise is None else guise.own(tensor)
+
+
+def noted_alike(tensor: Tensor, kept: Tensor, of: Callable[[Any], Any]) -> Tensor:
+    """A tensor with the attributes that a forward has set on the one that it stands for."""
+    notes = vars(kept)
+    if notes:
+        vars(tensor).update((name, value if value is kept else of(value)) for name, value in notes.items())
+    return tensor
+
+
+def notes_on(tensor: Tensor, owner: str) -> dict[str, Any]:
+    """What a forward has noted on a tensor of the trace.
+
+    Raises:
+        TraceError: if that may be another in each call.
+    """
+    notes = {name: value for name, value in vars(tensor).items() if name not in OF_FUNCTIONAL}
+    for name, value in notes.items():
+        if not is_plain(value):
+            raise TraceError(
+                f"{owner} sets an attribute, {name!r}, on a tensor that it leaves on its module, which a "
+                f"compiled stage cannot make again in each call ({type(value).__qualname__}). Keep it on the "
+                "module beside the tensor."
+            )
+    return notes
+
+
+class _Current(threading.local):
+    guise: Guise | None = None
+
+
+def _namespace_of(value: Any) -> Any:
+    return None if value is None else value.__dict__
+
+
+_current = _Current()
+_ABSENT: Any = object()
+_OF_PARAMETERS = nn.Parameter.__torch_function__

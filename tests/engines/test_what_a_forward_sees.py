@@ -1,0 +1,304 @@
+"""What a forward may observe of its parameters and arguments besides their values, as eager sees it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+
+ENGINES = ("closures", "aten")
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of the user's."""
+
+
+class Seeing(nn.Module):
+    """Scales its output by what it sees."""
+
+    def __init__(self, sees: Callable[..., Any]) -> None:
+        super().__init__()
+        self.proj, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("b", torch.ones(4))
+        self.plain = nn.Buffer(torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.own = Marked(torch.ones(4))
+        for tensor, value in ((self.w, 3.0), (self.frozen, 4.0), (self.b, 5.0)):
+            tensor.tag = value  # type: ignore[attr-defined]
+        self.sees = sees
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        y = self.proj(x) @ self.w * self.own
+        return y * (1 + float(self.sees(self, x, y, *others)))
+
+
+def staged(module: nn.Module, engine: str) -> tuple[Any, Any, Any]:
+    apply, params, buffers = fs.functionalize(module)
+    return (
+        apply if engine == "closures" else fs.compile(apply, backend=engine, fullgraph=True),
+        params,
+        buffers,
+    )
+
+
+def check(module: nn.Module, engine: str, argnums: tuple[int, ...], *args: Tensor, times: int = 2) -> None:
+    """Compare with eager, in the first call and in the next."""
+    leaves = [arg.clone().requires_grad_() if i in argnums else arg for i, arg in enumerate(args)]
+    expected = module(*leaves)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    inputs = [leaves[i] for i in argnums]
+    wanted = torch.autograd.grad(expected.sum(), [*inputs, *trained.values()])
+    apply, params, buffers = staged(module, engine)
+    for _ in range(times):
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, *args, argnums=argnums)
+        of_inputs, weight_pullback = pullback(torch.ones_like(output))
+        grads = weight_pullback()
+        torch.testing.assert_close(output, expected.detach())
+        torch.testing.assert_close([*of_inputs][: len(argnums)], [*wanted[: len(argnums)]])
+        torch.testing.assert_close([grads[name] for name in trained], [*wanted[len(argnums) :]])
+
+
+SEEN: dict[str, Callable[..., Any]] = {
+    "isinstance of a parameter": lambda m, x, y: isinstance(m.w, nn.Parameter),
+    "of a frozen one": lambda m, x, y: isinstance(m.frozen, nn.Parameter),
+    "of a class of the user's": lambda m, x, y: isinstance(m.own, nn.Parameter),
+    "of a buffer": lambda m, x, y: 2 * isinstance(m.b, nn.Parameter) + isinstance(m.plain, nn.Buffer),
+    "of an activation": lambda m, x, y: isinstance(m.w * 1, nn.Parameter) + isinstance(y, nn.Parameter),
+    "a parameter's attribute": lambda m, x, y: m.w.tag,
+    "a frozen one's": lambda m, x, y: m.frozen.tag,
+    "a buffer's": lambda m, x, y: m.b.tag,
+    "an attribute that is there": lambda m, x, y: hasattr(m.w, "tag") + hasattr(m.proj.weight, "tag"),
+    "parameters": lambda m, x, y: sum(p.numel() for p in m.parameters() if isinstance(p, nn.Parameter)),
+    "which parameters train": lambda m, x, y: sum(p.requires_grad for p in m.parameters()),
+    "a parameter is a leaf": lambda m, x, y: m.w.is_leaf + 2 * (m.w.grad_fn is None) + 4 * m.w.output_nr,
+    "an argument is a leaf": lambda m, x, y: x.is_leaf + 2 * (x.grad_fn is None) + 4 * x.requires_grad,
+    "no leaf": lambda m, x, y: y.is_leaf + 2 * (y.grad_fn is None) + 4 * (m.w.T.grad_fn is None),
+    "an argument is no view": lambda m, x, y: (x._base is None) + 2 * x._is_view() + 4 * m.w._is_view(),
+    "a parameter's view has it": lambda m, x, y: m.w.T._base is m.w,
+    "the same each time": lambda m, x, y: (m.w is m.w) + 2 * (m.w is dict(m.named_parameters())["w"]),
+}
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("seen", SEEN)
+def test_a_forward_sees_what_it_sees_in_eager(seen: str, engine: str, argnums: tuple[int, ...]) -> None:
+    check(Seeing(SEEN[seen]), engine, argnums, torch.randn(3, 4))
+
+
+CLASSES: dict[str, Callable[..., Any]] = {
+    "of a parameter": lambda m, x, y: type(m.w) is nn.Parameter,
+    "of a frozen one": lambda m, x, y: type(m.frozen) in (nn.Parameter, nn.Buffer),
+    "of the user's": lambda m, x, y: m.own.__class__ == Marked,
+    "of an argument": lambda m, x, y: type(x) is torch.Tensor,
+    "of an activation": lambda m, x, y: y.__class__ is not Tensor,
+    "by name": lambda m, x, y: type(m.w).__name__ == "Parameter",
+}
+
+
+@pytest.mark.parametrize("seen", CLASSES)
+def test_the_very_class_of_a_tensor_is_eagers_uncompiled_and_refused_in_a_trace(seen: str) -> None:
+    module, x = Seeing(CLASSES[seen]), torch.randn(3, 4)
+    for argnums in ((), (0,)):
+        check(module, "closures", argnums, x)
+    with pytest.raises(fs.TraceError, match=r"compares the class of a tensor .*isinstance.*apply` works"):
+        fs.stage_vjp(*staged(module, "aten"), x)
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        lambda m, x, y: type(m) is Seeing,
+        lambda m, x, y: type(x) is list,
+        lambda m, x, y: type(x.shape) is torch.Size,
+        lambda m, x, y: type(m.sees) is not Tensor,
+    ],
+)
+def test_other_classes_are_compared_in_a_trace(sees: Callable[..., Any]) -> None:
+    check(Seeing(sees), "aten", (0,), torch.randn(3, 4))
+
+
+def test_an_attribute_of_a_parameter_is_seen_to_change() -> None:
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> float:
+        return m.w.tag + getattr(m.proj.weight, "later", 0.0)  # type: ignore[attr-defined]
+
+    module, x = Seeing(sees), torch.randn(3, 4)
+    stage = staged(module, "aten")
+
+    def same() -> bool:
+        return torch.allclose(fs.stage_vjp(*stage, x)[0], module(x))
+
+    assert same()
+    module.w.tag = 7.0
+    assert same()
+    module.proj.weight.later = 2.0  # type: ignore[assignment]
+    assert same()
+    traced = repr(stage[0])
+    for _ in range(2):
+        module.w.main_grad = torch.ones(4)  # type: ignore[assignment]  # which nobody reads
+        assert same()
+    assert repr(stage[0]) == traced
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_grad_of_a_parameter_is_refused_where_it_has_one(engine: str) -> None:
+    module, x = Seeing(lambda m, x, y: m.w.grad is None), torch.randn(3, 4)
+    if engine == "closures":
+        check(module, engine, (0,), x)
+    module.w.grad = torch.ones(4, 4)
+    with pytest.raises(fs.StageError, match=r"reads the `\.grad` of a parameter.* Pass it as an argument"):
+        fs.stage_vjp(*staged(module, engine), x)
+
+
+def test_what_was_given_looks_afterwards_as_before() -> None:
+    module, x = Seeing(lambda m, x, y: isinstance(m.frozen, nn.Parameter)), torch.randn(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    output, _ = apply(params, buffers, x)
+    torch.testing.assert_close(output, module(x).detach())
+    fs.stage_vjp(apply, params, buffers, x)
+    assert all(
+        type(tensor) is Tensor and not vars(tensor) for tensor in (*params.values(), *buffers.values())
+    )
+    assert vars(module.w) == {"tag": 3.0}
+
+
+def test_a_region_that_runs_again_sees_the_same() -> None:
+    def region(m: Seeing, y: Tensor) -> Tensor:
+        return torch.tanh(y * m.w[0]) * (m.w.tag if isinstance(m.frozen, nn.Parameter) else 1)  # type: ignore[attr-defined]
+
+    class Checkpointed(Seeing):
+        def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+            return checkpoint(region, self, self.proj(x) @ self.w * self.own, use_reentrant=False)
+
+    for engine in ENGINES:
+        for argnums in ((), (0,)):
+            check(Checkpointed(lambda *_: 0), engine, argnums, torch.randn(3, 4))
+
+
+def noted(value: Callable[[Tensor], Any]) -> Callable[..., float]:
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> float:
+        m.w.noted = value(y)  # type: ignore[attr-defined]
+        return 0.0
+
+    return sees
+
+
+def test_what_a_forward_notes_on_a_parameter_stays_there() -> None:
+    module = Seeing(noted(lambda y: "seen"))
+    fs.stage_vjp(*staged(module, "closures"), torch.randn(3, 4))
+    assert module.w.noted == "seen"
+    other = Seeing(noted(lambda y: "seen"))
+    with pytest.raises(fs.TraceError, match=r"sets an attribute, 'noted', on 'w' .* Set it on the module"):
+        fs.stage_vjp(*staged(other, "aten"), torch.randn(3, 4))
+    kept = Seeing(noted(lambda y: y))
+    with pytest.raises(fs.PurityError, match=r"'noted', on 'w' .* Keep it on the module, or return it"):
+        fs.stage_vjp(*staged(kept, "closures"), torch.randn(3, 4))
+    assert not hasattr(kept.w, "noted")
+
+
+class Keeping(nn.Module):
+    """Keeps a tensor with attributes."""
+
+    kept: Any = None
+
+    def __init__(self, note: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.proj, self.note = nn.Linear(4, 4), note
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        y.note = self.note(y)  # type: ignore[attr-defined]
+        self.kept = [y]
+        return y * 2
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attributes_of_a_tensor_that_is_kept_are_kept(engine: str, argnums: tuple[int, ...]) -> None:
+    module, x = Keeping(lambda y: 7), torch.randn(3, 4)
+    stage = staged(module, engine)
+    for _ in range(2):
+        fs.stage_vjp(*stage, x, argnums=argnums)
+        (kept,) = module.kept
+        torch.testing.assert_close(kept, module.proj(x).detach())
+        assert kept.note == 7
+        assert not kept.requires_grad
+
+
+def test_tensors_among_them_are_taken_along_or_refused() -> None:
+    module, x = Keeping(lambda y: y * 2), torch.randn(3, 4)
+    fs.stage_vjp(*staged(module, "closures"), x)
+    torch.testing.assert_close(module.kept[0].note, 2 * module.proj(x).detach())
+    with pytest.raises(fs.TraceError, match="sets an attribute, 'note', on a tensor that it leaves"):
+        fs.stage_vjp(*staged(module, "aten"), x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "sees",
+    [
+        lambda m, x, y, z: x is z,
+        lambda m, x, y, z: len({id(x), id(z)}),
+        lambda m, x, y, z: {x: 2.0}.get(z, 1.0),
+    ],
+)
+def test_a_tensor_that_is_passed_twice_is_one_tensor(sees: Callable[..., Any], engine: str) -> None:
+    module, x = Seeing(sees), torch.randn(3, 4)
+    apply, params, buffers = staged(module, engine)
+    for others in ((x, x), (x, x.clone()), (x, x)):
+        output, _, _ = fs.stage_vjp(apply, params, buffers, *others, argnums=())
+        torch.testing.assert_close(output, module(*others).detach())
+
+
+ASKED: queue.Queue[Any] = queue.Queue()
+ANSWERED: queue.Queue[Any] = queue.Queue()
+
+
+def _work() -> None:
+    while True:
+        x, w = ASKED.get()
+        ANSWERED.put(torch.relu(x) @ w)
+
+
+threading.Thread(target=_work, daemon=True).start()
+
+
+class Asking(nn.Module):
+    """Lets a thread of the user's compute, by a queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ASKED.put((self.proj(x), self.w))
+        answer: Tensor = ANSWERED.get(timeout=60)
+        return answer
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+def test_a_thread_may_be_asked_through_a_queue_of_the_users(argnums: tuple[int, ...]) -> None:
+    check(Asking(), "closures", argnums, torch.randn(3, 4))
+    with pytest.raises(fs.TraceError, match=r"gives one something to do, .* Do it outside"):
+        fs.stage_vjp(*staged(Asking(), "aten"), torch.randn(3, 4))
+
+
+def test_a_compiled_stage_refuses_a_thread_with_effects_alone() -> None:
+    seen: list[int] = []
+
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> float:
+        thread = threading.Thread(target=seen.append, args=(1,))
+        thread.start()
+        thread.join()
+        return 0.0
+
+    with pytest.raises(fs.TraceError, match=r"starts a thread .* Do it outside"):
+        fs.stage_vjp(*staged(Seeing(sees), "aten"), torch.randn(3, 4))
