@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.pool
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.engines.graph.recorder import Recorder
 from funcstage.state.module import look_over
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
@@ -218,6 +220,23 @@ def test_stages_that_share_in_a_ring_neither_mix_nor_wait_forever(engine: str) -
 def test_a_stage_and_a_stage_of_its_part_share_it(engine: str) -> None:
     whole = Shares(layers(), layers())
     race([whole.parts[1], whole, whole.parts[0][0]], engine, 20)
+
+
+def test_a_stage_is_looked_at_by_its_trace_while_nobody_else_has_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, shared, waiting = torch.randn(4, 8), layers(), []
+    other = stage(Shares(shared), "closures")
+
+    def looking(*given: Any) -> Recorder:
+        waiting.append(ELSEWHERE.submit(fs.stage_vjp, *other, x))
+        with pytest.raises(TimeoutError):
+            waiting[0].result(timeout=0.2)
+        return Recorder(*given)
+
+    monkeypatch.setattr(sys.modules["funcstage.engines.graph.compile"], "Recorder", looking)
+    output = fs.stage_vjp(*stage(Shares(shared), "aten"), x)[0]
+    torch.testing.assert_close(waiting[0].result(timeout=LONG)[0], output)
 
 
 def test_one_module_in_several_stages_is_lent_to_one_thread_at_a_time() -> None:

@@ -306,9 +306,9 @@ class CompiledStage(Generic[Output, AnyBuffers]):
 
     def _trace(self, call: StageCall, open_dims: Open) -> tuple[Programs, Signature, Reads]:
         decompositions, lower = _backend(self.backend, self.repeated)
-        recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
         # In this order, as a stage may run within another. One that draws from the process's is refused.
         with locked(self.module), tt.one_at_a_time, generators_kept(of_process()):
+            recorder = Recorder(self.apply, self._modules, others_among(*call.whole))
             before, shared = self._signature(call), shared_by(self.apply, self._modules)
             try:
                 table = {**DECOMPOSED, **decompositions}
@@ -341,9 +341,11 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             joint = replay(joint)
         programs = Programs(joint, partition(joint, self.remat, self.sites), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
-        called = self._signature(call)
+        with locked(self.module):
+            called = self._signature(call)
+            now = called._replace(outside=reads.now())
         plain = called._replace(outside=said)
-        if changed(before, plain, called._replace(outside=reads.now())):
+        if changed(before, plain, now):
             self._changing += 1
             if self._changing == WARN_SIGNATURES:
                 warn_of_changes(self.__qualname__)
