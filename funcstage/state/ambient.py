@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -139,6 +140,11 @@ def _comparable(state: Any) -> Any:
     return state.tolist() if hasattr(state, "tolist") else state
 
 
+_ONE_THREAD = threading.RLock()
+"""Torch locks a generator while it wraps its state. If Python then collects garbage, another thread may run,
+and wait for that lock with Python's own in its hands, for ever; for this lock it waits without."""
+
+
 class RandomState:
     """Generators, with the states that they had."""
 
@@ -149,19 +155,23 @@ class RandomState:
 
     def note(self, generator: Generator) -> None:
         """Note one more."""
-        self._noted.append((generator, generator.state()))
+        with _ONE_THREAD:
+            self._noted.append((generator, generator.state()))
 
     def restore(self) -> None:
         """Put the states back, the ones noted first last."""
-        for generator, state in reversed(self._noted):
-            generator.set_state(state)
+        with _ONE_THREAD:
+            for generator, state in reversed(self._noted):
+                generator.set_state(state)
 
     def moved(self) -> list[str]:
         """The names of those that have another state now."""
+        with _ONE_THREAD:
+            now = [generator.state() for generator, _ in self._noted]
         return [
             generator.name
-            for generator, state in self._noted
-            if _comparable(generator.state()) != _comparable(state)
+            for (generator, before), after in zip(self._noted, now, strict=True)
+            if _comparable(before) != _comparable(after)
         ]
 
     @contextmanager

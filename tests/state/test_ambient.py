@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import funcstage as fs
 from funcstage.state.ambient import (
     AmbientState,
+    Generator,
     RandomState,
     among,
     autocast_off,
@@ -292,3 +296,27 @@ def test_where_numpy_is_not_loaded_nothing_is_asked_of_it(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "numpy.random")
     assert [*among([object(), numpy.random.RandomState(1)])] == []
     assert [generator.name for generator in of_process()] == ["random"]
+
+
+def test_states_of_generators_are_read_and_set_by_one_thread_at_a_time() -> None:
+    busy, overlaps = threading.Event(), []
+
+    def touched(*state: Any) -> int:
+        overlaps.append(busy.is_set())
+        busy.set()
+        time.sleep(0.01)
+        busy.clear()
+        return 1
+
+    generator = Generator("touched", touched, touched)
+
+    def work(_: int) -> None:
+        for _ in range(3):
+            state = RandomState([generator])
+            assert state.moved() == []
+            state.restore()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(overlaps) == 36
+    assert not any(overlaps)
