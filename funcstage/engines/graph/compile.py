@@ -319,9 +319,8 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             except TraceError as refusal:
                 shared.restore()
                 runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph
-                error: Exception | None = (
-                    refusal if open_dims or runs_anyway else tried_uncompiled(refusal, call)
-                )
+                is_final = open_dims or runs_anyway
+                error: Exception | None = refusal if is_final else tried_uncompiled(refusal, call)
                 if isinstance(refusal, ReadsValue) and self.fullgraph and isinstance(error, TraceError):
                     error = TraceError(f"{error} {_IN_PARTS}")
                 cause = refusal.__cause__
@@ -329,9 +328,9 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 error = None
             finally:
                 recorder.generators.undo()
+        if isinstance(error, TraceError):
+            raise error from cause
         if error is not None:
-            if isinstance(error, TraceError):
-                raise error from cause
             raise error
         on_cuda = any(getattr(node.meta["val"], "is_cuda", False) for node in joint.placeholders)
         replayed = self.cuda_graphs and on_cuda and call.diff is not None and draws_in_graphs(joint)
@@ -342,10 +341,9 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         programs = Programs(joint, partition(joint, self.remat, self.sites), lower, slots)
         # Tensors that an earlier call has kept and this trace reads are known by now.
         with locked(self.module):
-            called = self._signature(call)
-            now = called._replace(outside=reads.now())
+            called, now = self._signature(call), reads.now()
         plain = called._replace(outside=said)
-        if changed(before, plain, now):
+        if changed(before, plain, called._replace(outside=now)):
             self._changing += 1
             if self._changing == WARN_SIGNATURES:
                 warn_of_changes(self.__qualname__)
