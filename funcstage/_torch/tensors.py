@@ -11,6 +11,7 @@ from torch import _is_functional_tensor as is_functionalized
 
 __all__ = [
     "IS_PARAMETER",
+    "OF_DYNAMO",
     "OF_FUNCTIONAL",
     "has_hooks",
     "hooks_of",
@@ -26,6 +27,9 @@ __all__ = [
 
 IS_PARAMETER = "_is_param"
 """The attribute by which `nn.Parameter` takes instances of other classes for its own."""
+
+OF_DYNAMO = "_dynamo_"
+"""What the names of attributes begin with that Dynamo sets on tensors."""
 
 OF_FUNCTIONAL = frozenset({"elem", "_inference_mode_base"})
 """Attributes that every tensor of a trace has."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcstage._torch.tensors import IS_PARAMETER, OF_FUNCTIONAL, is_functional
+from funcstage._torch.tensors import IS_PARAMETER, OF_DYNAMO, OF_FUNCTIONAL, is_functional
 from funcstage.errors import PurityError, TraceError
 from funcstage.state.content import is_plain
 
@@ -55,7 +56,7 @@ class Guise:
                 self._dressed.append(stand_in)
                 with suppress(TypeError):  # a class with slots
                     stand_in.__class__ = kind
-            if own.__dict__ or stand_in.__dict__ or type(stand_in) is not kind:
+            if kind is not Tensor or own.__dict__ or stand_in.__dict__:
                 self._lend(own, stand_in)
 
     def _lend(self, own: Tensor, stand_in: Tensor) -> None:
@@ -68,6 +69,8 @@ class Guise:
             namespace.setdefault(name, value)
         if isinstance(own, nn.Parameter) and not isinstance(stand_in, nn.Parameter):
             namespace[IS_PARAMETER] = True
+        if isinstance(stand_in, nn.Parameter):  # whose class would copy the stand-in, not what it stands for
+            namespace[_COPIED_BY] = partial(_copied, stand_in)
 
     def notes(self) -> list[Note]:
         """What the forward has noted on the stand-ins, which it meant for the module's own."""
@@ -79,7 +82,8 @@ class Guise:
             if stand_in is not own and stand_in is not None and own is not None
             for name, value in stand_in.__dict__.items()
             if name not in self._had.get(id(stand_in), ())
-            and name != IS_PARAMETER
+            and name not in (IS_PARAMETER, _COPIED_BY)
+            and not name.startswith(OF_DYNAMO)
             and own.__dict__.get(name, _ABSENT) is not value
         ]
 
@@ -150,6 +154,15 @@ def notes_on(tensor: Tensor, owner: str) -> dict[str, Any]:
     return notes
 
 
+def _copied(stand_in: Tensor, memo: Any) -> Tensor:
+    kind = type(stand_in)
+    stand_in.__class__ = Tensor
+    try:
+        return Tensor.__deepcopy__(stand_in, memo)
+    finally:
+        stand_in.__class__ = kind
+
+
 class _Current(threading.local):
     guise: Guise | None = None
 
@@ -160,4 +173,5 @@ def _namespace_of(value: Any) -> Any:
 
 _current = _Current()
 _ABSENT: Any = object()
+_COPIED_BY = "__deepcopy__"
 _OF_PARAMETERS = nn.Parameter.__torch_function__

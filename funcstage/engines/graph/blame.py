@@ -95,6 +95,8 @@ def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
     before = Before.of(call.apply, call.module, call.leaves)
     try:
         output, _, tape = uncompiled(replace(call, args=args, kwargs=kwargs))
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in trees.flatten(output)[0]):
+            return StageError("which is refused behind the engine")
         if backward:
             _run_backward(output, tape, stage_name(call.apply))
     except Exception as error:

@@ -298,13 +298,15 @@ def test_what_else_a_forward_hook_does_happens_in_every_f_of_a_compiled_stage() 
     calls: list[str] = []
     module = network()
     module[2].register_forward_hook(lambda owner, args, output: calls.append("forward"))
-    module[2].register_full_backward_hook(lambda owner, grads, outs: calls.append("backward"))
     apply, params, buffers = fs.functionalize(module)
     compiled = aten(apply)
     for _ in range(3):
         _, _, pullback = fs.stage_vjp(compiled, params, buffers, X)
         pullback(COTANGENT)[1]()
-    assert calls == ["forward"] * 3  # of a backward hook what it does to gradients is compiled, no more
+    assert calls == ["forward"] * 3
+    module[2].register_full_backward_hook(lambda owner, grads, outs: calls.append("backward"))
+    with pytest.raises(fs.TraceError, match="in its backward"):  # would be done while it is traced alone
+        fs.stage_vjp(aten(apply), params, buffers, X)
 
 
 def test_a_hook_that_reads_values_is_refused_in_one_graph_and_runs_in_parts() -> None:
