@@ -89,7 +89,8 @@ def part(size: Size, of: range, mesh: DeviceMesh, compiled: bool) -> nn.Module:
     made = []
     for i in of:
         torch.manual_seed(i)
-        made.append(Block(size))
+        with torch.device(mesh.device_type):  # where numbers are drawn in no time
+            made.append(Block(size))
     module = nn.Sequential(*made).to(mesh.device_type, torch.bfloat16)
     for block in module:
         if mesh["tensor"].size() > 1:
