@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import dropwhile
 from typing import Any
@@ -20,9 +21,9 @@ from funcstage import trees
 from funcstage.engines.base import InputTape, StageCall
 from funcstage.engines.choose import uncompiled
 from funcstage.errors import StageError, TraceError, stage_name
+from funcstage.functional import check_leaves
 from funcstage.state.backward_errors import explain
 from funcstage.state.before import Before
-from funcstage.trees import PyTree
 
 
 def is_raised_by_stage(error: BaseException) -> bool:
@@ -95,10 +96,9 @@ def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
     before = Before.of(call.apply, call.module, call.leaves)
     try:
         output, _, tape = uncompiled(replace(call, args=args, kwargs=kwargs))
-        if any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in trees.flatten(output)[0]):
-            return StageError("which is refused behind the engine")
+        leaves, _ = check_leaves("output", output)
         if backward:
-            _run_backward(output, tape, stage_name(call.apply))
+            _run_backward(leaves, tape, stage_name(call.apply))
     except Exception as error:
         return error
     finally:
@@ -106,8 +106,7 @@ def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
     return None
 
 
-def _run_backward(output: PyTree, tape: InputTape, stage: str) -> None:
-    leaves = trees.flatten(output)[0]
+def _run_backward(leaves: Sequence[Any], tape: InputTape, stage: str) -> None:
     cotangents = [torch.ones_like(leaf) if trees.is_differentiable(leaf) else None for leaf in leaves]
     phase = "I"
     try:
