@@ -25,7 +25,7 @@ from funcstage.engines.graph.nodes import is_cheap
 
 def is_message(node: Node) -> bool:
     """Tell whether a node's value is there only after another operation, which waits for it."""
-    return _name(node).startswith("_c10d_functional::") and not _is_wait(node)
+    return _name(node).startswith("_c10d_functional") and not _is_wait(node)
 
 
 def overlap(graph: Graph) -> None:
@@ -141,7 +141,7 @@ def _awaits_message(node: Node) -> bool:
 
 
 def _is_wait(node: Node) -> bool:
-    return _name(node).startswith("_c10d_functional::wait_tensor")
+    return "::wait_tensor" in _name(node)
 
 
 def _name(node: Node) -> str:
