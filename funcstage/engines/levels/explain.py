@@ -123,12 +123,7 @@ def _refusal(error: Exception) -> StageError | None:
             "have a gradient, wrap in a torch.library.custom_op."
         )
     if says(error, torchs.FUNCTION_IN_CPP):
-        return StageError(
-            "The stage uses an operator whose gradient is a C++ torch::autograd::Function (such as torch "
-            "2.11's and 2.12's differentiable collectives), and is differentiated in turn: by torch.func, or "
-            "because parameters or arguments require grad. Pass detached parameters and arguments, or wrap "
-            "the operator, without its gradient, in a torch.autograd.Function."
-        )
+        return inner_gradients.runs_in_cpp()
     if says(error, torchs.FUNCTION_TAKES_CTX):
         return StageError(
             "The stage applies a torch.autograd.Function whose forward takes `ctx`, through an `apply` that "

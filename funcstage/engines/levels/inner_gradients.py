@@ -43,18 +43,27 @@ def refused(what: str) -> StageError:
 
 def makes_dtensors(function: str) -> StageError:
     """The refusal where a plain tape will not do for DTensors either."""
-    return StageError(
-        f"The stage makes DTensors inside itself ({function}), and is differentiated in turn: by torch.func, "
-        "or because parameters or arguments require grad. Pass detached parameters and arguments."
-    )
+    return _in_turn(f"makes DTensors inside itself ({function})")
 
 
 def starts_threads() -> StageError:
     """The refusal where a plain tape will not do for threads either."""
+    return _in_turn("starts threads inside itself, or gives them something to do")
+
+
+def runs_in_cpp() -> StageError:
+    """The refusal where a plain tape will not do for gradients that are written in C++ either."""
+    return _in_turn(
+        "uses an operator whose gradient is a C++ torch::autograd::Function (such as torch 2.11's and 2.12's "
+        "differentiable collectives)",
+        ", or wrap the operator, without its gradient, in a torch.autograd.Function",
+    )
+
+
+def _in_turn(does: str, or_else: str = "") -> StageError:
     return StageError(
-        "The stage starts threads inside itself, or gives them something to do, and is differentiated in "
-        "turn: by torch.func, or because parameters or arguments require grad. Pass detached parameters and "
-        "arguments."
+        f"The stage {does}, and is differentiated in turn: by torch.func, or because parameters or arguments "
+        f"require grad. Pass detached parameters and arguments{or_else}."
     )
 
 
