@@ -129,8 +129,8 @@ class Everything(nn.Module):
         return self.b(y)
 
 
-@pytest.mark.parametrize(("engine", "share"), [("closures", 40), ("aten", 5), ("compiled before", 20)])
-def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> None:
+def split_by(engine: str) -> tuple[nn.Module, Callable[[], list[Tensor | None]]]:
+    """A module, and what runs F, I and W of it: "aten" traces anew each time, "compiled before" once."""
     torch.manual_seed(0)
     module, x, grad = Everything(), torch.randn(5, 3), torch.randn(5, 2)
     apply, params, buffers = fs.functionalize(module)
@@ -143,6 +143,12 @@ def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> No
         (dx,), weight_pullback = pullback(grad)
         return [output, dx, *weight_pullback().values()]
 
+    return module, run
+
+
+@pytest.mark.parametrize(("engine", "share"), [("closures", 40), ("aten", 5), ("compiled before", 20)])
+def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> None:
+    module, run = split_by(engine)
     expected, before = run(), state_of_everything(module)
     calls = calls_of(run)
     for n in range(1, calls, max(1, calls // share)):
@@ -183,18 +189,7 @@ def test_a_pullback_that_failed_keeps_no_tensor_alive(engine: str, at: int) -> N
 def test_interrupts_of_what_an_interrupt_has_begun_leave_nothing_behind(
     engine: str, share: int, later: tuple[int, ...]
 ) -> None:
-    torch.manual_seed(0)
-    module, x, grad = Everything(), torch.randn(5, 3), torch.randn(5, 2)
-    apply, params, buffers = fs.functionalize(module)
-    kept = fs.compile(apply, backend="aten")
-
-    def run() -> list[Tensor | None]:
-        stage = {"closures": apply, "compiled before": kept}.get(engine)
-        stage = fs.compile(apply, backend="aten") if stage is None else stage
-        output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
-        (dx,), weight_pullback = pullback(grad)
-        return [output, dx, *weight_pullback().values()]
-
+    module, run = split_by(engine)
     expected, before = run(), state_of_everything(module)
     calls, again = calls_of(run), 0
     for n in range(calls // (2 * share), calls, calls // share):

@@ -87,6 +87,17 @@ COPIES = [
 ]
 
 
+def assert_split_is_eagers(stage: Any, module: nn.Module, x: Tensor, argnums: Any = None) -> None:
+    output, _, pullback = fs.stage_vjp(*stage, x, argnums=argnums)
+    (dx,), weight_pullback = pullback(torch.ones_like(output))
+    leaf = x.clone().requires_grad_(argnums is None)
+    expected = module(leaf)
+    wanted = [*([leaf] if argnums is None else []), *module.parameters()]
+    grads = torch.autograd.grad(expected.sum(), wanted, allow_unused=True)
+    found = [*([dx] if argnums is None else []), *weight_pullback().values()]
+    torch.testing.assert_close([output, *found], [expected.detach(), *grads])
+
+
 @pytest.mark.parametrize("argnums", [None, ()])
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 @pytest.mark.parametrize("case", COPIES)
@@ -94,20 +105,13 @@ def test_deep_copies_in_a_forward_are_eagers_or_refused(case: Any, engine: Any, 
     module, x = Layers(case), torch.randn(3, 4)
     apply, params, buffers = fs.functionalize(module)
     twin = copy.deepcopy(module)
-    stage = apply if engine == "closures" else fs.compile(apply, backend=engine, fullgraph=True)
     if engine == "aten":
+        stage = fs.compile(apply, backend=engine, fullgraph=True)
         with pytest.raises(fs.TraceError, match="The uncompiled `apply` works"):
             fs.stage_vjp(stage, params, buffers, x, argnums=argnums)
         return
     for _ in range(2):
-        output, _, pullback = fs.stage_vjp(stage, params, buffers, x, argnums=argnums)
-        (dx,), weight_pullback = pullback(torch.ones_like(output))
-        leaf = x.clone().requires_grad_(argnums is None)
-        expected = twin(leaf)
-        wanted = [*([leaf] if argnums is None else []), *twin.parameters()]
-        grads = torch.autograd.grad(expected.sum(), wanted, allow_unused=True)
-        found = [*([dx] if argnums is None else []), *weight_pullback().values()]
-        torch.testing.assert_close([output, *found], [expected.detach(), *grads])
+        assert_split_is_eagers((apply, params, buffers), twin, x, argnums)
 
 
 def test_a_deep_copy_of_an_activation_is_eagers_error() -> None:
@@ -120,13 +124,7 @@ def test_a_deep_copy_of_an_activation_is_eagers_error() -> None:
 @pytest.mark.parametrize("read", [copy.copy, lambda weight: torch.tensor(len(pickle.dumps(weight)) > 0)])
 def test_shallow_copies_and_pickles_of_parameters_are_constants(read: Any) -> None:
     module, x = Layers(lambda s, x: s.proj(x) + read(s.more.weight).sum(0)), torch.randn(3, 4)
-    output, _, pullback = fs.stage_vjp(*fs.functionalize(module), x)
-    (dx,), weight_pullback = pullback(torch.ones_like(output))
-    leaf = x.clone().requires_grad_()
-    expected = module(leaf)
-    wanted = torch.autograd.grad(expected.sum(), [leaf, *module.parameters()], allow_unused=True)
-    found = [output, dx, *weight_pullback().values()]
-    torch.testing.assert_close(found, [expected.detach(), *wanted])
+    assert_split_is_eagers(fs.functionalize(module), module, x)
 
 
 @pytest.mark.parametrize("copies", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
