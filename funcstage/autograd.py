@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from funcstage._torch.tape import Edge, call_node, conform, during_backward, output_shapes
+from funcstage.engines.node_hooks import hooks_after
 from funcstage.engines.rules.group_norm import edges_to_ask_for
 from funcstage.errors import ConsumedError, LeafError, StructureError
 from funcstage.param_groups import Site, param_groups_of
@@ -254,7 +255,10 @@ def beginnings(arrived: Sequence[tuple[Site, Gradients]]) -> dict[Edge, torch.Te
     def call_sites() -> None:
         for site, cotangents in arrived:
             if site.weight_edges:
-                gradients = call_node(site.node, cotangents)
+                gradients: Sequence[torch.Tensor | None] = call_node(site.node, cotangents)
+                for hook in hooks_after(site.node):  # in W too, as the reference runs them
+                    changed = hook(tuple(gradients), cotangents)
+                    gradients = gradients if changed is None else changed
                 for slot, edge in site.weight_edges:
                     begin(edge, gradients[slot], cotangents)
 

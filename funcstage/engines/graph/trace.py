@@ -9,7 +9,7 @@ own (of dropout, for one, whose masks differ from the eager ones).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import optree
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
 from torch.fx import Graph, GraphModule, Node
 
 from funcstage import dtensors, trees
@@ -44,6 +45,7 @@ from funcstage.engines.graph.separable import OWN, Separable, refuse_of_levels
 from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
+from funcstage.engines.node_hooks import Allowed, checked_hooks
 from funcstage.engines.tape.reentrant import Leftovers
 from funcstage.errors import PurityError, StageError, TraceError, stage_name
 from funcstage.functional import checked_result
@@ -214,6 +216,8 @@ class _Run:
             roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
             roots = [] if call.diff is None else roots
             refuse_trainable(call.apply, [outputs[i] for i in roots])
+            if separable.reads_nodes:
+                _check_nodes(owner, [outputs[i] for i in roots], ends)
             constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
             cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]
@@ -300,6 +304,14 @@ class _Found(NamedTuple):
     changes: Changes | None
     roots: list[int]
     constants: dict[int, Any]
+
+
+def _check_nodes(stage: str, outputs: Iterable[Tensor], ends: Iterable[Tensor]) -> None:
+    """Refuse hooks on the nodes at which the gradients of a trace are taken, which do not run."""
+    at = {get_gradient_edge(end).node for end in ends}
+    checked_hooks(
+        stage, map(get_gradient_edge, outputs), lambda node: Allowed(node not in at, node not in at)
+    )
 
 
 def _same_objects(

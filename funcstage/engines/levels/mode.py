@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
@@ -23,6 +23,7 @@ from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.levels.moves import Levels
 from funcstage.engines.levels.regions import Rerunnable, checkpointed
 from funcstage.engines.levels.tape import Exit
+from funcstage.engines.node_hooks import READS_NODE, Allowed, checked_hooks, is_of_module
 from funcstage.engines.rules import custom_functions
 from funcstage.engines.rules.base import Call, Rule
 from funcstage.engines.rules.table import known
@@ -55,6 +56,7 @@ class Split(Levels, TorchFunctionMode):
         before_write: told what is about to be overwritten.
         before_read: called where values leave torch other than by an operation.
         first_reads: where data meets parameters, if no argument is differentiated.
+        nodes: those that the stage has asked for, with whether they are on one of the two tapes alone.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Split(Levels, TorchFunctionMode):
         self.before_write: Callable[[Any, Any], None] | None = None
         self.before_read: Callable[[Any], None] | None = None
         self.first_reads: FirstReads | None = None
+        self.nodes: dict[Node, bool] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -94,6 +97,8 @@ class Split(Levels, TorchFunctionMode):
                 return self.mark(*args, **kwargs)
             if func in _READING_MEMORY:
                 return self.read_memory(func, args, kwargs)
+            if func == READS_NODE:
+                return self.read_node(args[0])
         operation = known(func)
         if operation.opened is not None:
             if func is Tensor.register_hook:
@@ -227,6 +232,31 @@ class Split(Levels, TorchFunctionMode):
         with ft.down_to(0):
             return func(*args, **kwargs)
 
+    def read_node(self, tensor: Tensor) -> Node | None:
+        """Hand out a node of one of the tapes, which the stage may put hooks on."""
+        with without_torch_function():
+            tensor = self.current(tensor)
+            node: Node | None = READS_NODE(tensor)
+        if node is not None and not is_of_module(node):
+            below = self.below(tensor)
+            self.nodes[node] = below is tensor or not self.is_activation(below)
+        return node
+
+    def check_nodes(self, stage: str, exits: Iterable[Exit]) -> None:
+        """See to the hooks that the stage has put on nodes: they run as in eager, or are refused."""
+        if not self.nodes:
+            return
+        edges = [edge for exit in exits for edge in exit[1:] if edge is not None]
+        edges += [site.inner for site in self.sites]
+        divided = {site.outer.node for site in self.sites}
+
+        def allowed(node: Node) -> Allowed:
+            alone = self.nodes.get(node, False)
+            return Allowed(alone, alone and node not in divided)
+
+        for hook in checked_hooks(stage, edges, allowed):
+            self.hook(hook)
+
     def in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: Written) -> Any:
         """Run an operation that writes into some of its operands."""
         written = writes.among(args, kwargs)
@@ -349,4 +379,4 @@ _READING_MEMORY: set[Any] = {
     *(Tensor.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__dlpack__),
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
-_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | {READS_NODE}

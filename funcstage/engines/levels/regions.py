@@ -90,6 +90,7 @@ def _first_run(split: Split, region: Region, captured: _Captured) -> tuple[list[
         with nested, intercepting(nested), StandIns(captured.adopted):
             leaves, spec = trees.flatten(region.run())
             exits = [nested.leave(captured.adopted(leaf)) for leaf in leaves]
+            nested.check_nodes("A checkpointed region", exits)
         region.release(lambda buffer: captured.around(buffer, nested))
     exits = [exit._replace(value=split.bare(exit.value)) for exit in exits]
     if any(isinstance(exit.value, Tensor) and exit.value.requires_grad for exit in exits):

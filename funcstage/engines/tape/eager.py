@@ -29,12 +29,14 @@ from funcstage.engines import on_nodes
 from funcstage.engines.base import Linearized, StageCall
 from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
+from funcstage.engines.node_hooks import Allowed, checked_hooks, is_leaf
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.engines.pieces import balanced
 from funcstage.engines.tape.reentrant import Leftovers, OneTape
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
+from funcstage.param_groups import param_groups_of
 from funcstage.residuals import (
     Home,
     Residual,
@@ -281,11 +283,28 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     given = {*map(id, (*trained.values(), *inputs.values()))}
     others = (leaf for leaf in leaves_behind(wanted.values()) if id(leaf) not in given)
     captured.refuse_trainable((leaf for leaf in others if captured.is_found(leaf, apply)), apply)
+    if modes[1].reads_nodes:
+        _check_nodes(call.name, *(map(get_gradient_edge, x.values()) for x in (wanted, inputs, trained)))
     tape = InputTape(origin, wanted, inputs, shared=False, home={})
     return Linearized(
         trees.unflatten(spec, map(trees.detached, leaves)),
         trees.map_leaves(trees.detached, new_buffers),
         tape,
+    )
+
+
+def _check_nodes(
+    stage: str,
+    outputs: Iterable[GradientEdge],
+    inputs: Iterable[GradientEdge],
+    weights: Iterable[GradientEdge],
+) -> None:
+    """Refuse hooks on nodes that I and W run in parts."""
+    roots = [*outputs]
+    groups = param_groups_of(roots, {edge[:2] for edge in inputs}, [edge.node for edge in weights])
+    divided = {site.node for group in groups for site in group["intermediates"] if site.weight_edges}
+    checked_hooks(
+        stage, roots, lambda node: Allowed(not is_leaf(node), not is_leaf(node) and node not in divided)
     )
 
 

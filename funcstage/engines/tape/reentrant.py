@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage.effects import refuse_effects
+from funcstage.engines.node_hooks import READS_NODE
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.group_norm import GROUP_NORMS, SURVIVES, contiguous_group_norm, crashes
 
@@ -42,17 +43,23 @@ class Leftovers:
 
 
 class OneTape(TorchFunctionMode):
-    """The mode of a run on one tape, plain or recorded: cuts leftovers off, and refuses effects."""
+    """The mode of a run on one tape, plain or recorded: cuts leftovers off, and refuses effects.
+
+    Attributes:
+        reads_nodes: whether the stage has asked for nodes of the tape, which it may put hooks on.
+    """
 
     def __init__(self, leftovers: Leftovers) -> None:
         super().__init__()
         self._leftovers = leftovers
+        self.reads_nodes = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = self._leftovers.cut((args, kwargs or {}))
         refuse_effects(func, args, kwargs)
+        self.reads_nodes = self.reads_nodes or func == READS_NODE
         return self.run(func, args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
