@@ -115,6 +115,17 @@ def monolithic(stage: Stage) -> Phases:
     return autograd_phases(stage, stage.module)
 
 
+def at_once(stage: Stage, **options: Any) -> Phases:
+    """F, and I and W as one action."""
+    forward, *_ = funcstage_phases(stage, **options)
+
+    def backward(state: Any) -> tuple[Tensor, list[Tensor]]:
+        (dx,), grads = fs.stage_backward(state[1], stage.cotangent)
+        return dx, list(grads.values())
+
+    return forward, backward
+
+
 @dataclass
 class Result:
     """What was measured of one system under one layout; `None` where it cannot be seen."""
@@ -218,6 +229,7 @@ def compare(size: Size, layout: str, mesh: DeviceMesh, repeats: int) -> list[Res
         "eager": (False, monolithic),
         "torch.compile": (True, monolithic),
         f"funcstage {backend}": (False, lambda stage: funcstage_phases(stage, backend=backend)),
+        f"funcstage {backend}, I and W at once": (False, lambda stage: at_once(stage, backend=backend)),
     }
     found, reference = [], None
     for name, (compiled, phases_of) in systems.items():

@@ -94,13 +94,26 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
                 differentiated or transformed and the stage is compiled or runs on DTensors.
             StageError: in anomaly mode, if the stage is compiled.
         """
-        tape = self._live()
+        return self._run(output_grads, retain)
+
+    @undone_if_interrupted
+    @outside_inference_mode
+    def _at_once(self, output_grads: PyTree = None) -> tuple[tuple[PyTree, ...], WeightPullback[AnyParams]]:
+        """Compute the gradients of the inputs, to be followed by W at once, which may be done by then."""
+        return self._run(output_grads, retain=False, at_once=True)
+
+    def _run(
+        self, output_grads: PyTree, retain: bool, at_once: bool = False
+    ) -> tuple[tuple[PyTree, ...], WeightPullback[AnyParams]]:
+        tape = self._live().at_once() if at_once else self._live()
         cotangents = self._checked(output_grads)
         if not tape.higher and is_differentiated(cotangents):
             self._refuse_differentiated(cotangents)
         refuse_unchecked(tape.checks_nan, self.stage, "I")
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
         tape = self._at_hand("I")
+        if at_once:
+            self._tape = tape = tape.at_once()  # in its place, as I frees what the tape holds
         try:
             grads, weight_tape, left = tape.input_vjp(cotangents, retain)
             watches = self._watches
@@ -283,6 +296,9 @@ def stage_backward(
 ) -> tuple[tuple[PyTree, ...], AnyParams]:
     """Run a stage's whole backward, I and then W.
 
+    Of a compiled stage that sends messages, as tensor-parallel ones do, both are one program here, so that
+    W's products run while I's messages travel.
+
     Args:
         pullback: from `stage_vjp`; consumed.
         output_grads: as for `Pullback.__call__`.
@@ -290,8 +306,16 @@ def stage_backward(
     Returns:
         `(input_grads, param_grads)`.
     """
-    input_grads, weight_pullback = stage_backward_input(pullback, output_grads)
+    _check_pullback(pullback)
+    input_grads, weight_pullback = input_before_weights(pullback, output_grads)
     return input_grads, stage_backward_weight(weight_pullback)
+
+
+def input_before_weights(
+    pullback: Pullback[AnyParams], output_grads: PyTree = None
+) -> tuple[tuple[PyTree, ...], WeightPullback[AnyParams]]:
+    """I, which W follows at once: of a compiled stage that sends messages, it has computed W's results."""
+    return pullback._at_once(output_grads)
 
 
 def stage_backward_input(
@@ -306,12 +330,16 @@ def stage_backward_input(
     Returns:
         `(input_grads, weight_pullback)`.
     """
+    _check_pullback(pullback)
+    return pullback(output_grads)
+
+
+def _check_pullback(pullback: object) -> None:
     if not isinstance(pullback, Pullback):
         raise StructureError(
             f"stage_backward_input expects the pullback that stage_vjp returns, got {describe(pullback)}. "
             "For a module that ran eagerly, use funcstage.autograd."
         )
-    return pullback(output_grads)
 
 
 register(Pullback)

@@ -231,6 +231,9 @@ class InputTape(Tape, Protocol):
     def watch(self) -> Watch | None: ...
     @property
     def captured(self) -> Sequence[ref[Tensor]]: ...
+    def at_once(self) -> InputTape:
+        """The same, for W to follow at once, so that I may compute it; not to be retained."""
+
     def reads(self, cotangents: Sequence[Tensor | None]) -> Iterable[Tensor]: ...
     def input_vjp(
         self, cotangents: Sequence[Tensor | None], retain: bool

@@ -101,6 +101,10 @@ class InputsOnNodes(OnNodes):
     __slots__ = ()
     watch: ClassVar = None
 
+    def at_once(self) -> Self:
+        """The same where W follows at once."""
+        return self
+
 
 class WeightsOnNodes(OnNodes):
     """A tape of W, which may hold memory of any cotangent or result of I."""

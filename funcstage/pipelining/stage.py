@@ -41,7 +41,7 @@ from funcstage.pipelining.stays import Offloaded, check_offload
 from funcstage.pipelining.transport.choice import Transport, check_transport
 from funcstage.pipelining.upstream import Upstream
 from funcstage.pipelining.waiting import Waiting, waiting_under
-from funcstage.pullback import stage_vjp
+from funcstage.pullback import input_before_weights, stage_backward_input, stage_vjp
 from funcstage.report import size, table
 from funcstage.schedules.orders import Action
 from funcstage.state.parameter_hooks import with_hooks_on_accumulators
@@ -346,7 +346,8 @@ class FunctionalPipelineStage(AccumulatingStage):
         if not self.is_last:
             forward.output_grads.update(enumerate(self.received_grads(bwd_chunk_id)))
         self._gather()
-        input_grads, weight_pullback = forward.pullback(forward.cotangents())
+        run = input_before_weights if full_backward else stage_backward_input
+        input_grads, weight_pullback = run(forward.pullback, forward.cotangents())
         if self.is_first:
             self._upstream.gather(forward.args, input_grads)
         else:

@@ -25,7 +25,17 @@ from funcstage.engines.graph.nodes import is_cheap
 
 def is_message(node: Node) -> bool:
     """Tell whether a node's value is there only after another operation, which waits for it."""
-    return _name(node).startswith("_c10d_functional") and not _is_wait(node)
+    return _name(node).startswith("_c10d_functional") and not is_wait(node)
+
+
+def is_wait(node: Node) -> bool:
+    """Tell whether a node waits for a value."""
+    return "::wait_tensor" in _name(node)
+
+
+def awaits_message(node: Node) -> bool:
+    """Tell whether it waits for what a message of the same program brings."""
+    return is_wait(node) and is_message(node.all_input_nodes[0])
 
 
 def overlap(graph: Graph) -> None:
@@ -61,7 +71,7 @@ def _waited_for_when_read(order: Sequence[Node]) -> list[Node]:
     following = dict(zip(messages, [*messages[1:], order[-1]], strict=True))
     before: dict[Node, list[Node]] = defaultdict(list)
     moved: set[Node] = set()
-    for wait in filter(_awaits_message, order):
+    for wait in filter(awaits_message, order):
         group = _copies_of(wait)
         readers = {user for copy in group for user in copy.users if user not in group}
         first = min(readers, key=place.__getitem__, default=order[-1])
@@ -74,7 +84,7 @@ def _waited_for_when_read(order: Sequence[Node]) -> list[Node]:
 
 def _sent_ahead(order: Sequence[Node]) -> list[Node]:
     place = {node: i for i, node in enumerate(order)}
-    waits = {node.all_input_nodes[0]: node for node in order if _awaits_message(node)}
+    waits = {node.all_input_nodes[0]: node for node in order if awaits_message(node)}
     behind: dict[Node, list[Node]] = defaultdict(list)
     moved: set[Node] = set()
     last = [node for node in order if node.op == "placeholder"][-1]
@@ -113,7 +123,7 @@ def _copies_of(wait: Node) -> dict[Node, None]:
     while stack:
         for user in stack.pop().users:
             known = (source in copies or source.op == "placeholder" for source in user.all_input_nodes)
-            if user not in copies and (is_cheap(user) or _is_wait(user)) and all(known):
+            if user not in copies and (is_cheap(user) or is_wait(user)) and all(known):
                 copies[user] = None
                 stack.append(user)
     return copies
@@ -134,14 +144,6 @@ def _moved(
         found.append(node)
         stack += reversed((behind or {}).get(node, ()))
     return found
-
-
-def _awaits_message(node: Node) -> bool:
-    return _is_wait(node) and is_message(node.all_input_nodes[0])
-
-
-def _is_wait(node: Node) -> bool:
-    return "::wait_tensor" in _name(node)
 
 
 def _name(node: Node) -> str:

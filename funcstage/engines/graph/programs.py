@@ -29,6 +29,7 @@ from funcstage.engines.graph.partition import Partition
 from funcstage.engines.graph.pieces import cut_out, divide
 from funcstage.engines.graph.runners import Lower, Runner, plain_run, run_as_python
 from funcstage.engines.graph.sites import ProgramSite, depending_on, sites_of
+from funcstage.engines.graph.together import handing_on, hides_messages, together
 from funcstage.state.writes import Watch
 
 
@@ -162,6 +163,27 @@ class Programs:
             self._made[absent] = self._backward(absent)
         return self._made[absent]
 
+    def at_once(self, backward: Backward) -> Backward:
+        """The same where W follows I at once: where either sends messages, one program computes all."""
+        key = "at once", backward
+        if key not in self._made:
+            parts, i, w = self.partition, backward.input_grad, backward.weight_grad
+            if not hides_messages(i, w):
+                return self._made.setdefault(key, backward)
+            rest, names = handing_on(w)
+            n, there = len(parts.from_input), set(rest.inputs)
+            self._made[key] = replace(
+                backward,
+                input_grad=together(self.joint, i, w, parts.from_input, backward.linear),
+                weight_grad=rest,
+                kept=(),
+                made=tuple(n + k for k, name in enumerate(names) if name in there),
+                handed=names,
+                is_done=True,
+            )
+        found: Backward = self._made[key]
+        return found
+
     def input_grad(self, backward: Backward, donate: bool) -> Step:
         """I; it overwrites what only it reads, if that is donated."""
         key = "I", backward, donate
@@ -180,7 +202,8 @@ class Programs:
             owned = (self._made["F"] | self._made["I", backward.whole or backward]) - backward.common
             if own:
                 program = giving_away(program, owned)
-            self._made[key] = self._step(program, self.kept(backward), owned if own and donate else ())
+            lower = run_as_python if backward.is_done else None
+            self._made[key] = self._step(program, self.kept(backward), owned if own and donate else (), lower)
         return self._made[key]
 
     def weight_grad_into(self, backward: Backward) -> tuple[Step, tuple[Product, ...]]:
@@ -227,7 +250,8 @@ class Programs:
     ) -> None:
         """Note which residuals of W lie in memory of their own, from what I returned in its first run."""
         n = backward.n_grads
-        self._made["I", backward] = unshared(self.partition.from_input, results[n:], (*results[:n], *others))
+        names = (*self.partition.from_input, *backward.handed)
+        self._made["I", backward] = unshared(names, results[n:], (*results[:n], *others))
 
     def shared(self, backward: Backward) -> tuple[int, ...] | None:
         """Which leaves of output and arguments have gradients whose memory W may read; None before I ran."""
@@ -397,8 +421,9 @@ class Backward:
         linear: what W reads that depends on cotangents.
         data: what else it reads that depends on arguments.
         whole: what W was split from, if this is a piece.
-        handed: what else W reads, as what ran when it was split has made it.
+        handed: what else W reads, as what ran when it was split, or I where that computes all, has made it.
         common: residuals that other pieces of W read too.
+        is_done: whether I computes W's results.
         name: of W.
     """
 
@@ -413,4 +438,5 @@ class Backward:
     whole: Backward | None = None
     handed: tuple[str, ...] = ()
     common: frozenset[str] = frozenset()
+    is_done: bool = False
     name: str = "W"

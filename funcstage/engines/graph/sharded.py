@@ -103,6 +103,10 @@ class InputTape(OnRank[tapes.InputTape]):
     higher: ClassVar = False
     captured: ClassVar = ()
 
+    def at_once(self) -> InputTape:
+        """The same where W follows at once."""
+        return replace(self, tape=self.tape.at_once())
+
     def input_vjp(
         self, cotangents: Sequence[Tensor | None], retain: bool
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:

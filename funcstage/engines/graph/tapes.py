@@ -103,20 +103,23 @@ class InputTape(OnList):
 
     Attributes:
         watch: over what I and W may read of what the caller holds.
+        hurries: whether W follows at once.
     """
 
     watch: Watch
+    hurries: bool = False
     higher: ClassVar = False
     captured: ClassVar = ()
+
+    def at_once(self) -> InputTape:
+        """The same where W follows at once; as it is where CUDA graphs are replayed, which I and W are."""
+        return self if self.flight is not None else replace(self, hurries=True)
 
     def input_vjp(
         self, cotangents: Sequence[Tensor | None], retain: bool
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
         """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
-        programs = self.programs
-        traced = programs.joint.cotangents
-        absent = tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
-        backward = programs.backward(absent)
+        programs, backward = self.programs, self._backward(cotangents)
         given: list[Any] = [
             _with_strides(cotangents[leaf], strides)
             for (leaf, _), strides in zip(
@@ -126,7 +129,7 @@ class InputTape(OnList):
         n, size = backward.n_grads, len(self.residuals)
         kept = {i: self.residuals[i] for i in backward.kept}
         shared = self.shared or retain
-        replay = self.flight is not None and not shared and not absent
+        replay = self.flight is not None and not shared and all(grad is not None for grad in given)
         step = programs.input_grad(backward, donate=not shared and self.flight is None)
         first = not programs.is_noted(backward)
         others = (*self.state, *kept.values(), *given) if first else ()
@@ -160,12 +163,16 @@ class InputTape(OnList):
 
     def reads(self, cotangents: Sequence[Tensor | None]) -> Iterator[Tensor]:
         """What I reads: residuals, parameters and buffers."""
-        absent = tuple(
-            [i for i, leaf in enumerate(self.programs.joint.cotangents) if cotangents[leaf] is None]
-        )
-        program = self.programs.backward(absent).input_grad
+        program = self._backward(cotangents).input_grad
         kept = self.programs.partition.after_forward
         return self.programs.found(program, self.state, kept, self.residuals)
+
+    def _backward(self, cotangents: Sequence[Tensor | None]) -> Backward:
+        traced = self.programs.joint.cotangents
+        found = self.programs.backward(
+            tuple([i for i, leaf in enumerate(traced) if cotangents[leaf] is None])
+        )
+        return self.programs.at_once(found) if self.hurries else found
 
 
 @dataclass(slots=True, eq=False)
@@ -243,7 +250,8 @@ class WeightTape(OnList):
 
     def add_into(self, totals: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run W and add the gradients into `totals`, which are donated."""
-        if self.flight is not None or not can_add_into(totals, self.backward.weight_grad):
+        plain = self.flight is not None or self.backward.is_done
+        if plain or not can_add_into(totals, self.backward.weight_grad):
             return added(totals, self.weight_vjp(retain=False)[0])
         step, products = self.programs.weight_grad_into(self.backward)
 
