@@ -98,7 +98,7 @@ def run_apart(
         return None
     output, new_buffers, tape = found.linearized
     results, output_spec = trees.flatten(output)
-    if found.roots and (diff or edges):
+    if found.roots:
         operands = [leaves[i] for i in diff] + ([] if of_inputs else weights)
         residuals = tape.share()
         empty = tape.with_leaves([residual.new_empty(0) for residual in residuals])

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.messages import CAPTURED_WRITTEN, says
-from funcstage._torch.operators import Written, without_torch_function
+from funcstage._torch.operators import Written
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
 from funcstage.engines.levels.explain import impure, written_into_own
@@ -193,19 +193,17 @@ class Split(Levels, TorchFunctionMode):
         if self.differentiates():
             if self.alone:
                 raise inner_gradients.TakesGradients
-            with without_torch_function():
-                return tensor.requires_grad_(requires_grad)
-        with without_torch_function():
-            now = ft.requires_grad(self.current(tensor))
-            if now and not requires_grad:
-                owner = self.owner(tensor)
-                if owner is not None:
-                    raise refused_mark(owner, requires_grad)
-                raise RuntimeError(
-                    "you can only change requires_grad flags of leaf variables. If you want to use a "
-                    "computed variable in a subgraph that doesn't require differentiation use var_no_grad "
-                    "= var.detach()."  # as torch says
-                )
+            return tensor.requires_grad_(requires_grad)
+        now = ft.requires_grad(self.current(tensor))
+        if now and not requires_grad:
+            owner = self.owner(tensor)
+            if owner is not None:
+                raise refused_mark(owner, requires_grad)
+            raise RuntimeError(
+                "you can only change requires_grad flags of leaf variables. If you want to use a "
+                "computed variable in a subgraph that doesn't require differentiation use var_no_grad "
+                "= var.detach()."  # as torch says
+            )
         if requires_grad and not now:
             owner = self.owner(tensor)
             if owner is not None and owner.startswith("buffer"):
@@ -265,7 +263,7 @@ class Split(Levels, TorchFunctionMode):
                 self.before_write(tensor, func)
             owner = self.owner(tensor)
             if owner is not None:
-                is_first = writes.positions == (0,) and len(written) == 1 and bool(args) and tensor is args[0]
+                is_first = len(written) == 1 and bool(args) and tensor is args[0]
                 if not is_first or not any(tensor is a for a in self.arguments):
                     raise impure(owner, func)
                 # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
@@ -302,7 +300,7 @@ class Split(Levels, TorchFunctionMode):
         moved = self.moved.get(id(leaf))
         if moved is not None:
             return moved[1]
-        if self.had_regions and isinstance(leaf, Tensor) and ft.is_dead(leaf):
+        if isinstance(leaf, Tensor) and ft.is_dead(leaf):
             if ft.requires_grad(leaf) and self.had_tapes:
                 raise inner_gradients.TakesGradients  # on a plain tape it is a value as any other
             return ft.without_dead_wrappers(leaf)  # a constant
@@ -330,11 +328,7 @@ class Split(Levels, TorchFunctionMode):
         if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.inner_level:
             inner = get_gradient_edge(leaf) if leaf.requires_grad else None
             leaf = ft.unwrap(leaf, self.inner_level)
-        if (
-            self.outer_level is not None
-            and isinstance(leaf, Tensor)
-            and ft.level_of(leaf) == self.outer_level
-        ):
+        if isinstance(leaf, Tensor) and ft.level_of(leaf) == self.outer_level:
             outer = self.above(get_gradient_edge, (leaf,), {}) if leaf.requires_grad else None
             leaf = ft.unwrap(leaf, self.outer_level)
         return Exit(leaf, outer, inner)

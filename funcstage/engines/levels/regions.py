@@ -55,7 +55,7 @@ def checkpointed(split: Split, call: inspect.BoundArguments) -> Any:
         return asked.run()
     region = Region(asked, board.module)
     split.had_regions = True
-    split.had_tapes = split.had_tapes or not asked.reentrant
+    split.had_tapes |= not asked.reentrant
     captured = _Captured(region, split)
     exits, spec = _first_run(split, region, captured)
     with without_torch_function():

@@ -226,7 +226,7 @@ class InputTape(InputsOnNodes):
     ) -> tuple[list[Tensor | None], WeightTape, InputTape | None]:
         """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
         origin = self.origin
-        if not origin.higher and is_differentiated(cotangents):
+        if is_differentiated(cotangents):
             origin = replace(origin, higher=True)
         shared = self.shared or retain
         wanted: list[GradientEdge | Tensor] = [leaf for _, leaf in self.inputs]

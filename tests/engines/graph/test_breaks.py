@@ -112,8 +112,39 @@ def shared(s: Stage, x: Tensor) -> Tensor:
     return functional.linear(s_first, s.first.up.weight.T @ s.second.up.weight) * x.detach().sum().item()
 
 
+def on_both_levels(s: Stage, x: Tensor) -> Tensor:
+    """An argument made of a parameter, into which an activation was written."""
+    table = s.gate.weight * 2
+    table[0] = x.mean(0)
+    return x * x.detach().sum().item() + s.experts[0](table).sum(0)
+
+
+def ungraded(s: Stage, x: Tensor) -> Tensor:
+    """A part of whose result nothing is differentiated."""
+    with torch.no_grad():
+        y = s.experts[0](x)
+    return x * y * y.sum().item()
+
+
+def mapped(s: Stage, x: Tensor) -> Tensor:
+    """A part within a transform of the stage's own."""
+    return torch.func.vmap(s.experts[0])(x[:, None])[:, 0] * x.detach().sum().item()
+
+
+def hyper(s: Stage, x: Tensor) -> Tensor:
+    """A part whose parameters depend on the input."""
+    made = {"up.weight": s.experts[0].up.weight * x.mean()}
+    return torch.func.functional_call(s.experts[0], made, (x,)) * x.detach().sum().item()
+
+
+def reparametrized(s: Stage, x: Tensor) -> Tensor:
+    """A part whose parameters were made of others."""
+    made = {"up.weight": s.experts[1].down.weight.T * s.gate.weight.sum()}
+    return torch.func.functional_call(s.experts[0], made, (x,)) * x.detach().sum().item()
+
+
 KINDS = [item, tolist, branch, loop, nonzero, masked, routed, in_place, scaled_by_a_parameter]
-KINDS += [written_out, shared]
+KINDS += [written_out, shared, on_both_levels, ungraded, mapped, hyper, reparametrized]
 
 
 def made(between: Callable[[Stage, Tensor], Tensor]) -> tuple[Stage, Tensor]:
@@ -292,6 +323,61 @@ def test_a_part_that_reads_what_it_is_not_handed_runs_uncompiled(how: str) -> No
     for _ in range(3):
         x, g = torch.randn(2, 5, 4).double()
         torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+
+
+class Shifted(nn.Module):
+    """Reads a buffer."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh() + self.shift
+
+
+@pytest.mark.parametrize("of", ["the input", "a parameter", "nothing"])
+def test_a_part_whose_buffer_was_assigned_before_has_the_gradients_of_that(of: str) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.own = Shifted(), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = self.part.shift
+            made = {"the input": x.mean(0) * self.own, "a parameter": self.own.exp(), "nothing": before + 2}
+            self.part.shift = made[of]
+            y = self.part(x * x.detach().sum().item())
+            self.part.shift = before
+            return y
+
+    torch.manual_seed(0)
+    check_stage(Around().double(), torch.randn(3, 4).double(), engines=in_parts, flops=False)
+
+
+def test_a_part_whose_result_has_no_gradients() -> None:
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).argmax(-1, keepdim=True)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choosing, self.last = Choosing(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * x.detach().sum().item()
+            return self.last(x) * x.gather(-1, self.choosing(x))
+
+    torch.manual_seed(0)
+    check_stage(Around().double(), torch.randn(3, 4).double(), engines=in_parts, flops=False)
 
 
 def test_a_parameter_that_is_frozen_afterwards_still_has_its_gradient() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import funcstage as fs
 from funcstage.engines.graph import CompiledStage
+from funcstage.engines.graph.runners import run_as_python
 
 LENGTHS = (5, 9, 4, 7, 2, 12)
 
@@ -352,3 +354,32 @@ def test_a_part_of_any_length_that_has_no_cotangent_counts_as_zeros_beside_the_o
         torch.testing.assert_close(dx, leaf.grad)
         for name, grad in weight_pullback().items():
             torch.testing.assert_close(grad, module.get_parameter(name).grad)
+
+
+def test_what_a_backend_assumes_of_a_length_holds_where_its_program_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[int] = []
+
+    def lower(graph: Any, donated: Any) -> Any:
+        """A backend whose kernels take lengths that are multiples of four alone."""
+        lengths = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        assert all(length % 4 == 0 for length in lengths if isinstance(length, torch.SymInt))
+        run = run_as_python(graph, donated)
+
+        def noted(inputs: Any) -> Any:
+            ran.extend(given for given in inputs if isinstance(given, int))
+            return run(inputs)
+
+        return noted
+
+    monkeypatch.setattr(sys.modules[CompiledStage.__module__], "_backend", lambda name, repeated: ({}, lower))
+    torch.manual_seed(0)
+    module = Scaled()
+    fast = fs.compile(fs.functionalize(module).apply, backend="aten", dynamic=True)
+    for length in (8, 12, 6, 4, 7, 9):
+        before = len(ran)
+        call(fast, module, torch.randn(4, length, 4))
+        assert (len(ran) > before) == (length % 4 == 0)
+    assert len(fast._traced) == 1
+    assert {*ran} == {8, 12, 4}

@@ -1,6 +1,8 @@
 """The passes on their own, and what a new release of torch could bring that they do not know."""
 
+import itertools
 import operator
+import random
 import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,9 +18,10 @@ from torch.fx import Graph, Node
 import funcstage as fs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import compile
-from funcstage.engines.graph.crossing import _cut
+from funcstage.engines.graph.crossing import _cut, _movable
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
 from funcstage.engines.graph.mincut import nbytes
+from funcstage.engines.graph.nodes import is_view
 from funcstage.engines.graph.partition import partition
 from funcstage.engines.graph.plan import Phase
 from funcstage.engines.graph.trace import trace
@@ -300,3 +303,102 @@ def test_residuals_take_as_few_bytes_as_any_from_which_the_far_side_can_be_compu
     assert all(isinstance(node.meta["val"], Tensor) for node in saved)
     assert not any(node in cut.unsaved and cut.computable(node) for node in saved)
     assert saved == [node for node in cut.nodes if node in set(saved)]
+    for node in saved:  # a view costs what it looks into costs, which serves others as well
+        assert not (is_view(node) and cut.computable(node)) or node.args[0] in cut.free | cut.unsaved
+
+
+def cut_of(seed: int) -> Cut:
+    """A graph of so few values that all cuts can be tried, many of which cost the same."""
+    rng = random.Random(seed)
+    graph = Graph()
+    nodes: list[Node] = []
+    for _ in range(rng.randrange(2, 8)):
+        reads = rng.sample(nodes, rng.randrange(min(len(nodes), 2) + 1))
+        if len(reads) == 1 and rng.random() < 0.3:
+            node = graph.call_function(torch.ops.aten.view.default, (reads[0], [-1]))
+            node.meta["val"] = reads[0].meta["val"].view(-1)
+        else:
+            node = graph.call_function(operator.add, (reads,))
+            node.meta["val"] = torch.empty(rng.randrange(1, 4), dtype=torch.uint8, device="meta")
+        nodes.append(node)
+    again = {node for node in nodes if rng.random() < 0.9}
+    free = {node for node in nodes if not node.all_input_nodes and rng.random() < 0.2}
+    return Cut(nodes, rng.sample(nodes, rng.randrange(1, min(len(nodes), 3) + 1)), again, free, set())
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_of_residuals_of_as_few_bytes_those_are_saved_that_leave_least_to_compute(seed: int) -> None:
+    cut = cut_of(seed)
+
+    def left(saved: set[Node]) -> set[Node] | None:
+        """What the far side computes, views apart; None where it cannot."""
+        stack, found = [node for node in cut.demand if node not in cut.free], set[Node]()
+        while stack:
+            node = stack.pop()
+            if node in saved or node in found:
+                continue
+            if not cut.computable(node):
+                return None
+            found.add(node)
+            stack += [read for read in node.all_input_nodes if read not in cut.free]
+        return {node for node in found if not is_view(node)}
+
+    subsets = (set(s) for k in range(len(cut.nodes) + 1) for s in itertools.combinations(cut.nodes, k))
+    possible = [(sum(map(nbytes, s)), computed) for s in subsets if (computed := left(s)) is not None]
+    least = min(held for held, _ in possible)
+    saved = {*_cut(cut.demand, cut.again, cut.free, cut.unsaved)}
+    assert sum(map(nbytes, saved)) == least
+    computed = left(saved)
+    assert computed is not None
+    assert all(len(computed) <= len(other) for held, other in possible if held == least)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_i_may_compute_for_w_is_mapped_and_summed_and_belongs_to_a_sum_that_saves_a_mebibyte(
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    graph = Graph()
+    aten = torch.ops.aten
+    nodes: list[Node] = []
+    kinds: dict[Node, str] = {}
+    for _ in range(rng.randrange(3, 14)):
+        kind = rng.choice(["map", "map", "sum", "mean", "product", "given"]) if nodes else "given"
+        reads = rng.sample(nodes, rng.randrange(1, min(len(nodes), 2) + 1)) if kind != "given" else []
+        target = {
+            "map": aten.add.Tensor,
+            "sum": aten.sum.dim_IntList,
+            "mean": aten.mean.dim,
+            "product": aten.mm.default,
+        }
+        node = (
+            graph.placeholder(f"p{len(nodes)}")
+            if kind == "given"
+            else graph.call_function(target[kind], (*reads,))
+        )
+        small = rng.choice([8, 1024])
+        size = {"sum": small, "mean": small}.get(kind, rng.choice([MIB - 1, MIB, MIB + 8, MIB + 1024]))
+        node.meta["val"] = torch.empty(size, dtype=torch.uint8, device="meta")
+        nodes.append(node)
+        kinds[node] = kind
+    deferred = {node for node in nodes if kinds[node] != "given" and rng.random() < 0.8}
+
+    def may_move(node: Node) -> bool:
+        mapped = node in deferred and kinds[node] in ("map", "sum", "mean")
+        return mapped and all(map(may_move, (read for read in node.all_input_nodes if read in deferred)))
+
+    def saves(node: Node) -> int:
+        return sum(map(nbytes, node.all_input_nodes)) - nbytes(node)
+
+    large = {n for n in nodes if kinds[n] in ("sum", "mean") and may_move(n) and saves(n) >= MIB}
+
+    def is_behind(later: Node, earlier: Node) -> bool:
+        return later is earlier or any(is_behind(read, earlier) for read in later.all_input_nodes)
+
+    expected = {
+        n for n in nodes if may_move(n) and any(is_behind(n, big) or is_behind(big, n) for big in large)
+    }
+    assert _movable(graph, deferred) == expected

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcstage as fs
 from funcstage import testing
+from funcstage.engines.levels.checkpoint import modules_in
 
 check_stage = functools.partial(testing.check_stage, engines="closures")
 
@@ -659,3 +660,46 @@ class WritesIntoAView(nn.Module):
 @pytest.mark.parametrize("how", ["reentrant", "no_grad"])
 def test_a_parameter_is_written_into_a_view_where_nothing_is_recorded(how: str) -> None:
     check_stage(WritesIntoAView(how), torch.randn(2, 4))
+
+
+def _with_default(module: nn.Module) -> Callable[..., Any]:
+    return lambda x, held=module: held(x)
+
+
+def _with_keyword_default(module: nn.Module) -> Callable[..., Any]:
+    return lambda x, *, held=module: held(x)
+
+
+def _in_a_cycle(module: nn.Module) -> list[Any]:
+    cycle: list[Any] = [module]
+    cycle.append(cycle)
+    return cycle
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "itself": lambda m: m,
+    "a method": lambda m: m.forward,
+    "a closure": lambda m: lambda x: m(x),
+    "a closure in a closure": lambda m: (lambda f: lambda x: f(x))(lambda x: m(x)),
+    "a default": _with_default,
+    "a keyword's default": _with_keyword_default,
+    "what a partial calls": lambda m: functools.partial(m, torch.ones(2)),
+    "an argument of a partial": lambda m: functools.partial(print, m),
+    "a keyword of a partial": lambda m: functools.partial(print, end=m),
+    "a dict": lambda m: {"held": m},
+    "a list": lambda m: [1, m],
+    "a tuple": lambda m: (m, None),
+    "a cycle": _in_a_cycle,
+    "twice": lambda m: [m, m, {"again": m}],
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_the_modules_that_a_region_may_run_are_found_where_functions_hold_them(holder: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    assert [*modules_in([1.0, HOLDERS[holder](module)])] == [*module.modules()]
+
+
+@pytest.mark.parametrize("other", [None, 1.0, torch.ones(2), print, len, dict, functools.partial(print, 1)])
+def test_where_nothing_holds_a_module_none_is_found(other: Any) -> None:
+    assert [*modules_in([other, lambda x: x])] == []

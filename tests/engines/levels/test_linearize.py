@@ -159,7 +159,10 @@ BODIES: dict[str, Callable[..., Any]] = {
         0, torch.zeros(4, 3).long(), x * s.p
     ),
     "written in place, parameters alone": lambda s, x: _into_a_parameter_value(s, x),
+    "written in place, and then transposed": lambda s, x: _transposed_afterwards(s, x),
+    "written in place, and kept as it was": lambda s, x: _written_twice(s, x),
     "written in place, parameters into zeros": lambda s, x: _parameters_into_zeros(s, x),
+    "written into a result, where nothing is recorded": lambda s, x: s.l(x) + _out_without_grad(s, x),
     "written in place, by index": lambda s, x: x.clone().index_put_((torch.tensor([0, 1]),), s.p),
     "written in place, masked": lambda s, x: (x * s.p).masked_fill_(x > 0, 0.0),
     "written in place, a product": lambda s, x: (x * 1).addmm_(x, s.w),
@@ -189,6 +192,30 @@ def _into_a_parameter_value(s: Stage, x: Tensor) -> Any:
     q.add_(x[:3])
     q.tanh_()
     return s.l(q * 1), q
+
+
+def _transposed_afterwards(s: Stage, x: Tensor) -> Any:
+    q = s.w.clone()
+    q[:2] += x[:2]
+    q.requires_grad_()
+    return x @ q.T, x @ q.mT, q.real * 2, q.chunk(3), torch.cat([q, x])
+
+
+def _written_twice(s: Stage, x: Tensor) -> Any:
+    q = s.w.clone()
+    row = q[0]
+    q += x[:3]
+    first = q + s.p
+    q += x[1:]
+    return row.sin(), first, q @ s.w, x.tanh() @ q
+
+
+def _out_without_grad(s: Stage, x: Tensor) -> Tensor:
+    made = torch.zeros(4, 3)
+    with torch.no_grad():
+        torch.sin(x, out=made)
+        torch.add(made, s.p, out=made)
+    return made
 
 
 def _parameters_into_zeros(s: Stage, x: Tensor) -> Tensor:
@@ -244,6 +271,68 @@ def test_an_operation_is_split_as_eager_would_run_it(name: str) -> None:
     # A parameter that is written into an activation's memory has its gradient computed on the way, in I.
     in_i = name in ("written in place, a product", "written in place, parameters into zeros")
     check_stage(Stage(BODIES[name]), r(4, 3), flops=not in_i)
+
+
+OVERWRITING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "a method": (lambda x, p: x.mul_(p), lambda x, p: x * p),
+    "a function": (lambda x, p: torch.relu_(x), lambda x, p: x.relu()),
+    "an operator": (lambda x, p: torch.ops.aten.mul_.Tensor(x, p), lambda x, p: x * p),
+    "twice": (lambda x, p: (x.mul_(p), x.add_(x)), lambda x, p: x * p * 2),
+    "by itself": (lambda x, p: x.mul_(x), lambda x, p: x * x),
+    "by index": (lambda x, p: x.__setitem__(0, p), lambda x, p: torch.cat([p[None], x[1:]])),
+}
+
+
+@pytest.mark.parametrize("how", OVERWRITING)
+def test_an_argument_that_is_overwritten_is_another_from_there_on_and_the_callers_stays(how: str) -> None:
+    write, instead = OVERWRITING[how]
+    torch.manual_seed(0)
+    params, x, other = {"p": r(3)}, r(4, 3), r(4, 3)
+    before = x.clone()
+
+    def writes(params: Any, buffers: Any, x: Tensor, other: Tensor) -> Any:
+        y = x.sin()
+        write(x, params["p"])
+        return (x * other, x.cos() * y, x), buffers
+
+    def makes(params: Any, buffers: Any, x: Tensor, other: Tensor) -> Any:
+        y = x.sin()
+        x = instead(x, params["p"])
+        return (x * other, x.cos() * y, x), buffers
+
+    found = []
+    for apply in (writes, makes):
+        output, _, pullback = fs.stage_vjp(apply, params, {}, x, other)
+        grads, weight_pullback = pullback(tuple(map(torch.ones_like, output)))
+        found.append([*output, *grads, *weight_pullback().values()])
+    torch.testing.assert_close(*found)
+    assert torch.equal(x, before)
+
+
+WRITING: dict[str, Callable[..., Any]] = {
+    "an argument, by keyword alone": lambda x, p, b: torch.relu_(input=x),
+    "an argument, as a result": lambda x, p, b: torch.sin(b, out=x),
+    "an argument, through a view": lambda x, p, b: x[0].add_(1),
+    "an argument among others": lambda x, p, b: torch._foreach_add_([b + 1, x], 1),
+    "a parameter": lambda x, p, b: p.add_(1),
+    "a parameter, as a result": lambda x, p, b: torch.sin(b, out=p),
+    "a parameter, through a view": lambda x, p, b: p[:1].zero_(),
+}
+
+
+@pytest.mark.parametrize("how", WRITING)
+def test_what_else_writes_into_what_the_caller_has_given_is_refused_by_name(how: str) -> None:
+    x, p, b = r(3), r(3), r(3)
+    before = x.clone(), p.clone(), b.clone()
+
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        with torch.no_grad():
+            WRITING[how](x, params["p"], buffers["b"])
+        return x * params["p"], buffers
+
+    with pytest.raises(fs.PurityError, match=r"argument " if "argument" in how else r"parameter \["):
+        fs.stage_vjp(apply, {"p": p}, {"b": b}, x)
+    assert all(map(torch.equal, (x, p, b), before))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
