@@ -28,6 +28,10 @@ GROUP_SECONDS = 150
 """How long a rank waits for another one."""
 
 
+MANY_GROUPS = 24
+"""With how many process groups ranks are started anew: those of meshes stay, each with threads that poll."""
+
+
 class Raised(NamedTuple):
     """The error that a job ended with on a rank."""
 
@@ -73,7 +77,7 @@ class Ranks:
         """
         for pipe in self._pipes:
             pipe.send((job, args, kwargs, group_seconds))
-        answers: dict[int, Any] = {}
+        answers: dict[int, tuple[Any, int]] = {}
         deadline = time.monotonic() + JOB_SECONDS
         while len(answers) < self.world_size:
             silent = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
@@ -85,9 +89,12 @@ class Ranks:
             if not ready:
                 self.stop()
                 raise TimeoutError(f"{job.__name__}: no answer from rank(s) {sorted(silent.values())}.")
-        for pipe in self._pipes:
-            pipe.send(None)
-        return [answers[rank] for rank in range(self.world_size)]
+        if max(groups for _, groups in answers.values()) > MANY_GROUPS:
+            self.stop()
+        else:
+            for pipe in self._pipes:
+                pipe.send(None)
+        return [answers[rank][0] for rank in range(self.world_size)]
 
     def stop(self) -> None:
         """Kill the processes."""
@@ -137,6 +144,6 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             kinds = tuple(kind.__name__ for kind in type(error).__mro__)
             notes = "\n".join(getattr(error, "__notes__", ()))
             answer = Raised(kinds, f"{kinds[0]}: {error}\n{notes}".strip())
-        pipe.send(answer)
+        pipe.send((answer, len(dist.distributed_c10d._world.pg_map)))
         pipe.recv()  # all have answered: until then a rank may be reading what this one has sent
         dist.destroy_process_group(group)
