@@ -31,8 +31,7 @@ package:  ## sdist and wheel as an index would get them, built and used
 	python .ci/package.py
 
 coverage: ## which lines the fast tests run
-	coverage run -m pytest -m "not slow" -n 0 -q
-	coverage report
+	pytest -m "not slow" -q --cov
 
 mutation: ## plant 200 faults, one at a time, and see the tests fail
 	python -m property_tests.mutation --sample 200
