@@ -129,7 +129,12 @@ class StageCall:
     @property
     def leaves(self) -> list[Any]:
         """All leaves, for those who do not ask for the structure."""
-        return [*self.of_params[0], *self.of_buffers[0], *self.arg_leaves, *self.of_kwargs[0]]
+        return [*self.of_params[0], *self.of_buffers[0], *self.argument_leaves]
+
+    @property
+    def argument_leaves(self) -> list[Any]:
+        """Those of the arguments, by position and by keyword."""
+        return [*self.arg_leaves, *self.of_kwargs[0]]
 
     @property
     def state(self) -> list[Tensor]:

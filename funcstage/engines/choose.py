@@ -52,7 +52,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
     if is_differentiated(call.of_params[0]) or is_differentiated(call.arg_leaves):
         return levels.linearize(call)
     with locked(call.module):
-        before = Before.of(call.apply, call.module, call.leaves)
+        before = Before.of(call.apply, call.module, call.leaves, call.argument_leaves)
         try:
             if not _is_known(call.apply):
                 with suppress(TakesGradients):

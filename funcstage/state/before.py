@@ -24,16 +24,27 @@ class Before(NamedTuple):
         held: what the module held, and its code can get at, if there is one.
         handed: what objects among the arguments held, and what the stage's function closes over.
         shared: what the code of the stage's function can get at, if that is no module's.
+        noted: the attributes of tensors among the arguments, with what these were.
     """
 
     generators: RandomState
     held: Held | None
     handed: State
     shared: Shared
+    noted: list[tuple[dict[str, Any], dict[str, Any]]]
 
     @classmethod
-    def of(cls, apply: Callable[..., Any], module: Any, leaves: Sequence[Any]) -> Before:
-        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices."""
+    def of(
+        cls, apply: Callable[..., Any], module: Any, leaves: Sequence[Any], arguments: Sequence[Any]
+    ) -> Before:
+        """Take note of a stage's module, if it has one, and of the generators of its tensors' devices.
+
+        Args:
+            apply: the stage function.
+            module: the stage's.
+            leaves: all of the call.
+            arguments: those among them that are no state.
+        """
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         if devices and torch.cuda.is_current_stream_capturing():
             devices.clear()
@@ -48,6 +59,7 @@ class Before(NamedTuple):
             held,
             State(None, handed),
             NOTHING_SHARED if held is not None else Shared(names_of([apply])),
+            [(leaf.__dict__, leaf.__dict__.copy()) for leaf in arguments if isinstance(leaf, Tensor)],
         )
 
     def restore(self) -> None:
@@ -57,6 +69,9 @@ class Before(NamedTuple):
             self.held.restore()
         self.handed.restore()
         self.shared.restore()
+        for namespace, before in self.noted:
+            namespace.clear()
+            namespace.update(before)
 
     def moved_iterators(self) -> list[Any]:
         """Iterators that the module holds and that have gone on, or may have."""

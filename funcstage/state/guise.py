@@ -7,8 +7,8 @@ stand-in has the class and the attributes of the module's own tensor for as long
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from funcstage._torch.tensors import IS_PARAMETER, OF_DYNAMO, OF_FUNCTIONAL, is_functional
 from funcstage.errors import PurityError, TraceError
+from funcstage.state.at_once import at_once
 from funcstage.state.content import is_plain
+from funcstage.trees import describe
 
 
 class Guise:
@@ -25,21 +27,23 @@ class Guise:
 
     Args:
         owns: the tensors.
-        stand_ins: what the module holds in their places.
+        stand_ins: what the module holds in their places, or the forward is handed.
+        of_module: whether they are a module's, for `own_of`.
 
     Attributes:
         back: the steps by which they look again as before, in the thread that made it; `at_once` takes them.
     """
 
-    def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any]) -> None:
+    def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any], *, of_module: bool = True) -> None:
         self._owns, self._stand_ins = owns, stand_ins
+        self._of_module = of_module
         self._dressed: list[Tensor] = []
         self._had: dict[int, frozenset[str]] = {}
         self._lent: list[dict[str, Any]] = []
         self._before: list[dict[str, Any]] = []
         self._around = _current.guise
         self.back = chain(
-            map(setattr, (_current,), ("guise",), (self._around,)),
+            map(setattr, (_current,) * of_module, ("guise",), (self._around,)),
             map(setattr, self._dressed, repeat("__class__"), repeat(Tensor)),
             map(dict.clear, self._lent),
             map(dict.update, self._lent, self._before),
@@ -47,9 +51,10 @@ class Guise:
 
     def put_on(self) -> None:
         """Let the stand-ins look like what they stand for."""
-        _current.guise = self
+        if self._of_module:
+            _current.guise = self
         for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
-            if stand_in is own or own is None or stand_in is None:
+            if stand_in is own or not (isinstance(own, Tensor) and isinstance(stand_in, Tensor)):
                 continue
             kind = type(own)
             if type(stand_in) is Tensor and kind is not Tensor and kind.__torch_function__ is _OF_PARAMETERS:
@@ -73,19 +78,25 @@ class Guise:
             namespace[_COPIED_BY] = partial(_copied, stand_in)
 
     def notes(self) -> list[Note]:
-        """What the forward has noted on the stand-ins, which it meant for the module's own."""
-        if not any(map(_namespace_of, self._stand_ins)):
+        """What the forward has noted on the stand-ins, or taken from them, which it meant for its tensors."""
+        if not any(map(_namespace_of, self._stand_ins)) and not self._lent:
             return []
-        return [
-            Note(own, name, value, is_functional(stand_in))
-            for own, stand_in in zip(self._owns, self._stand_ins, strict=True)
-            if stand_in is not own and stand_in is not None and own is not None
-            for name, value in stand_in.__dict__.items()
-            if name not in self._had.get(id(stand_in), ())
-            and name not in (IS_PARAMETER, _COPIED_BY)
-            and not name.startswith(OF_DYNAMO)
-            and own.__dict__.get(name, _ABSENT) is not value
-        ]
+        found = []
+        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
+            if stand_in is own or not (isinstance(own, Tensor) and isinstance(stand_in, Tensor)):
+                continue
+            had, traced = self._had.get(id(stand_in), frozenset()), is_functional(stand_in)
+            found += [
+                Note(own, name, value, traced)
+                for name, value in stand_in.__dict__.items()
+                if name not in had
+                and name not in (IS_PARAMETER, _COPIED_BY)
+                and not name.startswith(OF_DYNAMO)
+                and own.__dict__.get(name, _ABSENT) is not value
+            ]
+            gone = own.__dict__.keys() - stand_in.__dict__.keys()
+            found += [Note(own, name, _ABSENT, traced) for name in gone if id(stand_in) in self._had]
+        return found
 
     def own(self, tensor: Any) -> Tensor | None:
         """What a tensor stands in for."""
@@ -96,31 +107,64 @@ class Guise:
 
 
 class Note(NamedTuple):
-    """An attribute that a forward has set on a tensor of its module's."""
+    """An attribute that a forward has set on a tensor of its module's or its caller's, or deleted there."""
 
     own: Tensor
     name: str
     value: Any
     traced: bool
 
-    def keep(self, owner: str, of: str) -> None:
-        """Set it on the module's own tensor.
+    def check(self, owner: str, of: str) -> None:
+        """Refuse what cannot be kept.
 
         Raises:
             TraceError: in a trace, which would do so only once.
             PurityError: if it may hold tensors.
         """
-        what = f"{owner} sets an attribute, {self.name!r}, on {of} in its forward"
+        does = "deletes" if self.value is _ABSENT else "sets"
+        what = f"{owner} {does} an attribute, {self.name!r}, on {of} in its forward"
         if self.traced:
             raise TraceError(
-                f"{what}, which a compiled stage would do in its first call alone. Set it on the module."
+                f"{what}, which a compiled stage would do in its first call alone. Set it on the module, or "
+                "return it."
             )
-        if not is_plain(self.value):
+        if self.value is not _ABSENT and not is_plain(self.value):
             raise PurityError(
                 f"{what}, and it may hold tensors ({type(self.value).__qualname__}). Keep it on the module, "
                 "or return it."
             )
-        setattr(self.own, self.name, self.value)
+
+    def keep(self) -> None:
+        """Set it on the own tensor, or delete it there."""
+        if self.value is _ABSENT:
+            delattr(self.own, self.name)
+        else:
+            setattr(self.own, self.name, self.value)
+
+
+def keep(notes: Sequence[Note], owner: str, name_of: Callable[[Tensor], str]) -> None:
+    """Keep all notes on the tensors that they were meant for, or, if one cannot be, none."""
+    for note in notes:
+        note.check(owner, name_of(note.own))
+    for note in notes:
+        note.keep()
+
+
+@contextmanager
+def looking_alike(owner: str, given: Sequence[Any], stand_ins: Sequence[Any]) -> Iterator[None]:
+    """Let leaves that a forward is handed look like the caller's, and those have what it notes on them.
+
+    Raises:
+        TraceError, PurityError: as `Note.check`.
+    """
+    guise = Guise(given, stand_ins, of_module=False)
+    try:
+        guise.put_on()
+        yield
+        notes = guise.notes()
+    finally:
+        at_once(guise.back)
+    keep(notes, owner, lambda own: f"an argument ({describe(own)})")
 
 
 def own_of(tensor: Any) -> Tensor | None:
@@ -168,7 +212,7 @@ class _Current(threading.local):
 
 
 def _namespace_of(value: Any) -> Any:
-    return None if value is None else value.__dict__
+    return value.__dict__ if isinstance(value, Tensor) else None
 
 
 _current = _Current()

@@ -14,7 +14,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import PurityError
 from funcstage.state.at_once import at_once
-from funcstage.state.guise import Guise
+from funcstage.state.guise import Guise, keep
 from funcstage.state.parameter_hooks import any_hooked
 
 
@@ -114,9 +114,8 @@ class Parts:
                 raise
             raise
         self._check_parameters(before, lent, left)
-        for note in notes:
-            name = next(name for name, own in zip(self.names, before, strict=True) if own is note.own)
-            note.keep(type(self.module).__name__, repr(name))
+        named = list(zip(self.names, before, strict=True))
+        keep(notes, type(self.module).__name__, lambda own: next(repr(name) for name, t in named if t is own))
         places = zip(self.names, left, strict=True)
         state.update((name, now) for name, now in places if name in state and now is not _GONE)
         return output

@@ -302,3 +302,122 @@ def test_a_compiled_stage_refuses_a_thread_with_effects_alone() -> None:
 
     with pytest.raises(fs.TraceError, match=r"starts a thread .* Do it outside"):
         fs.stage_vjp(*staged(Seeing(sees), "aten"), torch.randn(3, 4))
+
+
+class Noting(nn.Module):
+    """Reads and sets attributes of its argument; in a region, or on a plain tape, if it is to."""
+
+    def __init__(self, how: str, notes: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.proj, self.how, self.notes = nn.Linear(4, 4), how, notes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "tape":
+            leaf = x.detach().requires_grad_()
+            torch.autograd.grad(leaf.sum(), leaf)
+        if self.how == "region":
+            return checkpoint(self.noted, x, use_reentrant=False)
+        return self.noted(x)
+
+    def noted(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        return y * float(self.notes(x, y) or 1)
+
+
+def seen_by(notes: Callable[[Any, Tensor], Any], how: str, argnums: Any, x: Tensor) -> Tensor:
+    """The output of two calls, compiled or not."""
+    apply, params, buffers = fs.functionalize(Noting(how, notes))
+    if how == "compiled":
+        apply = fs.compile(apply, backend="aten", fullgraph=True)
+    weight = torch.eye(4)
+    fs.stage_vjp(apply, {**params, "proj.weight": weight}, buffers, x, argnums=argnums)
+    return fs.stage_vjp(apply, {**params, "proj.weight": weight}, buffers, x, argnums=argnums)[0]
+
+
+WAYS = ("levels", "tape", "region", "compiled")
+
+
+@pytest.mark.parametrize("argnums", [None, ()])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_forward_reads_the_attributes_and_the_class_of_an_argument(how: str, argnums: Any) -> None:
+    module = Noting(how, lambda x, y: getattr(x, "tag", 1.0) * (1 + isinstance(x, nn.Parameter)))
+    apply, params, buffers = fs.functionalize(module)
+    if how == "compiled":
+        apply = fs.compile(apply, backend="aten", fullgraph=True)
+    for tag in (None, 3.0, 4.0, None):
+        for x in (torch.randn(2, 4), nn.Parameter(torch.randn(2, 4), requires_grad=False)):
+            if tag is not None:
+                x.tag = tag  # type: ignore[attr-defined]
+            output = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)[0]
+            torch.testing.assert_close(output, module(x).detach())
+
+
+@pytest.mark.parametrize("argnums", [None, ()])
+@pytest.mark.parametrize("how", ["levels", "tape"])
+def test_what_a_forward_notes_on_an_argument_stays_there(how: str, argnums: Any) -> None:
+    def notes(x: Any, y: Tensor) -> int:
+        x.times = getattr(x, "times", 0) + 1
+        if hasattr(x, "old"):
+            del x.old
+        return int(x.times)
+
+    x: Any = torch.ones(2, 4)
+    x.old = 1
+    first = seen_by(lambda x, y: None, "levels", argnums, torch.ones(2, 4))
+    second = seen_by(notes, how, argnums, x)
+    assert vars(x) == {"times": 2}
+    assert second.mean() == pytest.approx(2 * (second / 2).mean())
+    assert first.shape == second.shape
+
+
+def set_on(x: Any, y: Tensor) -> None:
+    x.tag = 3
+
+
+def deleted_from(x: Any, y: Tensor) -> None:
+    del x.old
+
+
+@pytest.mark.parametrize("notes", [set_on, deleted_from])
+def test_a_compiled_stage_refuses_to_note_something_on_an_argument(notes: Any) -> None:
+    x: Any = torch.ones(2, 4)
+    x.old = 1
+    with pytest.raises(fs.TraceError, match=r"an attribute, '\w+', on an argument .* return it"):
+        seen_by(notes, "compiled", None, x)
+    assert vars(x) == {"old": 1}
+
+
+def test_a_tensor_noted_on_an_argument_is_refused_and_nothing_is_noted() -> None:
+    def notes(x: Any, y: Tensor) -> None:
+        x.number = 1
+        x.kept = y
+
+    x = torch.ones(2, 4)
+    with pytest.raises(fs.PurityError, match=r"'kept', on an argument .* may hold tensors"):
+        seen_by(notes, "levels", None, x)
+    assert vars(x) == {}
+
+
+def test_a_compiled_stage_refuses_to_read_a_tensor_that_is_an_attribute_of_an_argument() -> None:
+    x: Any = torch.ones(2, 4)
+    x.mask = torch.ones(2, 4)
+    with pytest.raises(fs.TraceError, match=r"may read 'mask' of an argument .* type Tensor"):
+        seen_by(lambda x, y: len(x.mask), "compiled", None, x)
+    seen_by(lambda x, y: 1.0, "compiled", None, x)
+
+
+@pytest.mark.parametrize("argnums", [None, ()])
+def test_an_argument_is_the_base_of_its_views(argnums: Any) -> None:
+    def notes(x: Tensor, y: Tensor) -> float:
+        assert x.T._base is x
+        assert x.view(-1)[2:].view(2, -1)._base is x
+        assert x._base is None
+        return 1.0
+
+    for how in ("levels", "tape", "compiled"):
+        seen_by(notes, how, argnums, torch.ones(2, 4))
+
+
+def test_a_trace_refuses_to_tell_whether_tensors_are_set_to_one_memory() -> None:
+    with pytest.raises(fs.TraceError, match="is_set_to"):
+        seen_by(lambda x, y: 1.0 + x.is_set_to(x), "compiled", None, torch.ones(2, 4))

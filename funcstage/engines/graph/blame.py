@@ -93,7 +93,7 @@ def _has_other_ranks() -> bool:
 def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
     """What the uncompiled stage raises, in I and W too if these are to be tried."""
     args, kwargs = trees.map_leaves(lambda leaf: leaf, (call.args, call.kwargs))  # may be written into
-    before = Before.of(call.apply, call.module, call.leaves)
+    before = Before.of(call.apply, call.module, call.leaves, call.argument_leaves)
     try:
         output, _, tape = uncompiled(replace(call, args=args, kwargs=kwargs))
         leaves, _ = check_leaves("output", output)

@@ -252,8 +252,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         return self._looked_up(StageCall.of(self.apply, params, buffers, args, kwargs, diff))[0]
 
     def _signature(self, call: StageCall) -> Signature:
-        (leaves, specs), structure = call.local, call.whole[1]
-        return signature_of(leaves, structure, call.diff, self._fingerprint, specs, self._open_in(call))
+        return signature_of(call, self._fingerprint, self._open_in(call))
 
     def _open_in(self, call: StageCall) -> Open:
         (leaves, specs), structure = call.local, call.whole[1]
@@ -315,7 +314,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 joint = trace(
                     call, table, recorder=recorder, open_dims=among_tensors(open_dims, call.local[0])
                 )
-                reads, said = recorder.finish()
+                reads, said = recorder.finish(call)
             except TraceError as refusal:
                 shared.restore()
                 runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph

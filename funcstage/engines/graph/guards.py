@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from funcstage import trees
 from funcstage._torch import tracing as tt
+from funcstage._torch.tensors import OF_DYNAMO
 from funcstage.dtensors import Specs
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph.reads import Reads, Said, Watch
 from funcstage.engines.graph.sizes import Inside, Open, Sizes, strides_of
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
-from funcstage.state.content import MARK, content
+from funcstage.state.content import MARK, content, is_plain
 from funcstage.state.module import Fingerprint
 
 
@@ -35,29 +36,21 @@ class Signature(NamedTuple):
     outside: Said = ()
     sizes: Sizes | None = None
     same: tuple[int, ...] = ()
+    notes: tuple[Hashable, ...] = ()
 
 
-def signature_of(
-    leaves: Sequence[Any],
-    structure: optree.PyTreeSpec,
-    diff: Sequence[int] | None,
-    module: Fingerprint,
-    specs: Specs,
-    open_dims: Open,
-) -> Signature:
+def signature_of(call: StageCall, module: Fingerprint, open_dims: Open) -> Signature:
     """Compute the signature of a call.
 
     Args:
-        leaves: all leaves of (params, buffers, args, kwargs), of DTensors what this rank has.
-        structure: of the same.
-        diff: indices of the differentiated leaves of args; `None` for the forward alone.
+        call: that.
         module: of the modules behind the stage function.
-        specs: how DTensors among the leaves are sharded.
         open_dims: those whose sizes are no part of it, by the place of the leaf.
 
     Raises:
         TraceError: if a leaf can be no part of a signature.
     """
+    (leaves, specs), structure, diff = call.local, call.whole[1], call.diff
     argnums = None if diff is None else tuple(diff)
     found: list[Hashable] = []
     try:
@@ -69,7 +62,10 @@ def signature_of(
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
     ambient = AmbientState.now(differentiated=diff is not None)
     same = _repeated(leaves[_n_state(structure.children()) :])
-    return Signature(structure, tuple(found), argnums, module.read(), ambient, sharding_of(specs), same=same)
+    sharding, notes = sharding_of(specs), notes_on(call)
+    return Signature(
+        structure, tuple(found), argnums, module.read(), ambient, sharding, same=same, notes=notes
+    )
 
 
 def _n_state(specs: Sequence[optree.PyTreeSpec]) -> int:
@@ -81,6 +77,39 @@ def _repeated(leaves: Sequence[Any]) -> tuple[int, ...]:
     """Which arguments are the same tensor: for each the place of the first such; empty where all differ."""
     ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     return () if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
+
+
+def notes_on(call: StageCall) -> tuple[Hashable, ...]:
+    """The classes and attributes of arguments that are tensors, where they are no plain ones without any."""
+    return tuple(
+        (
+            i,
+            type(leaf),
+            *((name, content(value, set()) if is_plain(value) else type(value)) for name, value in said),
+        )
+        for i, leaf in enumerate((*call.flat[2][0], *call.flat[3][0]))
+        if isinstance(leaf, Tensor) and ((said := _said_on(leaf)) or type(leaf) is not Tensor)
+    )
+
+
+def refuse_notes(call: StageCall, is_loaded: Callable[[str], bool]) -> None:
+    """Refuse attributes of tensors among the arguments that a stage may read and that cannot be compared.
+
+    Raises:
+        TraceError: names the first of them.
+    """
+    for leaf in (*call.flat[2][0], *call.flat[3][0]):
+        for name, value in _said_on(leaf) if isinstance(leaf, Tensor) else ():
+            if not is_plain(value) and is_loaded(name):
+                raise TraceError(
+                    f"{call.name} may read {name!r} of an argument ({trees.describe(leaf)}), an attribute of "
+                    f"type {type(value).__qualname__}: a compiled stage would go on with that of the first "
+                    "call. Pass it as an argument of its own."
+                )
+
+
+def _said_on(tensor: Tensor) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in tensor.__dict__.items() if not name.startswith(OF_DYNAMO)]
 
 
 def sharding_of(specs: Specs) -> tuple[Hashable, ...]:
@@ -127,7 +156,7 @@ class Recent:
             [leaves[i] for i in self._tensors], {place[i]: dims for i, dims in open_dims.items()}
         )
         self._n_state = _n_state(self._structures)
-        self._same = _repeated(leaves[self._n_state :])
+        self._same, self._notes = _repeated(leaves[self._n_state :]), notes_on(call)
         self._glance = module.glance()
         self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
@@ -145,7 +174,7 @@ class Recent:
             return None
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
             return None
-        if _repeated(leaves[self._n_state :]) != self._same:
+        if _repeated(leaves[self._n_state :]) != self._same or notes_on(call) != self._notes:
             return None
         if not self._are_alike(*tensors) or any(
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others
@@ -187,6 +216,8 @@ def reasons(old: Signature, new: Signature) -> Iterator[str]:
                 break
     if old.structure == new.structure and old.sharding != new.sharding:
         yield f"placements or meshes of DTensors {old.sharding} -> {new.sharding}"
+    if old.notes != new.notes:
+        yield f"attributes of arguments {old.notes} -> {new.notes}"
     was, now = dict(old.outside), dict(new.outside)
     for label in was.keys() & now.keys():
         if was[label] != now[label]:

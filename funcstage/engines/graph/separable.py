@@ -46,6 +46,11 @@ class Separable(OneTape):
             self._mark(*args, **kwargs)
         if func in SHOWING and is_asked_by_stage():
             raise Shown(func.__name__)
+        if func is Tensor.is_set_to:
+            raise TraceError(
+                f"{self.owner} asks whether a tensor is set to another (is_set_to). Those of a trace have "
+                "no memory to tell by: compare them by `is`."
+            )
         if func in _OF_LEAVES and id(args[0]) in self.given:
             return self._of_leaf(func, args[0])
         if func == _BASE:

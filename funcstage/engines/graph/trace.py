@@ -53,6 +53,7 @@ from funcstage.gathered import telling
 from funcstage.state import captured
 from funcstage.state.ambient import autocast_off, own_autocast_cache
 from funcstage.state.argument_containers import Containers
+from funcstage.state.guise import looking_alike
 from funcstage.state.kept import Changes, State, objects_among
 from funcstage.state.module import state_with, swapped
 
@@ -202,6 +203,7 @@ class _Run:
                 intercepting(self.regions),
                 uncompiled(),
                 averaged_in_tensors(call.module),
+                looking_alike(owner, call.whole[0][self._n_leaves :], values[self._n_leaves :]),
                 recorder,
             ):
                 result = call.apply(params, buffers, *args, **kwargs)

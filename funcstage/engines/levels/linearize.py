@@ -42,6 +42,7 @@ from funcstage.residuals import (
 from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.contents import Held
+from funcstage.state.guise import looking_alike
 from funcstage.state.module import ModuleState, state_with
 from funcstage.trees import Buffers
 
@@ -104,7 +105,8 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
         if are_among(args_spec) or are_among(kwargs_spec):
             stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
             containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
-        with mode, intercepting(mode), uncompiled():
+        looks = looking_alike(call.name, call.arg_leaves, arg_leaves)
+        with mode, looks, intercepting(mode), uncompiled():
             result = apply(
                 trees.unflatten(params_spec, param_leaves), call.buffers, *stage_args, **stage_kwargs
             )

@@ -99,6 +99,8 @@ class Split(Levels, TorchFunctionMode):
                 return self.read_memory(func, args, kwargs)
             if func == READS_NODE:
                 return self.read_node(args[0])
+            if func == _READS_BASE:
+                return self.argument_like(self.call(func, args, kwargs))
         operation = known(func)
         if operation.opened is not None:
             if func is Tensor.register_hook:
@@ -240,6 +242,11 @@ class Split(Levels, TorchFunctionMode):
             self.nodes[node] = below is tensor or not self.is_activation(below)
         return node
 
+    def argument_like(self, base: Tensor | None) -> Tensor | None:
+        """The argument itself for what wraps it as the base of a view."""
+        bare = self.bare(base)
+        return next((x for x in self.arguments if base is not None and self.bare(x) is bare), base)
+
     def check_nodes(self, stage: str, exits: Iterable[Exit]) -> None:
         """See to the hooks that the stage has put on nodes: they run as in eager, or are refused."""
         if not self.nodes:
@@ -373,4 +380,5 @@ _READING_MEMORY: set[Any] = {
     *(Tensor.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__dlpack__),
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
-_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | {READS_NODE}
+_READS_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | {READS_NODE, _READS_BASE}

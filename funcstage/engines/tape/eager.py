@@ -48,6 +48,7 @@ from funcstage.residuals import (
 )
 from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
+from funcstage.state.guise import looking_alike
 from funcstage.state.module import state_with
 
 
@@ -248,6 +249,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     inputs = {i: _fresh(arg_leaves[i]) for i in call.diff or ()}
     stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
     stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
+    looks = looking_alike(call.name, arg_leaves, stage_args)
     stage_args = trees.unflatten(args_spec, stage_args)
     kwarg_leaves, kwargs_spec = call.of_kwargs
     stage_kwargs, containers = call.kwargs, None
@@ -258,7 +260,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     modes = WatchedWrites(call.given), OneTape(regions.leftovers)
     keeping = kept.detached(call.module, kept.objects_among((*arg_leaves, *kwarg_leaves)))
     try:
-        with keeping, torch.enable_grad(), intercepting(regions), uncompiled(), modes[0], modes[1]:
+        with keeping, torch.enable_grad(), intercepting(regions), uncompiled(), looks, modes[0], modes[1]:
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
         if says(error, LEAF_WRITTEN):

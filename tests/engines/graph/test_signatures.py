@@ -37,9 +37,7 @@ def called(*args: Any, diff: tuple[int, ...] | None = None, **kwargs: Any) -> St
 
 def of_call(call: StageCall, open_dims: Any = None) -> Signature:
     """Its signature."""
-    (leaves, specs), structure = call.local, call.whole[1]
-    module = Fingerprint([MODULE], hooks=True)
-    return signature_of(leaves, structure, call.diff, module, specs, open_dims or {})
+    return signature_of(call, Fingerprint([MODULE], hooks=True), open_dims or {})
 
 
 def signature(*args: Any, open_dims: Any = None, **options: Any) -> Signature:
