@@ -96,10 +96,14 @@ class Nested:
             raise KeyboardInterrupt
 
 
+# No collection comes in between: Python swallows what is raised in callbacks and finalizers that it calls.
+
+
 def interrupted_again(run: Callable[[], object], call: int, later: Sequence[int]) -> int:
     """Run something, interrupt it at a call, and interrupt the undoing of that; return how often."""
     tracer, profiler, nested = sys.gettrace(), sys.getprofile(), Nested(call, later)
     ignored, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what generators raise that are freed
+    gc.disable()
     sys.settrace(nested.trace)
     try:
         run()
@@ -108,6 +112,7 @@ def interrupted_again(run: Callable[[], object], call: int, later: Sequence[int]
     finally:
         sys.settrace(tracer)
         sys.setprofile(profiler)
+        gc.enable()
         gc.collect(0)
         sys.unraisablehook = ignored
     return nested.raised
@@ -116,15 +121,18 @@ def interrupted_again(run: Callable[[], object], call: int, later: Sequence[int]
 def calls_of(run: Callable[[], object]) -> int:
     """How many Python functions are called in a run."""
     counter, profiler = Interrupt(-1), sys.getprofile()
+    gc.disable()
     sys.setprofile(counter)
     run()
     sys.setprofile(profiler)
+    gc.enable()
     return counter.calls
 
 
 def interrupted(run: Callable[[], object], call: int) -> None:
     """Run something, and interrupt it at a call."""
     profiler = sys.getprofile()
+    gc.disable()
     sys.setprofile(Interrupt(call))
     try:
         run()
@@ -132,6 +140,7 @@ def interrupted(run: Callable[[], object], call: int) -> None:
         pass
     finally:
         sys.setprofile(profiler)
+        gc.enable()
     gc.collect(0)
 
 
