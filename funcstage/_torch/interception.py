@@ -4,7 +4,8 @@ The first two are plain Python calls that reach a mode as what they consist of, 
 imported. While a stage runs, its calls of `torch.utils.checkpoint.checkpoint` and of
 `torch.autograd.Function.apply` in the same thread go to an interceptor instead; everything else, and
 everybody once no stage runs, has torch's own. What a stage lets other threads do reaches no mode at all, so
-the interceptor is told where it starts one or gives one something to do.
+the interceptor is told where it starts one, gives one something to do, or waits for one. It is not where that
+is done in C alone, as by a `queue.SimpleQueue` both there and back.
 Private: `__dynamo_disable`, which torch's wrapper of
 `checkpoint` looks up in every call, and the code of `Function.apply`. `tests/_torch/test_private_api.py`
 says so when they move.
@@ -38,6 +39,9 @@ class Interceptor(Protocol):
 
     def thread(self) -> None:
         """Hear that another thread is about to be given something to do."""
+
+    def waits(self) -> None:
+        """Hear that this thread is about to wait for another one."""
 
 
 class intercepting:
@@ -204,27 +208,34 @@ _GIVING: Any = (
     (Pool, "_map_async"),
     (Pool, "imap"),
     (Pool, "imap_unordered"),
+    # What tells a thread that there is something to do, wherever that lies; before it changes anything.
+    (threading.Event, "set"),
+    (threading.Semaphore, "release"),
+    (threading.BoundedSemaphore, "release"),
+    (threading.Condition, "__enter__"),
 )
-_OWN_GIVING: Any = tuple(vars(kind)[name] for kind, name in _GIVING)
+_WAITING: Any = ((threading.Event, "wait"), (threading.Condition, "wait"), (queue.Queue, "get"))
+_HEARD_OF: Any = (*_GIVING, *_WAITING)
+_OWN: Any = tuple(vars(kind)[name] for kind, name in _HEARD_OF)
 
 
-def _told(own: Callable[..., Any]) -> Callable[..., Any]:
+def _told(own: Callable[..., Any], waits: bool) -> Callable[..., Any]:
     @functools.wraps(own)
     def giving(*args: Any, **kwargs: Any) -> Any:
         interceptor = current_interceptor()
         if interceptor is not None:
-            interceptor.thread()
+            (interceptor.waits if waits else interceptor.thread)()
         return own(*args, **kwargs)
 
     return giving
 
 
-_TOLD: Any = tuple(map(_told, _OWN_GIVING))
+_TOLD: Any = tuple(_told(own, where in _WAITING) for own, where in zip(_OWN, _HEARD_OF, strict=True))
 
 
 def _set_threads(*, asked: bool) -> None:
-    found, instead = (_OWN_GIVING, _TOLD) if asked else (_TOLD, _OWN_GIVING)
-    for (kind, name), own, other in zip(_GIVING, found, instead, strict=True):
+    found, instead = (_OWN, _TOLD) if asked else (_TOLD, _OWN)
+    for (kind, name), own, other in zip(_HEARD_OF, found, instead, strict=True):
         if vars(kind)[name] is own:  # and no debugger's
             setattr(kind, name, other)
 

@@ -445,9 +445,11 @@ class _Regions:
     def thread(self) -> None:
         """Another thread cannot compute with tensors of the trace, and what else it does it would do once."""
         raise TraceError(
-            "The stage starts a thread or gives one something to do, which a compiled stage cannot repeat in "
-            "each call. Do it outside."
+            "The stage starts a thread or gives one something to do, or waits for one, which a compiled "
+            "stage cannot repeat in each call. Do it outside."
         )
+
+    waits = thread
 
     @contextmanager
     def gathers(self, again: bool) -> Iterator[None]:

@@ -51,6 +51,15 @@ def starts_threads() -> StageError:
     return _in_turn("starts threads inside itself, or gives them something to do")
 
 
+def waits_for_threads() -> StageError:
+    """The refusal where a thread may have computed already, and gradients would end there."""
+    return StageError(
+        "The stage waits for another thread, and was not seen to give it anything to do (by a "
+        "queue.SimpleQueue, say): what that thread computes would have no gradient. Give it work by a "
+        "queue.Queue, a threading.Event or an executor of concurrent.futures, or wait outside of the stage."
+    )
+
+
 def runs_in_cpp() -> StageError:
     """The refusal where a plain tape will not do for gradients that are written in C++ either."""
     return _in_turn(

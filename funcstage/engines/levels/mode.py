@@ -357,6 +357,10 @@ class Split(Levels, TorchFunctionMode):
         """The stage lets other threads compute, which do not see the levels; a plain tape is seen by all."""
         raise inner_gradients.TakesGradients if self.alone else inner_gradients.starts_threads()
 
+    def waits(self) -> None:
+        """The stage waits for a thread that was given something nobody saw, and may compute by now."""
+        raise inner_gradients.waits_for_threads()
+
     def checkpoint(self, call: inspect.BoundArguments) -> Any:
         """Run a checkpointed region, keeping what it takes to run it again."""
         return checkpointed(self, call)

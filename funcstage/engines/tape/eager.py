@@ -335,3 +335,6 @@ class _AsTheyCome:
 
     def thread(self) -> None:
         """Other threads record on the same tape."""
+
+    def waits(self) -> None:
+        """It does no harm."""

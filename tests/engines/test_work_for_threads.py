@@ -1,0 +1,190 @@
+"""Threads that were there before the stage and compute for it: gradients are eager's, or it is refused."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcstage as fs
+
+Job = Callable[[], Tensor]
+DONE = "no more"
+
+
+class ByEvent:
+    """One job at a time, signalled by events."""
+
+    def __init__(self) -> None:
+        self.given, self.done = threading.Event(), threading.Event()
+        self.job: Any = None
+        self.answer: Any = None
+
+    def give(self, job: Any) -> None:
+        self.job = job
+        self.done.clear()
+        self.given.set()
+
+    def take(self) -> Any:
+        self.given.wait()
+        self.given.clear()
+        return self.job
+
+    def reply(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.done.set()
+
+    def result(self) -> Tensor:
+        assert self.done.wait(60)
+        answer: Tensor = self.answer
+        return answer
+
+
+class BySemaphore(ByEvent):
+    """The same by semaphores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answered = threading.Semaphore(0), threading.BoundedSemaphore(1)
+        self.answered.acquire()
+
+    def give(self, job: Any) -> None:
+        self.job = job
+        self.asked.release()
+
+    def take(self) -> Any:
+        self.asked.acquire()
+        return self.job
+
+    def reply(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.answered.release()
+
+    def result(self) -> Tensor:
+        assert self.answered.acquire(timeout=60)
+        answer: Tensor = self.answer
+        return answer
+
+
+class ByCondition(ByEvent):
+    """The same by a condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = threading.Condition()
+
+    def give(self, job: Any) -> None:
+        self.done.clear()
+        with self.condition:
+            self.job = job
+            self.condition.notify_all()
+
+    def take(self) -> Any:
+        with self.condition:
+            self.condition.wait_for(lambda: self.job is not None)
+            job, self.job = self.job, None
+            return job
+
+
+class BySimpleQueue(ByEvent):
+    """Jobs through a queue that is written in C, whose calls nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def give(self, job: Any) -> None:
+        self.jobs.put(job)  # after which the thread may be done before anybody looks
+
+    def take(self) -> Any:
+        return self.jobs.get()
+
+
+class ByExecutor(ByEvent):
+    """Jobs for an executor of one thread, which has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.executor = ThreadPoolExecutor(1)
+        self.executor.submit(int).result()
+
+    def give(self, job: Any) -> None:
+        self.future = None if job is DONE else self.executor.submit(job)
+
+    def take(self) -> Any:
+        return DONE
+
+    def result(self) -> Tensor:
+        assert self.future is not None
+        return self.future.result(60)
+
+
+WORKERS: dict[str, Any] = {}
+
+
+@pytest.fixture
+def worker(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A thread that works, by the name of its class; ends afterwards."""
+    works = request.param()
+    name = type(works).__name__
+    WORKERS[name] = works
+
+    def loop() -> None:
+        while (job := works.take()) is not DONE:
+            works.reply(job())
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield name
+    works.give(DONE)
+    thread.join(60)
+
+
+class Asking(nn.Module):
+    """Has a thread compute with its activations and parameters."""
+
+    def __init__(self, worker: str) -> None:
+        super().__init__()
+        self.proj, self.last, self.worker = nn.Linear(4, 4), nn.Linear(4, 4), worker
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        WORKERS[self.worker].give(lambda: torch.sin(y) @ self.last.weight)
+        return self.last(WORKERS[self.worker].result())
+
+
+SEEN = (ByEvent, BySemaphore, ByCondition, ByExecutor)
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("worker", SEEN, indirect=True)
+def test_what_a_waiting_thread_computes_has_its_gradients(worker: str, argnums: tuple[int, ...]) -> None:
+    module, x = Asking(worker).double(), torch.randn(3, 4, dtype=torch.double)
+    leaf = x.clone().requires_grad_()
+    wanted = torch.autograd.grad(module(leaf).sum(), [leaf, *module.parameters()])
+    apply, params, buffers = fs.functionalize(module)
+    for _ in range(2):
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        torch.testing.assert_close([*weight_pullback().values()], [*wanted[1:]])
+        assert dx is None if argnums == () else torch.allclose(dx, wanted[0])
+
+
+@pytest.mark.parametrize("worker", SEEN, indirect=True)
+def test_a_compiled_stage_refuses_a_waiting_thread(worker: str) -> None:
+    apply, params, buffers = fs.functionalize(Asking(worker))
+    with pytest.raises(fs.TraceError, match=r"gives one something to do, or waits for one, .* Do it outside"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("worker", [BySimpleQueue], indirect=True)
+def test_waiting_for_work_that_nobody_saw_being_given_is_refused(worker: str) -> None:
+    apply, params, buffers = fs.functionalize(Asking(worker))
+    with pytest.raises(fs.StageError, match=r"was not seen to give it anything to do .* queue\.Queue"):
+        fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
