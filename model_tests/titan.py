@@ -3,7 +3,8 @@
 Its trainer insists on a GPU, and its functions do not. What stands in for a GPU here: its modules are told
 that the device is the CPU; FSDP sums without scaling, which gloo cannot; FlexAttention, whose kernel has
 gradients on GPUs alone, is answered by causal attention, which it is for one document a row; masks are made
-uncompiled.
+uncompiled. And the input of routed experts is a copy, as torch's `local_map` loses the gradient of what has
+not arrived yet.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def pipeline(run: Run, dims: Any, parallelism: Any, training: Any) -> Any:
 
 @torch.no_grad()
 def fill(part: nn.Module) -> None:
-    """Give a part its first weights, which depend on their names alone."""
+    """Give a part its first weights, which depend on their names alone, and what stands in for a GPU."""
     part.to_empty(device="cpu")
     part.init_states(buffer_device=None)
     for name, parameter in part.named_parameters():
@@ -202,6 +203,12 @@ def fill(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+        if type(module).__name__ == "RoutedExperts":
+            module.register_forward_pre_hook(_arrived)
+
+
+def _arrived(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return given[0].clone(), *given[1:]
 
 
 def keywords(part: Any) -> dict[str, Any]:

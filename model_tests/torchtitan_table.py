@@ -39,10 +39,10 @@ in torchtitan's own configurations. Under ZBVZeroBubble torch's stages leave the
 gradient where the loss is in chunks, and raise an error where checkpointing is selective; so these rows
 are compared with torch's stages under Interleaved1F1B.
 
-The experts of deepseek_v3 over TP are another exception. In eager, on torch's stages and on ours uncompiled,
-the gradient that DTensors give the input of such a layer is off that of the same layer unsharded: by 0.2 of
-its largest magnitude in the last layer. Compiled, it is within 4e-5, the rounding of experts in bfloat16. So
-*aten* differs from torch's stages there.
+Routed experts are handed a copy of their input. torch's `local_map`, which they run in, waits in eager for an
+activation that has just been gathered by TP, and loses its gradient by that
+(https://github.com/pytorch/pytorch/issues/151240): without the copy, the gradient of the layer's input was
+off by 0.3 of its largest magnitude, on torch's stages and on ours uncompiled. Compiled, nothing was lost.
 
 Rows are missing that have not been trained yet.
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
+from torch.distributed.tensor.experimental import local_map
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -555,3 +556,53 @@ def dropped(rank: int, group: Any, engine: str) -> int:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dropout_of_a_dtensor_draws_as_eager_does(engine: str) -> None:
     assert run(2, dropped, engine) == [1, 1]
+
+
+class Experts(nn.Module):
+    """Hidden columns on each rank, in a `local_map` of what has just been gathered."""
+
+    def __init__(self, mesh: DeviceMesh, copies: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mesh, self.copies = mesh, copies
+        self.up = nn.Parameter(distribute_tensor(torch.randn(4, 6).double(), mesh, [Shard(1)]))
+        self.down = nn.Parameter(distribute_tensor(torch.randn(6, 4).double(), mesh, [Shard(0)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gathered: Any = x.redistribute(placements=[Replicate()], async_op=True)  # type: ignore[attr-defined]
+        mapped: Any = local_map(
+            lambda x, up, down: torch.tanh(x @ up) @ down,
+            out_placements=[Partial()],
+            in_placements=([Replicate()], [Shard(1)], [Shard(0)]),
+            in_grad_placements=([Partial()], [Shard(1)], [Shard(0)]),
+            device_mesh=self.mesh,
+        )
+        mixed = mapped(gathered.clone() if self.copies else gathered, self.up, self.down)
+        return gathered + mixed.redistribute(placements=[Replicate()])
+
+
+def mapped(rank: int, group: Any, engine: str, copies: bool) -> int:
+    mesh = init_device_mesh("cpu", (2,))
+    module = Experts(mesh, copies)
+    apply, params, buffers = fs.functionalize(module)
+    torch.manual_seed(1)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    output, _, pullback = fs.stage_vjp(
+        stage_of(apply, engine), params, buffers, distribute_tensor(x, mesh, [Shard(0)])
+    )
+    (dx,), weight_pullback = pullback(output.cos())
+    grads = weight_pullback()
+    given, up, down = (t.detach().clone().requires_grad_() for t in (x, full(module.up), full(module.down)))
+    expected = given + torch.tanh(given @ up) @ down
+    expected.sin().sum().backward()
+    torch.testing.assert_close(full(output), expected.detach())
+    torch.testing.assert_close(full(dx), given.grad)
+    torch.testing.assert_close(full(grads["up"]), up.grad)
+    torch.testing.assert_close(full(grads["down"]), down.grad)
+    return 1
+
+
+@pytest.mark.parametrize(("engine", "copies"), [("uncompiled", True), ("aten", True), ("aten", False)])
+def test_what_was_just_gathered_may_enter_a_local_map(engine: str, copies: bool) -> None:
+    # Without the copy torch's own local_map loses that gradient where nothing is traced.
+    assert run(2, mapped, engine, copies) == [1, 1]
