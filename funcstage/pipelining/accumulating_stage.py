@@ -34,7 +34,8 @@ class AccumulatingStage(ModuleStage):
     _chunks_left: int
     _waiting: Waiting
 
-    def _check_reduces(self, schedule: object) -> None:
+    def _check_step(self, schedule: object) -> None:
+        self._check_same(schedule)
         if self._whole is not None and keeps_gradients_back(schedule):
             raise StructureError(
                 f"{self._name}: finalize_gradients=False holds FSDP's gradients back for later steps, which "

@@ -36,6 +36,7 @@ from funcstage.pipelining.given import Given
 from funcstage.pipelining.inference import input_grads, run_on_fakes
 from funcstage.pipelining.microbatch import Call
 from funcstage.pipelining.refusals import check_module
+from funcstage.pipelining.same_stage import check_same, how_it_runs
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.transport.carrying_stage import CarryingStage
 from funcstage.pipelining.whole import WholeParameters, whole_parameters
@@ -275,6 +276,13 @@ class ModuleStage(CarryingStage):
         self._prepared_for = trees.map_leaves(example, (inputs, kwargs))
         self.know_meshes_of([*received, *sent])
         return tuple(map(example, received)), tuple(map(example, sent))
+
+    def _check_same(self, schedule: Any) -> None:
+        """Compare the stage with those of its meshes' other ranks, before the first step of a schedule."""
+        if schedule is not None:
+            # FSDP gathers and reduces once a step, however that runs.
+            how = how_it_runs(schedule, self._compile_options) if self._whole is None else {}
+            check_same(schedule, self.stage_index, self._parameters, how)
 
     def groups_beside(self) -> set[Any]:
         """The groups of the meshes that the stage's DTensors lie on, whose ranks run the same stage."""

@@ -249,7 +249,7 @@ class FunctionalPipelineStage(AccumulatingStage):
                 self._chunks_left = num_microbatches(schedule)
                 self._waiting = waiting_under(schedule, self.group_rank)
             self._read_state()
-            self._check_reduces(schedule)
+            self._check_step(schedule)
             if self._fitting is not self._binding:  # has changed while another schedule drove the stage
                 self._check_still_fits()
                 self._fitting = self._binding

@@ -302,6 +302,42 @@ def test_what_does_not_fit_is_refused_on_every_rank_before_the_first_message(
         assert said in answer.message
 
 
+def disagreeing(rank: int, group: dist.ProcessGroup, about: str) -> None:
+    """Begin a step where one of the two tensor-parallel ranks of each stage has something else."""
+    mesh = grid()
+    case = Case("Interleaved1F1B", STAGES, MICROBATCHES)
+    apart = mesh["tp"].get_local_rank() == 1
+    if apart and about == "engine":
+        case = Case("Interleaved1F1B", STAGES, MICROBATCHES, compile=ATEN)
+    if apart and about == "microbatches":
+        case = Case("Interleaved1F1B", STAGES, 2 * MICROBATCHES)
+    modules, stages = stages_of(mesh, case, None)
+    if apart and about == "placements" and 2 in modules:
+        up: Any = modules[2].get_submodule("up")
+        whole = torch.zeros(2 * WIDTH).double()
+        up.bias = nn.Parameter(DTensor.from_local(whole, mesh["tp"], [Replicate()], run_check=False))
+    schedule = make_schedule(case, stages, functional.mse_loss)
+    x, y = batch()
+    schedule.step(*([x] if 0 in modules else []), target=y if STAGES - 1 in modules else None)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ("engine", "disagree about how it is compiled: not and {'backend': 'aten'}"),
+        ("placements", "disagree about the parameter 'up.bias': float64[16] placed (Shard(dim=0),)"),
+        ("microbatches", "disagree about the number of microbatches: 4 and 8"),
+    ],
+)
+def test_ranks_that_run_other_stages_together_are_refused_on_all(about: str, said: str) -> None:
+    answers = ranks(4).run(disagreeing, about)
+    ranks(4).stop()
+    for answer in answers:
+        assert isinstance(answer, Raised)
+        assert "StructureError" in answer.kinds, answer
+        assert said in answer.message
+
+
 def placed_by_hand(mesh: DeviceMesh, i: int) -> dict[str, Any]:
     placed = {"input_grads": example(mesh, 2, LENGTH, WIDTH)} if i in (1, 3) else {}
     return placed | ({"output_grads": example(mesh, 2, LENGTH, WIDTH)} if i in (0, 2) else {})
