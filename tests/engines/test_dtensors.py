@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional as F
 
 import funcstage as fs
@@ -105,7 +106,8 @@ def check(
                 assert (grad is None) == (grads[name] is None), name
                 if grad is not None and isinstance(params[name], DTensor):
                     assert isinstance(grad, DTensor)
-                    assert grad.placements == params[name].placements, (name, grad.placements)
+                    is_sum = any(placement.is_partial() for placement in params[name].placements)
+                    assert is_sum or grad.placements == params[name].placements, (name, grad.placements)
                 torch.testing.assert_close(full(grad), full(grads[name]), rtol=1e-10, atol=1e-12)
 
 
@@ -160,6 +162,40 @@ def any_placements(rank: int, group: Any, shape: tuple[int, ...], engines: Seque
 def test_gradients_of_dtensors_are_eagers_whatever_their_placements(shape: tuple[int, ...]) -> None:
     size = 2 if shape == (2,) else 4
     assert run(size, any_placements, shape, ENGINES) == [1] * size
+
+
+def strided(whole: Tensor, mesh: DeviceMesh, rest: Placement) -> Any:
+    """Split by the last dimension of the mesh, if by that, and then by the first, as FSDP does."""
+    here = distribute_tensor(whole, mesh, [Replicate(), rest]).to_local()
+    mine = here.chunk(2)[(mesh.get_coordinate() or [0])[0]].contiguous()
+    placed = [_StridedShard(0, split_factor=2), rest]
+    return DTensor.from_local(mine, mesh, placed, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def strided_or_partial(rank: int, group: Any) -> int:
+    """A perceptron whose parameters are split twice in one dimension, or lie as sums over ranks."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    sizes = {"up": (8, 4), "bias": (8,), "down": (4, 8), "scale": (4,)}
+    whole = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    x = torch.randn(8, 4, dtype=torch.float64)
+    plain = {name: distribute_tensor(p, mesh) for name, p in whole.items()}
+    split = {name: strided(whole[name], mesh, Shard(0)) for name in ("up", "bias")}
+    sums = {
+        name: DTensor.from_local(whole[name] / 2, mesh, [Partial(), Replicate()], run_check=False)
+        for name in ("up", "scale")
+    }
+    owns: list[dict[str, Any]] = [{"up": sums["up"]}, {"scale": sums["scale"]}]
+    if torch.__version__ >= "2.12":  # eager's own error before
+        owns.append(split)
+    for own in owns:
+        for placed in ([Replicate(), Replicate()], [Shard(0), Replicate()], [Shard(0), Shard(0)]):
+            check(perceptron, {**plain, **own}, {}, distribute_tensor(x, mesh, placed))
+    return 1
+
+
+def test_parameters_may_be_split_twice_in_one_dimension_or_be_sums() -> None:
+    assert run(4, strided_or_partial) == [1] * 4
 
 
 def rows_of(x: Tensor, mesh: DeviceMesh) -> Any:
