@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from both_ways import stage_of
 from pipeline_ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 import funcstage as fs
 from funcstage.engines.graph import programs
 from funcstage.engines.graph.overlap import awaits_message, is_message
+from funcstage.pipelining import FunctionalPipelineStage
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -242,3 +245,24 @@ def offloaded(rank: int, group: Any) -> int:
 
 def test_pullbacks_that_were_copied_or_away_run_at_once_too() -> None:
     assert run(2, offloaded) == [1, 1]
+
+
+def piped(rank: int, group: Any) -> list[list[tuple[str, bool]]]:
+    """A step of 1F1B by one stage, which has gradients to add to from its second microbatch on."""
+    alone = [dist.new_group([each]) for each in range(2)][rank]
+    whole, module = blocks(), by_columns(blocks())
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", group=alone, compile={"backend": "aten"})
+    x, target = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with Lowered() as lowered:
+        Schedule1F1B(stage, 3, loss_fn=F.mse_loss).step(x, target=target)
+    for rows, wanted in zip(x.chunk(3), target.chunk(3), strict=True):
+        (F.mse_loss(whole(rows), wanted) / 3).backward()
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(full(module.get_parameter(name).grad), parameter.grad)
+    return [spans(each.graph) for each in lowered if any(map(is_message, each.graph.nodes))]
+
+
+def test_b_of_a_pipelines_stage_is_one_program() -> None:
+    for of_f, of_b in run(2, piped):
+        assert len(of_f) == 2
+        assert [beside for _, beside in of_b] == [True, True]
