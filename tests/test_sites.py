@@ -296,6 +296,40 @@ def test_pieces_of_a_first_stage_are_its_sites_of_some_parameters() -> None:
     assert sorted(had) == sorted(name for name, _ in module.named_parameters())
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_chain_of_a_first_stage_runs_when_it_is_divided_and_in_w_where_it_is_not(parts: int) -> None:
+    ran: list[int] = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            ran.append(1)
+            return grad
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(9, 5), nn.Linear(5, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.linear(Counted.apply(self.embedding(tokens)))
+
+    output, pullback = first_stage_of(First(), torch.arange(6))
+    pieces = pullback(torch.ones_like(output))[1].split(parts)
+    assert (len(pieces), len(ran)) == (parts, parts - 1)
+    for piece in pieces:
+        piece()
+    assert len(ran) == 1
+
+
 def test_residuals_of_a_first_stage_may_move_before_and_after_it_is_split() -> None:
     module, tokens = FirstStage(), torch.randint(9, (4, 6))
     output, pullback = first_stage_of(module, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -234,6 +235,29 @@ def globally(log: list[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_hooks_keep_nothing_alive_where_a_pullback_is_retained() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y.register_hook(lambda grad: grad * 2)
+            return self.second(y)
+
+    apply, params, buffers = fs.functionalize(Watched())
+    _, _, pullback = fs.stage_vjp(apply, params, buffers, X)
+    alive = []
+    for _ in range(4):
+        (dx,), weight_pullback = pullback(COTANGENT, retain=True)
+        seen = weakref.ref(weight_pullback.sites[0].cotangent)
+        weight_pullback()
+        del dx, weight_pullback
+        alive.append(seen() is not None)
+    assert alive == [False] * 4
 
 
 def test_global_hooks_fire_as_in_eager() -> None:

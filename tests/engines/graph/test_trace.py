@@ -1,0 +1,105 @@
+"""Parts of the trace on their own: modes, arguments that are one object, regions, cotangents."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+import funcstage as fs
+from funcstage.engines.graph.joint import CHECKPOINTED
+from funcstage.engines.graph.trace import _drop_aliases, _recording, _Regions, _same_objects
+
+MODES: dict[str, Callable[[], Any]] = {
+    "gradients": contextlib.nullcontext,
+    "none": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trace_with_a_backward_records_a_tape_and_one_without_has_the_callers_mode(mode: str) -> None:
+    with MODES[mode]():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        with _recording(True):
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (True, False)
+        with _recording(False):
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+def test_arguments_that_are_one_object_are_so_unless_they_are_differentiated() -> None:
+    x, y = torch.ones(2), torch.ones(2)
+    leaves = [x, 1, 1, x, y, x, y, None, None, x]
+    assert _same_objects(leaves, range(1, 9), []) == [(5, 3), (6, 4)]
+    assert _same_objects(leaves, range(10), [5]) == [(3, 0), (6, 4), (9, 0)]
+    assert _same_objects(leaves, range(10), [0, 3, 4]) == [(9, 5)]
+
+
+def test_a_stage_sees_whether_two_of_its_arguments_are_one() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor, y: Tensor, z: Tensor) -> Any:
+        return (x * 2 if y is z else x * 3 if x is y else x * 5) * params["w"], buffers
+
+    fast = fs.compile(apply, backend="aten")
+    x, y = torch.ones(2), torch.ones(2)
+    for args, argnums in (((x, y, y), 0), ((y, y, x), ()), ((x, y, x), ()), ((x, y, y), (1, 2))):
+        found, expected = (
+            fs.stage_vjp(f, {"w": torch.ones(2)}, {}, *args, argnums=argnums)[0] for f in (fast, apply)
+        )
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_all_of_a_region_is_computed_again_but_what_is_read_outside_or_kept(seed: int) -> None:
+    rng = random.Random(seed)
+    graph = Graph()
+    nodes = [graph.placeholder("x"), graph.placeholder("y")]
+    of: dict[Node, int | None] = dict.fromkeys(nodes)
+    for _ in range(rng.randrange(3, 15)):
+        node = graph.call_function(operator.add, tuple(rng.choices(nodes, k=2)))
+        of[node] = rng.choice([None, 0, 1])
+        nodes.append(node)
+    of[nodes[0]] = 0  # what is no operation is not computed at all
+    forward = set(nodes[: rng.randrange(2, len(nodes) + 1)])
+    parts = [rng.sample(nodes, rng.randrange(3)) for _ in range(4)]
+    graph.output(tuple(map(tuple, parts)))
+    kept = set(rng.sample(nodes, 2))
+    regions = _Regions()
+    regions._policies = [None, lambda node: node in kept]
+    gathered = rng.choice(nodes)
+    for node, region in of.items():
+        if region is not None:
+            node.meta["region"] = region
+    if gathered.meta.get("region") is None:
+        gathered.meta["gathered"] = True
+    regions.mark(graph, forward)
+    for node, region in of.items():
+        if node.op != "call_function":
+            expected = None
+        elif region is None:
+            expected = True if node is gathered else None
+        else:
+            outside = any(user in forward and of[user] != region for user in node.users if user in of)
+            saved = region == 1 and node in kept
+            expected = not (outside or saved or node in parts[0] or node in parts[1])
+        assert node.meta.get(CHECKPOINTED) is expected
+
+
+def test_below_autograd_there_are_no_detached_values_and_no_aliases() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    detached = graph.call_function(torch.ops.aten.detach.default, (x,))
+    again = graph.call_function(torch.ops.aten.alias.default, (detached,))
+    y = graph.call_function(torch.ops.aten.sin.default, (again,))
+    graph.output((y, again))
+    _drop_aliases(graph)
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+    assert y.args == (x,)
+    assert graph.find_nodes(op="output")[0].args == ((y, x),)
