@@ -313,9 +313,9 @@ class Programs:
     def constants(self, state: Sequence[Any]) -> dict[int, Any]:
         """The leaves of output and new buffers that are no tensors, for a call."""
         sizes, constants = self.joint.sizes, self.joint.constants
-        if sizes is None:
-            return constants
         symbolic = [i for i, constant in constants.items() if isinstance(constant, SYMBOLIC)]
+        if sizes is None or not symbolic:
+            return constants
         if "constants" not in self._made:
             self._made["constants"] = sizes.function([constants[i] for i in symbolic])
         numbers = self._made["constants"](*sizes.among(state))
