@@ -137,6 +137,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "indices as outputs": lambda s, x: (torch.topk(s.l(x), 2), torch.max(x * s.p, 1), s.l(x) > 0),
     "sorted": lambda s, x: torch.sort(x * s.p, dim=1),
     "einsum": lambda s, x: torch.einsum("bi,ij->bj", x, s.w),
+    "products by keywords": lambda s, x: torch.addmm(s.p, x, s.w, beta=2.0) + F.linear(input=x, weight=s.w),
     "a chain of products": lambda s, x: torch.linalg.multi_dot([x, s.w, s.w]),
     "a factorisation": lambda s, x: torch.linalg.svdvals(x @ s.w),
     "an inverse": lambda s, x: x @ torch.linalg.inv(s.w),
