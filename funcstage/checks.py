@@ -16,7 +16,7 @@ from funcstage._torch import functorch as ft
 from funcstage.dtensors import mesh_of
 from funcstage.errors import LeafError, StructureError
 from funcstage.functional import FunctionalStage
-from funcstage.registration import WAY_OUT, holds_tensor
+from funcstage.registration import holds_tensor, way_out
 from funcstage.trees import describe
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def every_differentiable(leaves: Sequence[Any], spec: optree.PyTreeSpec) -> list
         if type(leaf) is not Tensor and holds_tensor(leaf, trees.is_differentiable):
             raise StructureError(
                 f"{trees.leaf_names(spec, 'args')[i]} is a {type(leaf).__qualname__}, which is no pytree, "
-                f"so tensors in it would not be differentiated. {WAY_OUT}, or use argnums to say which "
+                f"so tensors in it would not be differentiated. {way_out(leaf)}, or use argnums to say which "
                 "arguments are."
             )
     return [i for i, leaf in enumerate(leaves) if trees.is_differentiable(leaf)]

@@ -22,7 +22,7 @@ from funcstage._torch.modules import weight_names
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import LeafError, StageError, StructureError, stage_name
 from funcstage.gathered import Gathering, show_shards
-from funcstage.registration import WAY_OUT, holds_tensor
+from funcstage.registration import holds_tensor, is_consumed_by_looking, way_out
 from funcstage.report import table
 from funcstage.state.contents import Contents
 from funcstage.state.module import locked, look_over
@@ -220,7 +220,12 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
         if type(leaf) is not Tensor and holds_tensor(leaf):
             raise StructureError(
                 f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}. It holds tensors, "
-                f"but no engine looks into it. {WAY_OUT}."
+                f"but no engine looks into it. {way_out(leaf)}."
+            )
+        if is_consumed_by_looking(leaf):
+            raise StructureError(
+                f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}. Nobody sees "
+                "its tensors before it has yielded them. Return a list or a tuple of what it yields."
             )
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise StructureError(

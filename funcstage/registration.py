@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import io
 import threading
 import types
 import warnings
 from collections import OrderedDict, UserDict, UserList, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -262,7 +263,7 @@ def _unflatten_torch(node: Any, context: _Context, children: Iterable[Any]) -> A
 def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True, depth: int = 3) -> bool:
     """Tell whether an object has tensors among its attributes, in lists and dicts of it or objects there.
 
-    A set has them as its elements.
+    A set, a view of a dict or a read-only one has them as its elements.
     """
     if type(leaf) in ALWAYS_LEAVES or isinstance(leaf, (*_NEVER, types.FunctionType)):
         return False
@@ -270,7 +271,8 @@ def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True
     values: Sequence[Any] = [
         *getattr(leaf, "__dict__", {}).values(),
         *(getattr(leaf, name, None) for name in slots if name not in ("__dict__", "__weakref__")),
-        *(leaf if isinstance(leaf, (set, frozenset)) else ()),
+        *(leaf if isinstance(leaf, _IN_LISTS) else ()),
+        *(leaf.values() if isinstance(leaf, types.MappingProxyType) else ()),
     ]
     inside: list[Any] = optree.tree_leaves(values, namespace=NAMESPACE)  # type: ignore[arg-type]
     return any(
@@ -280,6 +282,20 @@ def holds_tensor(leaf: Any, is_wanted: Callable[[Tensor], bool] = lambda _: True
         for value in inside
     )
 
+
+def way_out(leaf: Any) -> str:
+    """How what is in some object is looked into."""
+    if isinstance(leaf, types.MappingProxyType):
+        return "It is a read-only view of a dict: pass on dict(...) of it"
+    return "Pass on a list of what is in it" if isinstance(leaf, _IN_LISTS) else WAY_OUT
+
+
+def is_consumed_by_looking(leaf: Any) -> bool:
+    """Tell whether an object is a generator or another iterator over what is in memory: not a file."""
+    return isinstance(leaf, Iterator) and not isinstance(leaf, io.IOBase)
+
+
+_IN_LISTS = (set, frozenset, ValuesView, ItemsView)
 
 WAY_OUT = (
     "Register the type, by torch.utils._pytree.register_pytree_node or optree.register_pytree_node "

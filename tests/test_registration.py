@@ -8,6 +8,7 @@ import itertools
 import threading
 import types
 from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -445,3 +446,39 @@ def test_a_dict_whose_keys_are_its_attributes_passes_through(engine: str) -> Non
     (grads,), weight_pullback = pullback(AttributeDict(hidden=torch.ones(2, 4)))
     torch.testing.assert_close(grads["x"], torch.ones(2, 4) @ module.proj.weight)
     assert torch.equal(weight_pullback()["proj.bias"], torch.full((4,), 2.0))
+
+
+HIDDEN: dict[str, Callable[[Tensor], Any]] = {
+    "a read-only dict": lambda y: types.MappingProxyType({"y": y}),
+    "the values of a dict": lambda y: {"y": y}.values(),
+    "the items of a dict": lambda y: {"y": y}.items(),
+    "a generator": lambda y: (each for each in [y]),
+    "a map": lambda y: map(torch.sin, [y]),
+    "an iterator": lambda y: iter([y]),
+}
+
+
+@pytest.mark.parametrize("engine", ["uncompiled", "aten"])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_an_output_whose_tensors_are_not_seen_is_refused_as_what_it_is(
+    kind: str, beside: bool, engine: str
+) -> None:
+    class Hiding(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return (y, HIDDEN[kind](y)) if beside else HIDDEN[kind](y)
+
+    apply, params, buffers = fs.functionalize(Hiding(3, 2))
+    if engine == "aten":
+        apply = fs.compile(apply, backend="aten", fullgraph=True)
+    with pytest.raises(fs.StructureError, match=r"(Pass on|Return) (dict|a list)|read-only view"):
+        fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
+
+
+def test_an_argument_whose_tensors_are_not_seen_is_refused_as_what_it_is() -> None:
+    def stage(params: Any, buffers: Any, given: Any) -> Any:
+        return next(iter(given.values())) * params, buffers
+
+    with pytest.raises(fs.StructureError, match=r"mappingproxy, .* dict\(\.\.\.\)"):
+        fs.stage_vjp(stage, torch.ones(2), {}, types.MappingProxyType({"y": torch.ones(2)}))

@@ -6,8 +6,9 @@ What requires grad is refused, as its gradient is none of those that W returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import FunctionType, MethodType
+import gc
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
@@ -94,6 +95,23 @@ def name_of(tensor: Tensor, apply: Callable[..., Any]) -> str:
 def is_found(tensor: Tensor, apply: Callable[..., Any]) -> bool:
     """Tell whether a tensor can be found in some place that a stage function captures."""
     return any(value is tensor for _, value in _places(apply))
+
+
+def was_there(leaf: Tensor, made: Container[int], apply: Callable[..., Any]) -> bool:
+    """Tell whether a leaf of a tape that a stage function has left was there before it ran.
+
+    Args:
+        leaf: that.
+        made: the ids of leaves that it was seen to make.
+        apply: the stage function.
+    """
+    if id(leaf) in made:
+        return False
+    # Of those that nobody saw being made, what a forward has made is in the hands of its tape alone.
+    return is_found(leaf, apply) or any(type(holder) in _LASTING for holder in gc.get_referrers(leaf))
+
+
+_LASTING = (dict, list, tuple, set, CellType)
 
 
 def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -97,3 +97,58 @@ def test_a_captured_parameter_may_be_read_as_a_constant(
     assert torch.equal(output, expected)
     for (name, _), grad in zip(module.named_parameters(), grads, strict=True):
         assert got[name] is None if grad is None else torch.allclose(got[name], grad)
+
+
+class Elsewhere:
+    """What another module of the user's holds."""
+
+    weight = nn.Parameter(torch.ones(4))
+    others: ClassVar = [torch.ones(4, requires_grad=True)]
+
+
+def closing_over(weight: Tensor) -> Any:
+    return lambda y: y * weight
+
+
+HELPERS: dict[str, Any] = {
+    "an attribute of a class": lambda y: y * Elsewhere.weight,
+    "an entry of a list": lambda y: y * Elsewhere.others[0],
+    "a cell": closing_over(torch.ones(4, requires_grad=True)),
+    "a module": nn.Linear(4, 4).forward,
+}
+
+
+class Differentiating(nn.Linear):
+    """Takes gradients inside, so that it is split on a plain tape, and calls a helper."""
+
+    def __init__(self, helper: Any) -> None:
+        super().__init__(4, 4)
+        self.helper = [helper]
+
+    def forward(self, x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        (inner,) = torch.autograd.grad(leaf.sin().sum(), leaf, create_graph=True)
+        y: Tensor = self.helper[0](super().forward(x) + inner)
+        return y
+
+
+@pytest.mark.parametrize("helper", HELPERS)
+def test_what_a_helper_captures_is_refused_on_a_plain_tape_too(helper: str) -> None:
+    apply, params, buffers = fs.functionalize(Differentiating(HELPERS[helper]))
+    with pytest.raises(fs.StageError, match="requires grad and is not handed to it"):
+        fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
+
+
+OWN: dict[str, Any] = {
+    "a parameter": lambda y: y * nn.Parameter(torch.ones(4)),
+    "a layer": lambda y: y * nn.Linear(4, 4).weight[0],
+    "a factory's": lambda y: y * torch.ones(4, requires_grad=True),
+    "marked": lambda y: y * torch.ones(4).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_leaf_that_the_stage_makes_is_none_that_it_captures(own: str) -> None:
+    apply, params, buffers = fs.functionalize(Differentiating(OWN[own]))
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
+    assert pullback(torch.ones_like(output))[1]()["weight"] is not None

@@ -283,8 +283,9 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     )
     wanted = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     given = {*map(id, (*trained.values(), *inputs.values()))}
+    made = {*map(id, modes[1].leaves)}
     others = (leaf for leaf in leaves_behind(wanted.values()) if id(leaf) not in given)
-    captured.refuse_trainable((leaf for leaf in others if captured.is_found(leaf, apply)), apply)
+    captured.refuse_trainable((leaf for leaf in others if captured.was_there(leaf, made, apply)), apply)
     if modes[1].reads_nodes:
         _check_nodes(call.name, *(map(get_gradient_edge, x.values()) for x in (wanted, inputs, trained)))
     tape = InputTape(origin, wanted, inputs, shared=False, home={})

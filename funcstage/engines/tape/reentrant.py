@@ -47,12 +47,14 @@ class OneTape(TorchFunctionMode):
 
     Attributes:
         reads_nodes: whether the stage has asked for nodes of the tape, which it may put hooks on.
+        leaves: those that it was seen to make, as `nn.Parameter` is not.
     """
 
     def __init__(self, leftovers: Leftovers) -> None:
         super().__init__()
         self._leftovers = leftovers
         self.reads_nodes = False
+        self.leaves: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,13 +62,20 @@ class OneTape(TorchFunctionMode):
         args, kwargs = self._leftovers.cut((args, kwargs or {}))
         refuse_effects(func, args, kwargs)
         self.reads_nodes = self.reads_nodes or func == READS_NODE
-        return self.run(func, args, kwargs)
+        result = self.run(func, args, kwargs)
+        marked = args[0] if func == _SET_MARK else result
+        if isinstance(marked, Tensor) and marked.is_leaf and marked.requires_grad:
+            self.leaves.append(marked)
+        return result
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation."""
         if func in GROUP_NORMS and not SURVIVES and crashes(Call(args, kwargs, traced=False, split=True)):
             return contiguous_group_norm(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+_SET_MARK: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 class _Noting(TorchFunctionMode):
