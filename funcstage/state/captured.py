@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from types import CellType, FunctionType, MethodType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
@@ -105,13 +105,28 @@ def was_there(leaf: Tensor, made: Container[int], apply: Callable[..., Any]) -> 
         made: the ids of leaves that it was seen to make.
         apply: the stage function.
     """
-    if id(leaf) in made:
-        return False
-    # Of those that nobody saw being made, what a forward has made is in the hands of its tape alone.
-    return is_found(leaf, apply) or any(type(holder) in _LASTING for holder in gc.get_referrers(leaf))
+    return id(leaf) not in made and (is_found(leaf, apply) or _lasts(leaf, apply))
 
 
-_LASTING = (dict, list, tuple, set, CellType)
+def _lasts(value: Any, apply: Callable[..., Any]) -> bool:
+    """Tell whether a module, a class or the stage leads to a value; what a forward makes, its tape has."""
+    ends = {id(apply), id(getattr(apply, "module", None))}
+    seen: set[int] = set()
+    behind: list[Any] = [value]
+    while behind and len(seen) < _FAR:
+        seen.update(map(id, behind))
+        behind = [
+            holder
+            for holder in gc.get_referrers(*behind)
+            if id(holder) not in seen and holder is not behind and not isinstance(holder, FrameType)
+        ]
+        if any(id(h) in ends or isinstance(h, type) or (type(h) is dict and "__spec__" in h) for h in behind):
+            return True
+    return False
+
+
+_FAR = 10_000
+"""How many objects that lead to a value are looked at."""
 
 
 def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
