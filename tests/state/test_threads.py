@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage._torch.interception import intercepting
 from funcstage.engines.graph.recorder import Recorder
 from funcstage.state.module import look_over
 
@@ -29,8 +30,14 @@ ELSEWHERE = ThreadPoolExecutor(1)
 """A lasting thread: torch 2.11 crashes where the first thread that compiled has ended."""
 ELSEWHERE.submit(int).result()  # which starts it
 
-UNNOTICED = ThreadPoolExecutor.submit
-"""Gives a thread something to do, which a stage that is traced would refuse if it were done by a method."""
+
+def unnoticed(function: Callable[[], Any]) -> Any:
+    """Call a function in the lasting thread without the stage hearing of it, which a trace would refuse."""
+    with intercepting(NOBODY):
+        return ELSEWHERE.submit(function).result(LONG)
+
+
+NOBODY: Any = None
 
 
 def stage(module: nn.Module, engine: str) -> tuple[Any, Any, Any]:
@@ -85,7 +92,7 @@ def test_another_thread_finds_all_settings_and_torch_compile_as_they_were(engine
     found: list[Any] = []
 
     def elsewhere() -> None:
-        found.append(UNNOTICED(ELSEWHERE, lambda: (settings(), compiles())).result())
+        found.append(unnoticed(lambda: (settings(), compiles())))
 
     apply, params, buffers = stage(Calls(elsewhere), engine)
     fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
@@ -274,7 +281,7 @@ def test_a_trace_looks_like_a_compilation_to_its_own_thread_alone(asked: Callabl
             self.proj = nn.Linear(4, 4)
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            assert not UNNOTICED(ELSEWHERE, asked).result()
+            assert not unnoticed(asked)
             if not asked() and mask.all():
                 return self.proj(x)
             return self.proj(x) * mask[..., None]
@@ -425,8 +432,9 @@ def test_a_recorder_in_another_thread_outlasts_a_trace() -> None:
         return [node.op for node in torch.fx.symbolic_trace(body).graph.nodes]
 
     def meet(module: nn.Module, args: Any, output: Tensor) -> None:
-        inside.set()
-        recorded.wait(LONG)
+        with intercepting(NOBODY):
+            inside.set()
+            recorded.wait(LONG)
 
     module = nn.Linear(4, 4)
     module.register_forward_hook(meet)
