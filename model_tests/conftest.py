@@ -22,8 +22,8 @@ the unsplit model under plain eager autograd, to a relative 1e-9 (1e-4 in float3
 *cut* is `funcstage.pipelining.cut`: timm's and torchvision's models with their blocks left whole, those of
 transformers through `torch.export`. *by hand* are stages written out of the library's blocks. *whole* is a
 model as one stage, with the experts it comes with, compiled in one piece: its output and gradients must be
-those of eager backward, to 1e-5 of the largest in float32 and 2e-2 in bfloat16. Where a cell gives a reason,
-the engine refuses the model for it.
+those of eager backward, to 1e-5 of the largest in float32, which it is if no dtype is given, and to 2e-2 in
+bfloat16. Where a cell gives a reason, the engine refuses the model for it.
 
 """
 
