@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
-from funcstage.effects import refuse_effects
+from funcstage.effects import MARKS, refuse_effects
 from funcstage.engines.node_hooks import READS_NODE
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.group_norm import GROUP_NORMS, SURVIVES, contiguous_group_norm, crashes
@@ -47,7 +47,7 @@ class OneTape(TorchFunctionMode):
 
     Attributes:
         reads_nodes: whether the stage has asked for nodes of the tape, which it may put hooks on.
-        leaves: those that it was seen to make, as `nn.Parameter` is not.
+        leaves: what it was seen to mark as requiring grad, or to make so, as `nn.Parameter` is not.
     """
 
     def __init__(self, leftovers: Leftovers) -> None:
@@ -63,9 +63,8 @@ class OneTape(TorchFunctionMode):
         refuse_effects(func, args, kwargs)
         self.reads_nodes = self.reads_nodes or func == READS_NODE
         result = self.run(func, args, kwargs)
-        marked = args[0] if func == _SET_MARK else result
-        if isinstance(marked, Tensor) and marked.is_leaf and marked.requires_grad:
-            self.leaves.append(marked)
+        if func in MARKS or func is Tensor.__deepcopy__ or kwargs.get("requires_grad"):
+            self.leaves.append(args[0] if func in MARKS else result)
         return result
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,9 +72,6 @@ class OneTape(TorchFunctionMode):
         if func in GROUP_NORMS and not SURVIVES and crashes(Call(args, kwargs, traced=False, split=True)):
             return contiguous_group_norm(func, *args, **kwargs)
         return func(*args, **kwargs)
-
-
-_SET_MARK: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 class _Noting(TorchFunctionMode):
