@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from numbers import Real
+from functools import partial
 from typing import Any, Generic, Literal
 
 import torch
@@ -27,15 +27,23 @@ from funcstage.engines.graph.breaks import Parts
 from funcstage.engines.graph.chain import OF_ANY_SIZE, WORTH_IT, chained
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.decompose import DECOMPOSED, decompose
-from funcstage.engines.graph.guards import Recent, Signature, changed, others_among, reasons, signature_of
+from funcstage.engines.graph.guards import (
+    Recent,
+    Signature,
+    changed,
+    others_among,
+    reasons,
+    refuse_notes,
+    signature_of,
+)
 from funcstage.engines.graph.lengths import Lengths
 from funcstage.engines.graph.modules_behind import modules_behind
-from funcstage.engines.graph.partition import Remat, partition
+from funcstage.engines.graph.partition import Remat, checked, partition
 from funcstage.engines.graph.plan import Plan, StagePrograms, plan_of
 from funcstage.engines.graph.programs import Programs
 from funcstage.engines.graph.reads import Reads
-from funcstage.engines.graph.recorder import Recorder
-from funcstage.engines.graph.refusals import ReadsValue, warn_of_changes
+from funcstage.engines.graph.recorder import Recorder, may_read
+from funcstage.engines.graph.refusals import ReadsValue, warn_of_changes, warn_of_parts
 from funcstage.engines.graph.replay import draws_in_graphs, replay
 from funcstage.engines.graph.runners import Lower, run_as_python
 from funcstage.engines.graph.sharded import sharded
@@ -199,7 +207,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             if self._parts is None:
                 self._parts = Parts(self.module or nn.Module(), self._part)
                 if self.fullgraph is None:
-                    self._warn_of_parts(refusal)
+                    warn_of_parts(refusal)
             return None
 
     def _part(self, apply: Callable[..., Any]) -> CompiledStage:
@@ -314,7 +322,8 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 joint = trace(
                     call, table, recorder=recorder, open_dims=among_tensors(open_dims, call.local[0])
                 )
-                reads, said = recorder.finish(call)
+                reads, said = recorder.finish()
+                refuse_notes(call, partial(may_read, recorder))
             except TraceError as refusal:
                 shared.restore()
                 runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph
@@ -369,13 +378,6 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         left = {s._replace(outside=(), sizes=None) for s in self._traced}
         if gone._replace(outside=(), sizes=None) not in left:
             del self._reads[gone._replace(outside=(), sizes=None)]
-
-    def _warn_of_parts(self, refusal: ReadsValue) -> None:
-        warnings.warn(
-            f"{refusal} It runs uncompiled, except for those of its submodules that can be traced. "
-            "fullgraph=True raises this as an error, fullgraph=False silences it.",
-            stacklevel=2,
-        )
 
     def _warn(self) -> None:
         seen = list(self._traced)
@@ -465,20 +467,7 @@ def compile(
         raise StructureError(f"repeated must be None, True or False, got {repeated!r}.")
     if fullgraph not in (None, True, False):
         raise StructureError(f"fullgraph must be None, True or False, got {fullgraph!r}.")
-    return CompiledStage(apply, backend, _checked(remat), cuda_graphs, dynamic, sites, repeated, fullgraph)
-
-
-def _checked(remat: object) -> Remat:
-    if isinstance(remat, str) and remat in ("none", "min_cut", "full"):
-        return remat  # type: ignore[return-value]  # one of the literals
-    if isinstance(remat, Real) and not isinstance(remat, bool) and 0 <= float(remat) <= 1:
-        return float(remat)
-    if callable(remat) and not isinstance(remat, type):
-        return remat
-    raise StructureError(
-        "remat must be 'none', 'min_cut', 'full', a budget between 0 (holds what 'full' does) and 1 (at most "
-        f"what 'none' does), or a policy of nodes; got {remat!r}."
-    )
+    return CompiledStage(apply, backend, checked(remat), cuda_graphs, dynamic, sites, repeated, fullgraph)
 
 
 _IN_PARTS = "Without fullgraph=True those of its submodules that can be traced are compiled."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch.fx import Node
@@ -13,8 +14,27 @@ from funcstage.engines.graph.crossing import Division, crossing
 from funcstage.engines.graph.extract import Program, extract
 from funcstage.engines.graph.joint import Joint, is_random
 from funcstage.engines.graph.mincut import nbytes
+from funcstage.errors import StructureError
 
 Remat: TypeAlias = Literal["none", "min_cut", "full"] | float | Callable[[Node], bool]
+
+
+def checked(remat: object) -> Remat:
+    """What a user has asked to be held, or computed again.
+
+    Raises:
+        StructureError: if it is none of what can be asked for.
+    """
+    if isinstance(remat, str) and remat in ("none", "min_cut", "full"):
+        return remat  # type: ignore[return-value]  # one of the literals
+    if isinstance(remat, Real) and not isinstance(remat, bool) and 0 <= float(remat) <= 1:
+        return float(remat)
+    if callable(remat) and not isinstance(remat, type):
+        return remat
+    raise StructureError(
+        "remat must be 'none', 'min_cut', 'full', a budget between 0 (holds what 'full' does) and 1 (at most "
+        f"what 'none' does), or a policy of nodes; got {remat!r}."
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

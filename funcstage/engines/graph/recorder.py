@@ -24,11 +24,9 @@ from funcstage._torch import tracing as tt
 from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional, is_functionalized
-from funcstage.engines.base import StageCall
 from funcstage.engines.graph.classes import compared_class, refuse_comparison
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
-from funcstage.engines.graph.guards import refuse_notes
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
@@ -140,11 +138,8 @@ class Recorder(TorchFunctionMode):
                 self._note(Place(label, weakref.ref(tensor), VALUES))
         return result
 
-    def finish(self, call: StageCall | None = None) -> tuple[Reads, Said]:
+    def finish(self) -> tuple[Reads, Said]:
         """Return what was read, and what it said when it was read first.
-
-        Args:
-            call: that which was traced.
 
         Raises:
             TraceError: if some of it cannot be watched.
@@ -152,8 +147,6 @@ class Recorder(TorchFunctionMode):
         self._find_functions()
         self._look_at_tensors()
         self._refuse()
-        if call is not None:
-            refuse_notes(call, lambda name: self._any or name in self._names)
         said = [self._said[key] for key in self._places]
         reads = Reads(self._places, said, self._spaces.values(), self.known)
         labelled = [(place.label, each) for place, each in zip(reads.places, said, strict=True)]
@@ -392,6 +385,11 @@ class Recorder(TorchFunctionMode):
             for name, part in parts_of(value):
                 if entered or not isinstance(name, str) or name in self._names or name[:2] == "__":
                     pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
+
+
+def may_read(recorder: Recorder, name: str) -> bool:
+    """Tell whether what ran may have read an attribute of this name."""
+    return recorder._any or name in recorder._names
 
 
 def _held_by_hooks(parts: list[nn.Module]) -> Iterator[Place]:

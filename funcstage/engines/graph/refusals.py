@@ -130,6 +130,15 @@ def warn_of_changes(owner: str) -> None:
     )
 
 
+def warn_of_parts(refusal: ReadsValue) -> None:
+    """Say which stage runs uncompiled but for some of its parts, and why."""
+    warnings.warn(
+        f"{refusal} It runs uncompiled, except for those of its submodules that can be traced. "
+        "fullgraph=True raises this as an error, fullgraph=False silences it.",
+        stacklevel=2,
+    )
+
+
 def impure(apply: Callable[..., Any]) -> PurityError:
     return PurityError(
         f"{stage_name(apply)} writes in place into a tensor that it was given. A stage function mutates "
