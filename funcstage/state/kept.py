@@ -158,7 +158,11 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
 _OF_TENSORS = (Tensor, tuple, frozenset)
 
 
-def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = ("torch",)) -> Iterator[Any]:
+# What is between threads is none of a stage's: another may be waiting there by the time that a run is undone.
+_CLOSED = ("torch", "threading", "queue", "concurrent", "multiprocessing")
+
+
+def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = _CLOSED) -> Iterator[Any]:
     """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches.
 
     What it goes through on the way, modules and objects, functions and tuples, is added to `passed`. It does

@@ -6,8 +6,10 @@ import itertools
 import multiprocessing.pool
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -262,6 +264,22 @@ def test_stages_that_share_nothing_run_side_by_side() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
+
+
+def test_a_run_that_starts_over_leaves_who_waits_where_it_is() -> None:
+    meeting, go = threading.Barrier(2), SimpleQueue[None]()
+    arrived = ELSEWHERE.submit(lambda: (go.get(timeout=LONG), meeting.wait(LONG)))
+
+    def meet() -> None:
+        go.put(None)
+        until = time.monotonic() + LONG
+        while not meeting._count and time.monotonic() < until:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        meeting.wait(LONG)  # of which a stage is told, so that it starts over on a plain tape
+
+    apply, params, buffers = stage(Calls(meet), "closures")
+    fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))
+    assert arrived.result(LONG)[1] in (0, 1)
 
 
 # What libraries ask.
