@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from types import FrameType, FunctionType, MethodType
+from types import FrameType, FunctionType, GeneratorType, MethodType
 from typing import Any
 from weakref import ref
 
@@ -111,22 +111,24 @@ def was_there(leaf: Tensor, made: Container[int], apply: Callable[..., Any]) -> 
 def _lasts(value: Any, apply: Callable[..., Any]) -> bool:
     """Tell whether a module, a class or the stage leads to a value; what a forward makes, its tape has."""
     ends = {id(apply), id(getattr(apply, "module", None))}
+    behind: tuple[Any, ...] = (value,)
     seen: set[int] = set()
-    behind: list[Any] = [value]
-    while behind and len(seen) < _FAR:
-        seen.update(map(id, behind))
-        behind = [
+    for _ in range(_FAR):
+        seen.update((*map(id, behind), id(behind)))  # the tuple itself is what they are asked about by
+        behind = tuple(
             holder
             for holder in gc.get_referrers(*behind)
-            if id(holder) not in seen and holder is not behind and not isinstance(holder, FrameType)
-        ]
+            if id(holder) not in seen and not isinstance(holder, (FrameType, GeneratorType))
+        )
         if any(id(h) in ends or isinstance(h, type) or (type(h) is dict and "__spec__" in h) for h in behind):
             return True
+        if not behind:
+            break
     return False
 
 
-_FAR = 10_000
-"""How many objects that lead to a value are looked at."""
+_FAR = 20
+"""How many objects there may be between a value and what leads to it."""
 
 
 def _places(apply: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
