@@ -182,7 +182,7 @@ def test_a_pullback_that_failed_keeps_no_tensor_alive(engine: str, at: int) -> N
     ("engine", "share", "later"),
     [
         *(("closures", 12, each) for each in ((1,), (2,), (5,), (1, 1), (2, 1), (3, 2), (1, 1, 1))),
-        *(("compiled before", 8, each) for each in ((1,), (1, 1), (2, 1))),
+        *(("compiled before", 20, each) for each in ((1,), (1, 1), (2, 1))),
         *(("aten", 1, each) for each in ((1,), (1, 1))),
     ],
 )
