@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from funcstage.engines.graph.extract import Program, boxed, own_results
+from funcstage.engines.graph.joint import results_of
 from funcstage.engines.graph.sizes import Sizes
 
 aten = torch.ops.aten
@@ -82,9 +83,9 @@ def without(
     if own:
         own_results(graph)
     names = tuple(node.name for node in graph.find_nodes(op="placeholder"))
-    (output,) = graph.find_nodes(op="output")
     results = tuple(
-        name if node is not None else None for name, node in zip(program.results, output.args[0], strict=True)
+        name if node is not None else None
+        for name, node in zip(program.results, results_of(graph), strict=True)
     )
     return Program(boxed(program.module, graph), names, results)
 

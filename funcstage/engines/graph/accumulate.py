@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from funcstage.engines.graph.extract import Program, boxed, giving_away
+from funcstage.engines.graph.joint import results_of
 from funcstage.tensors import Gradients, added
 
 aten = torch.ops.aten
@@ -47,9 +48,8 @@ def accumulating(program: Program) -> tuple[Program, tuple[Product, ...]]:
     graph = Graph()
     copies: dict[Node, Node] = {}
     results: list[Any] = list(graph.graph_copy(program.module.graph, copies))  # type: ignore[arg-type]
-    (output,) = program.module.graph.find_nodes(op="output")
     products, operands = [], []
-    for i, result in enumerate(output.args[0]):
+    for i, result in enumerate(results_of(program.module.graph)):
         node, transposed = result, False
         while node is not None and _is_transpose(node) and len(node.users) == 1:
             node, transposed = node.args[0], not transposed

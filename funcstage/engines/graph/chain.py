@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from funcstage.engines.graph.extract import boxed
+from funcstage.engines.graph.joint import results_of
 from funcstage.engines.graph.repeats import Least, form, graph_of, is_state, ordered, parts_of
 from funcstage.engines.graph.runners import Lower, Runner
 
@@ -84,8 +85,7 @@ def _parts(module: GraphModule, donated: Collection[str], least: Least) -> list[
     graph = module.graph
     divided = parts_of(ordered(graph), module, least)
     home = {node: i for i, nodes in enumerate(divided) for node in nodes}
-    (output,) = graph.find_nodes(op="output")
-    returned = set(output.args[0])
+    returned = set(results_of(graph))
     parts = []
     for i, nodes in enumerate(divided):
         read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
@@ -129,8 +129,7 @@ def _runner(module: GraphModule, parts: Sequence[_Part], runners: Sequence[Runne
     for part in parts:
         for node in part.results:
             slots[node] = len(slots)
-    (output,) = graph.find_nodes(op="output")
-    results = [None if node is None else slots[node] for node in output.args[0]]
+    results = [None if node is None else slots[node] for node in results_of(graph)]
     left: dict[int, int] = {}
     for i, part in enumerate(parts):
         left.update(dict.fromkeys((slots[node] for node in part.inputs), i))

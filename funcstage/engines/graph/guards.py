@@ -87,7 +87,7 @@ def notes_on(call: StageCall) -> tuple[Hashable, ...]:
             type(leaf),
             *((name, content(value, set()) if is_plain(value) else type(value)) for name, value in said),
         )
-        for i, leaf in enumerate((*call.flat[2][0], *call.flat[3][0]))
+        for i, leaf in enumerate(call.argument_leaves)
         if isinstance(leaf, Tensor) and ((said := _said_on(leaf)) or type(leaf) is not Tensor)
     )
 
@@ -98,7 +98,7 @@ def refuse_notes(call: StageCall, is_loaded: Callable[[str], bool]) -> None:
     Raises:
         TraceError: names the first of them.
     """
-    for leaf in (*call.flat[2][0], *call.flat[3][0]):
+    for leaf in call.argument_leaves:
         for name, value in _said_on(leaf) if isinstance(leaf, Tensor) else ():
             if not is_plain(value) and is_loaded(name):
                 raise TraceError(

@@ -9,7 +9,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import OpOverload, arguments_of
@@ -84,8 +84,13 @@ class Joint:
     @property
     def results(self) -> tuple[Sequence[Node | None], ...]:
         """Output leaves, new buffers, input gradients, parameter gradients."""
-        (output,) = self.module.graph.find_nodes(op="output")
-        return output.args[0]
+        return results_of(self.module.graph)
+
+
+def results_of(graph: Graph) -> Any:
+    """What a graph returns: nodes, and `None` in the place of what there is none for."""
+    (output,) = graph.find_nodes(op="output")
+    return output.args[0]
 
 
 def is_random(node: Node) -> bool:

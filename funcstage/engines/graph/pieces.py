@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from funcstage._torch.shapes import is_number
 from funcstage.engines.graph.cost import cost
 from funcstage.engines.graph.extract import Program, boxed
+from funcstage.engines.graph.joint import results_of
 from funcstage.engines.graph.nodes import is_cheap
 from funcstage.engines.pieces import balanced, connected
 
@@ -44,15 +45,14 @@ def divide(program: Program, parts: int) -> Pieces:
         program: W; left as it is.
         parts: how many pieces at most; they cost as much as one another, as far as that can be.
     """
-    (output,) = program.module.graph.find_nodes(op="output")
-    results: Sequence[Node | None] = output.args[0]
+    results: Sequence[Node | None] = results_of(program.module.graph)
     there = [i for i, node in enumerate(results) if node is not None]
     needed = _needed_for(program.module.graph, results)
     groups = _groups(needed, there)
     group_of = {i: k for k, group in enumerate(groups) for i in group}
     costs = [0.0] * len(groups)
-    for node, results_of in needed.items():
-        mine = {group_of[i] for i in results_of}
+    for node, serves in needed.items():
+        mine = {group_of[i] for i in serves}
         if len(mine) == 1 or is_cheap(node):
             for k in mine:
                 costs[k] += cost(node)

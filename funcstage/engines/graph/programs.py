@@ -23,7 +23,7 @@ from funcstage.engines.graph.absent import without
 from funcstage.engines.graph.accumulate import Product, accumulating
 from funcstage.engines.graph.cuda_graphs import SlotPool
 from funcstage.engines.graph.extract import Program, giving_away
-from funcstage.engines.graph.joint import Joint
+from funcstage.engines.graph.joint import Joint, results_of
 from funcstage.engines.graph.nodes import dependents
 from funcstage.engines.graph.partition import Partition
 from funcstage.engines.graph.pieces import cut_out, divide
@@ -292,8 +292,7 @@ class Programs:
         """Which parameters' gradients I has summed for W."""
         program = backward.weight_grad
         depending = depending_on(program, self.partition.summed)
-        (output,) = program.module.graph.find_nodes(op="output")
-        return [i for i, node in enumerate(output.args[0]) if node in depending]
+        return [i for i, node in enumerate(results_of(program.module.graph)) if node in depending]
 
     def found(
         self,

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from funcstage.engines.graph.absent import without
 from funcstage.engines.graph.extract import Program
+from funcstage.engines.graph.joint import results_of
 from funcstage.engines.graph.nodes import aten, dependents, is_cheap
 from funcstage.engines.graph.pieces import cut_out
 from funcstage.engines.graph.sizes import Sizes
@@ -57,8 +58,7 @@ def sites_of(
     graph = program.module.graph
     varying = depending_on(program, linear)
     read = depending_on(program, data) - varying
-    (output,) = graph.find_nodes(op="output")
-    results: Sequence[Node | None] = output.args[0]
+    results: Sequence[Node | None] = results_of(graph)
     walk = _Walk(varying, read)
     known: set[Node] = set()
     for kind in ("products", "readers"):  # of a bias's sum, the product beside it says what it is a sum of

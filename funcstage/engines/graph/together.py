@@ -7,12 +7,11 @@ product that is the layer's weight gradient.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch.fx import Graph, Node
 
 from funcstage.engines.graph.extract import Program, boxed
-from funcstage.engines.graph.joint import Joint, is_random
+from funcstage.engines.graph.joint import Joint, is_random, results_of
 from funcstage.engines.graph.nodes import behind, dependents
 from funcstage.engines.graph.overlap import awaits_message, is_message, is_wait, overlap
 
@@ -39,7 +38,7 @@ def together(
         The program of I's results, `None` in the place of each of `made`, followed by those of W.
     """
     first, second = input_grad.module.graph, weight_grad.module.graph
-    of_input, of_weight = _results(first), _results(second)
+    of_input, of_weight = results_of(first), results_of(second)
     n_grads = len(of_input) - len(made)
     from_input = dict(zip(made, of_input[n_grads:], strict=True))
     taken = second.find_nodes(op="placeholder")
@@ -109,9 +108,3 @@ def _in_order(
 
 
 _OPERATIONS = ("call_function", "get_attr")
-
-
-def _results(graph: Graph) -> Sequence[Node | None]:
-    (output,) = graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    return tuple(results)

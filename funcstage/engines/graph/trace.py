@@ -31,7 +31,7 @@ from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.cumulative import averaged_in_tensors
-from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding
+from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding, results_of
 from funcstage.engines.graph.refusals import (
     check_recorded,
     impure,
@@ -203,7 +203,7 @@ class _Run:
                 intercepting(self.regions),
                 uncompiled(),
                 averaged_in_tensors(call.module),
-                looking_alike(owner, call.whole[0][self._n_leaves :], values[self._n_leaves :]),
+                looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
                 recorder,
             ):
                 result = call.apply(params, buffers, *args, **kwargs)
@@ -461,8 +461,7 @@ class _Regions:
 
     def mark(self, graph: Graph, forward: set[Node]) -> None:
         """Mark all nodes of regions, apart those that the forward reads from outside or policies save."""
-        (output,) = graph.find_nodes(op="output")
-        results = {node for part in output.args[0][:2] for node in part}
+        results = {node for part in results_of(graph)[:2] for node in part}
         for node in graph.nodes:
             if node.meta.get(_GATHERED) and node.op == "call_function":
                 node.meta[CHECKPOINTED] = True  # whole parameters are not held

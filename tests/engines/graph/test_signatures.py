@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import optree
@@ -238,7 +238,8 @@ def test_dtensors_are_alike_on_one_mesh_in_the_same_places() -> None:
         assert recent._alike(specs) == alike
     module, plain = Fingerprint([MODULE], hooks=True), CALLS["plain"]
     assert recent.match(plain, module) is None
-    with_specs: Any = SimpleNamespace(local=(plain.local[0], known), flat=plain.flat, diff=plain.diff)
+    with_specs = replace(plain)
+    vars(with_specs)["local"] = plain.local[0], known
     assert recent.match(with_specs, module) is not None
     recent._specs = {}
     assert recent.match(with_specs, module) is None
