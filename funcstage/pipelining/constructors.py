@@ -62,7 +62,7 @@ def constructing(group: dist.ProcessGroup | None, stage_index: int, num_stages: 
         )
         failed[stage_index] = uuid.uuid4().hex, failure
         _publish(group)
-        others = [failures.key(group, f"waiting {other}") for other in _others(group)]
+        others = [failures.key(group, f"waiting {other}") for other in failures.others(group)]
         if any(failures.store().check([key]) for key in others):
             failures.tell([group], failure)
             failures.break_off([group])
@@ -87,7 +87,7 @@ def wait_for_plans(group: dist.ProcessGroup | None, plan_key: Callable[[int], st
     pause = 0.001
     while True:
         waiting = False
-        for rank in _others(group):
+        for rank in failures.others(group):
             if failures.written(plan_key(rank)):
                 continue
             present = _raise_failure(group, rank)
@@ -96,7 +96,7 @@ def wait_for_plans(group: dist.ProcessGroup | None, plan_key: Callable[[int], st
             break
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
-    missing = [rank for rank in _others(group) if not failures.written(plan_key(rank))]
+    missing = [rank for rank in failures.others(group) if not failures.written(plan_key(rank))]
     if missing:
         failures.store().set(failures.key(group, f"waiting {dist.get_rank(group)}"), b"1")
         for rank in missing:  # one that failed before it could read that does not wake us
@@ -118,7 +118,3 @@ def _raise_failure(group: dist.ProcessGroup | None, rank: int) -> bool:
 def _publish(group: dist.ProcessGroup | None) -> None:
     key = failures.key(group, f"constructors of {dist.get_rank(group)}")
     failures.store().set(key, pickle.dumps(_FAILED[failures.the(group)]))
-
-
-def _others(group: Any) -> list[int]:
-    return [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]

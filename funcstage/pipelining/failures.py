@@ -78,7 +78,7 @@ def break_off(groups: Iterable[dist.ProcessGroup | None]) -> None:
     """Wake all who wait for this rank, or will."""
     for group in set(groups):
         if "gloo" in dist.get_backend(group):
-            for peer in set(range(dist.get_world_size(group))) - {dist.get_rank(group)}:
+            for peer in others(group):
                 # When a wait runs out of time, gloo closes all connections of this rank in the group. With a
                 # peer whose connection is closed already there is nothing to wait for: hence all of them.
                 with suppress(RuntimeError):
@@ -132,6 +132,11 @@ def share(stage: Any, groups: Iterable[dist.ProcessGroup | None], error: BaseExc
 def the(group: dist.ProcessGroup | None) -> Any:
     """Return the process group that is meant."""
     return group or dist.group.WORLD
+
+
+def others(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a group but this one."""
+    return [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]
 
 
 def key(group: dist.ProcessGroup | None, what: str) -> str:

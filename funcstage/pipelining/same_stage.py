@@ -64,9 +64,8 @@ def check_same(
         failures.store().set(_key(group, places[group], dist.get_rank(group)), pickle.dumps(facts))
     until = time.monotonic() + _SECONDS
     for group, place in places.items():
-        for rank in range(dist.get_world_size(group)):
-            if rank != dist.get_rank(group):
-                _compare(group, place, rank, facts, until)
+        for rank in failures.others(group):
+            _compare(group, place, rank, facts, until)
 
 
 def _compare(group: Any, place: str, other: int, mine: dict[str, str], until: float) -> None:
