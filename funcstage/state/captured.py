@@ -92,11 +92,6 @@ def name_of(tensor: Tensor, apply: Callable[..., Any]) -> str:
     return next((name for name, value in _places(apply) if value is tensor), "a tensor that was captured")
 
 
-def is_found(tensor: Tensor, apply: Callable[..., Any]) -> bool:
-    """Tell whether a tensor can be found in some place that a stage function captures."""
-    return any(value is tensor for _, value in _places(apply))
-
-
 def was_there(leaf: Tensor, made: Container[int], apply: Callable[..., Any]) -> bool:
     """Tell whether a leaf of a tape that a stage function has left was there before it ran.
 
@@ -105,7 +100,9 @@ def was_there(leaf: Tensor, made: Container[int], apply: Callable[..., Any]) -> 
         made: the ids of leaves that it was seen to make.
         apply: the stage function.
     """
-    return id(leaf) not in made and (is_found(leaf, apply) or _lasts(leaf, apply))
+    if id(leaf) in made:
+        return False
+    return any(value is leaf for _, value in _places(apply)) or _lasts(leaf, apply)
 
 
 def _lasts(value: Any, apply: Callable[..., Any]) -> bool:

@@ -35,7 +35,11 @@ class Guise:
     """
 
     def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any], *, of_module: bool = True) -> None:
-        self._owns, self._stand_ins = owns, stand_ins
+        self._pairs = [
+            (own, stand_in)
+            for own, stand_in in zip(owns, stand_ins, strict=True)
+            if stand_in is not own and isinstance(own, Tensor) and isinstance(stand_in, Tensor)
+        ]
         self._of_module = of_module
         self._dressed: list[Tensor] = []
         self._had: dict[int, frozenset[str]] = {}
@@ -53,9 +57,7 @@ class Guise:
         """Let the stand-ins look like what they stand for."""
         if self._of_module:
             _current.guise = self
-        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
-            if stand_in is own or not (isinstance(own, Tensor) and isinstance(stand_in, Tensor)):
-                continue
+        for own, stand_in in self._pairs:
             kind = type(own)
             if type(stand_in) is Tensor and kind is not Tensor and kind.__torch_function__ is _OF_PARAMETERS:
                 self._dressed.append(stand_in)
@@ -79,12 +81,10 @@ class Guise:
 
     def notes(self) -> list[Note]:
         """What the forward has noted on the stand-ins, or taken from them, which it meant for its tensors."""
-        if not any(map(_namespace_of, self._stand_ins)) and not self._lent:
+        if not self._lent and not any(stand_in.__dict__ for _, stand_in in self._pairs):
             return []
         found = []
-        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
-            if stand_in is own or not (isinstance(own, Tensor) and isinstance(stand_in, Tensor)):
-                continue
+        for own, stand_in in self._pairs:
             had, traced = self._had.get(id(stand_in), frozenset()), is_functional(stand_in)
             found += [
                 Note(own, name, value, traced)
@@ -100,8 +100,8 @@ class Guise:
 
     def own(self, tensor: Any) -> Tensor | None:
         """What a tensor stands in for."""
-        for own, stand_in in zip(self._owns, self._stand_ins, strict=True):
-            if stand_in is tensor and own is not tensor:
+        for own, stand_in in self._pairs:
+            if stand_in is tensor:
                 return own
         return None if self._around is None else self._around.own(tensor)
 
@@ -209,10 +209,6 @@ def _copied(stand_in: Tensor, memo: Any) -> Tensor:
 
 class _Current(threading.local):
     guise: Guise | None = None
-
-
-def _namespace_of(value: Any) -> Any:
-    return value.__dict__ if isinstance(value, Tensor) else None
 
 
 _current = _Current()
