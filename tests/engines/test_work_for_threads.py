@@ -38,12 +38,18 @@ class ByEvent:
 
     def reply(self, answer: Tensor) -> None:
         self.answer = answer
-        self.done.set()
+        self.tell()
 
     def result(self) -> Tensor:
-        assert self.done.wait(60)
+        assert self.hears()
         answer: Tensor = self.answer
         return answer
+
+    def tell(self) -> None:
+        self.done.set()
+
+    def hears(self) -> bool:
+        return self.done.wait(60)
 
 
 class BySemaphore(ByEvent):
@@ -62,14 +68,11 @@ class BySemaphore(ByEvent):
         self.asked.acquire()
         return self.job
 
-    def reply(self, answer: Tensor) -> None:
-        self.answer = answer
+    def tell(self) -> None:
         self.answered.release()
 
-    def result(self) -> Tensor:
-        assert self.answered.acquire(timeout=60)
-        answer: Tensor = self.answer
-        return answer
+    def hears(self) -> bool:
+        return self.answered.acquire(timeout=60)
 
 
 class ByCondition(ByEvent):

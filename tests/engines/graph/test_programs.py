@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from identity import Identity
 from torch import Tensor
 
 import funcstage as fs
@@ -52,18 +53,10 @@ def test_a_cotangent_of_a_leaf_that_is_no_tensor_is_that_leaf_or_none(other: Any
     assert torch.equal(dx, torch.ones(2))
 
 
-class Failing(torch.autograd.Function):
-    """The identity, whose backward fails as long as it is told to."""
+class Failing(Identity):
+    """Fails in its backward as long as it is told to."""
 
     fails = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
