@@ -87,3 +87,16 @@ def test_a_rank_that_is_late_is_waited_for() -> None:
     with torch.no_grad():
         loss = functional.mse_loss(nn.Sequential(*modules)(torch.ones(2, 4)), torch.ones(2, 4))
     torch.testing.assert_close(run(2, is_late)[1], [loss] * 4)
+
+
+def crashes_once(rank: int, group: Any, mark: str) -> int:
+    if rank == 1 and not Path(mark).exists():
+        Path(mark).touch()
+        os.abort()
+    dist.barrier(group)
+    return rank
+
+
+def test_a_job_of_the_tests_runs_again_where_a_rank_crashed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"crashes_once: rank 1 SIGABRT. The job runs again."):
+        assert run(2, crashes_once, str(tmp_path / "mark")) == [0, 1]

@@ -8,11 +8,14 @@ answered. Whoever does not answer in time is killed, and the pool is started ane
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -30,6 +33,10 @@ GROUP_SECONDS = 150
 
 MANY_GROUPS = 24
 """With how many process groups ranks are started anew: those of meshes stay, each with threads that poll."""
+
+
+class Crashed(RuntimeError):
+    """A rank that its own machine code ended: what it was at in Python is on stderr."""
 
 
 class Raised(NamedTuple):
@@ -74,6 +81,7 @@ class Ranks:
 
         Raises:
             TimeoutError: if a rank did not answer in time; all are killed.
+            Crashed: if one was ended by a signal; likewise.
         """
         for pipe in self._pipes:
             pipe.send((job, args, kwargs, group_seconds))
@@ -87,7 +95,10 @@ class Ranks:
             except EOFError:
                 ready = []
             if not ready:
+                signals = self._signals()
                 self.stop()
+                if signals:
+                    raise Crashed(f"{job.__name__}: {signals}.")
                 raise TimeoutError(f"{job.__name__}: no answer from rank(s) {sorted(silent.values())}.")
         if max(groups for _, groups in answers.values()) > MANY_GROUPS:
             self.stop()
@@ -95,6 +106,15 @@ class Ranks:
             for pipe in self._pipes:
                 pipe.send(None)
         return [answers[rank][0] for rank in range(self.world_size)]
+
+    def _signals(self) -> str:
+        """Return which ranks were ended by which signals."""
+        for process in self._processes:
+            process.join(0.2)
+        ended = {rank: process.exitcode for rank, process in enumerate(self._processes)}
+        return ", ".join(
+            f"rank {r} {signal.Signals(-code).name}" for r, code in ended.items() if code and code < 0
+        )
 
     def stop(self) -> None:
         """Kill the processes."""
@@ -116,8 +136,16 @@ def ranks(world_size: int) -> Ranks:
 
 
 def run(world_size: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Run a job that has to succeed on every rank, and return what each returned."""
-    answers = ranks(world_size).run(job, *args, **kwargs)
+    """Run a job that has to succeed on every rank, and return what each returned.
+
+    It runs again, with a warning, where a rank crashed: funcstage has no machine code, and a double free that
+    once ended a rank did not come again in dozens of runs.
+    """
+    try:
+        answers = ranks(world_size).run(job, *args, **kwargs)
+    except Crashed as crash:
+        warnings.warn(f"{crash} The job runs again.", stacklevel=2)
+        answers = ranks(world_size).run(job, *args, **kwargs)
     for rank, answer in enumerate(answers):
         if isinstance(answer, Raised):
             raise AssertionError(f"{job.__name__} failed on rank {rank}: {answer.message}")
@@ -132,6 +160,7 @@ def _stop_all() -> None:
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # whole schedules, at an error
     timeout = timedelta(seconds=GROUP_SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
