@@ -126,11 +126,11 @@ def test_the_step_after_one_that_failed_in_f_or_a_loss_is_right(
     batch.assert_right_step()
 
 
-@pytest.mark.parametrize("error", [MemoryError("full"), KeyboardInterrupt(), RuntimeError("torn")], ids=repr)
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("n", range(0, 16, 3))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_error_in_i_or_w_says_which_microbatches_are_in_and_the_next_step_is_right(
-    schedule: str, n: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    schedule: str, n: int, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = Batch(schedule, False)
     batch.assert_right_step()
@@ -142,7 +142,7 @@ def test_an_error_in_i_or_w_says_which_microbatches_are_in_and_the_next_step_is_
         nonlocal runs
         runs += 1
         if runs == n + 1:
-            FAIL.append(error)
+            FAIL.append(kind())
         return own(ctx, grad)
 
     before = state_of_everything(nn.ModuleList(batch.modules))
@@ -150,8 +150,8 @@ def test_an_error_in_i_or_w_says_which_microbatches_are_in_and_the_next_step_is_
         patch.setattr(Brittle, "backward", staticmethod(backward))
         try:
             batch.step()
-        except type(error) as caught:
-            notes = "\n".join(caught.__notes__)
+        except kind as caught:
+            notes = "\n".join(getattr(caught, "__notes__", ()))  # none where nothing was added
         else:
             assert runs <= n  # no more of them in this pipeline
             return
