@@ -18,7 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--print-support", action="store_true", help="print the table of what was collected")
 
 
+QUICK_CASES = 4
+"""How many cases of a test are among the quick ones: the rest are slow, however fast each is."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    by_test: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for cases in by_test.values():
+        quick = {len(cases) * i // QUICK_CASES for i in range(QUICK_CASES)}
+        for i, item in enumerate(cases):
+            if i not in quick:
+                item.add_marker(pytest.mark.slow)
     for item in items:
         for marker in item.iter_markers("supports"):
             item.user_properties.append(("supports", row_of(*marker.args, **marker.kwargs)))

@@ -498,6 +498,7 @@ def trained_by_eager(rank: int, group: dist.ProcessGroup) -> Seen:
     return Seen(grads, state)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])

@@ -239,6 +239,7 @@ def test_a_captured_tensor_that_was_offloaded_is_watched(far: Traffic, engine: s
         offloaded(torch.ones_like(output))[1]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["pullback", "weight pullback"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["layers", "regions"])

@@ -426,6 +426,7 @@ def test_pieces_have_the_sites_of_their_parameters(engine: str) -> None:
                 torch.testing.assert_close(found[name], grad)
 
 
+@pytest.mark.slow
 def test_an_inductor_stage_has_sites_too() -> None:
     module = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
     apply, params, buffers = fs.functionalize(module)
@@ -517,6 +518,7 @@ def test_any_first_stages_sites_and_pieces_sum_up_to_w(module: nn.Module, seed: 
             torch.testing.assert_close(of_pieces[name], grad, rtol=0, atol=close, equal_nan=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)  # as tracing takes a moment
 @given(module=MODULES, seed=st.integers(0, 99), engine=st.sampled_from(("compiled", "all computed again")))
 def test_any_compiled_stages_sites_sum_up_to_its_weight_gradient(

@@ -327,6 +327,7 @@ def test_bad_options_of_a_timeline_are_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_rich_tables_and_a_pipe_plain_text(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "funcstage", "timeline", "--ranks", "2"]
     environment = {

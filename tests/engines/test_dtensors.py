@@ -155,6 +155,7 @@ def any_placements(rank: int, group: Any, shape: tuple[int, ...], engines: Seque
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.supports(
     "DTensor parameters (`parallelize_module`), inputs and outputs, of any mesh and placements"
 )
@@ -194,6 +195,7 @@ def strided_or_partial(rank: int, group: Any) -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_parameters_may_be_split_twice_in_one_dimension_or_be_sums() -> None:
     assert run(4, strided_or_partial) == [1] * 4
 
@@ -280,6 +282,7 @@ def parallel(rank: int, group: Any, kind: str, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "inductor"])
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_parallelized_modules_have_the_gradients_of_the_whole_one(kind: str, engine: str) -> None:
@@ -320,6 +323,7 @@ def buffers_and_keywords(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_buffers_and_keywords_may_be_dtensors(engine: str) -> None:
     assert run(2, buffers_and_keywords, engine) == [1, 1]
@@ -349,6 +353,7 @@ def partial_loss(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_that_is_a_sum_over_ranks_needs_no_cotangent(engine: str) -> None:
     assert run(2, partial_loss, engine) == [1, 1]
@@ -387,6 +392,7 @@ def loss_over_columns(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_loss_may_be_parallel_over_its_classes(engine: str) -> None:
     assert run(2, loss_over_columns, engine) == [1, 1]
@@ -423,6 +429,7 @@ def made_inside(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dtensors_may_be_made_inside_of_a_stage(engine: str) -> None:
     assert run(2, made_inside, engine) == [1, 1]
@@ -461,6 +468,7 @@ def refusals(rank: int, group: Any, engine: str) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_no_dtensor_of_the_same_mesh_is_refused_and_consumes_nothing(engine: str) -> None:
     for messages in run(2, refusals, engine):
@@ -504,6 +512,7 @@ def sums(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_that_are_dtensors_are_summed_over_microbatches(engine: str) -> None:
     assert run(2, sums, engine) == [1, 1]
@@ -527,6 +536,7 @@ def derived(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_parameters_derived_from_dtensors_run_once_a_step(engine: str) -> None:
     assert run(2, derived, engine) == [1, 1]
@@ -545,6 +555,7 @@ def written_between(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_dtensor_that_is_written_between_is_noticed(engine: str) -> None:
     assert run(2, written_between, engine) == [1, 1]
@@ -566,6 +577,7 @@ def retraced(rank: int, group: Any) -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_placements_and_meshes_are_a_part_of_the_signature() -> None:
     assert run(2, retraced) == [1, 1]
 
@@ -589,6 +601,7 @@ def dropped(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dropout_of_a_dtensor_draws_as_eager_does(engine: str) -> None:
     assert run(2, dropped, engine) == [1, 1]
@@ -638,6 +651,7 @@ def mapped(rank: int, group: Any, engine: str, copies: bool) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "copies"), [("uncompiled", True), ("aten", True), ("aten", False)])
 def test_what_was_just_gathered_may_enter_a_local_map(engine: str, copies: bool) -> None:
     # Without the copy torch's own local_map loses that gradient where nothing is traced.

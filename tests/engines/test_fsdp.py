@@ -74,6 +74,7 @@ def split(rank: int, group: Any, kind: str, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.supports(
     "FSDP2 (`fully_shard`, `replicate`): nested, HSDP, with tensor parallelism, mixed precision"
 )
@@ -102,6 +103,7 @@ def collectives_of(rank: int, group: Any, again: bool) -> tuple[list[list[str]],
     return names, pullback.nbytes
 
 
+@pytest.mark.slow
 def test_whole_parameters_are_held_or_gathered_again_as_fsdp_was_told() -> None:
     (of_f, of_i, of_w), held = run(2, collectives_of, False)[0]
     assert (len(of_f), of_i, of_w) == (3, [], ["reduce_scatter_tensor"] * 3)
@@ -124,6 +126,7 @@ def hidden(rank: int, group: Any) -> list[list[bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_all_messages_but_the_first_gather_and_the_last_sum_travel_behind_products() -> None:
     of_f, of_i, of_w = run(2, hidden)[0]
     assert of_f == [False, True, True]
@@ -157,6 +160,7 @@ def trained(rank: int, group: Any, engine: str) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "inductor"])
 def test_a_sharded_module_trains_as_by_its_own_backward(engine: str) -> None:
     assert run(2, trained, engine) == [1, 1]
@@ -190,6 +194,7 @@ def refusals(rank: int, group: Any) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_what_a_functional_stage_does_not_do_for_fsdp_is_refused() -> None:
     for messages in run(2, refusals):
         offloaded, hooked, *unsynced = messages
@@ -213,6 +218,7 @@ def plain_parameters(rank: int, group: Any) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_what_is_no_shard_is_refused() -> None:
     for messages in run(2, plain_parameters):
         assert all("FSDP shards" in message for message in messages)

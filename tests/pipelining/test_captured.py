@@ -69,6 +69,7 @@ def test_training_is_the_same_to_the_last_bit(schedule: str, compile: Any, group
     assert assert_same(case, group, TRAINING).replays == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B"])
 def test_each_length_has_a_graph(schedule: str, group: Any) -> None:
     case = Case(schedule, stages_for(schedule), 4, uneven, compile=ATEN)

@@ -214,6 +214,7 @@ def one_rank() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}])

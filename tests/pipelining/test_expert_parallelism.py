@@ -137,6 +137,7 @@ def trained_whole(n: int, how: str) -> list[dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "schedule", "compile"),
     [
@@ -191,6 +192,7 @@ def exchanges_of_each_phase(rank: int, group: Any, compile: Any) -> list[int]:
     return [in_f.count, in_i.count, in_w.count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [None, {"backend": "aten", "fullgraph": True}], ids=["eager", "aten"])
 def test_tokens_travel_in_f_and_in_i_and_never_in_w(compile: Any) -> None:
     for counts in run(2, exchanges_of_each_phase, compile):
@@ -204,6 +206,7 @@ def refused_whole(rank: int, group: Any) -> None:
     fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, x[:ROWS])
 
 
+@pytest.mark.slow
 def test_counts_that_are_read_are_refused_where_a_stage_must_be_one_program() -> None:
     for answer in ranks(2).run(refused_whole):
         assert isinstance(answer, Raised)

@@ -249,6 +249,7 @@ def batches() -> dict[Any, Batch]:
     return {}
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     schedule=st.sampled_from(SCHEDULES),
@@ -271,6 +272,7 @@ def test_a_step_interrupted_anywhere_leaves_nothing_behind(
     batch.assert_right_step()
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedule=st.sampled_from(["GPipe", "Interleaved1F1B", "ZBVZeroBubble"]), share=st.floats(0, 1))
 def test_a_local_pipeline_interrupted_anywhere_leaves_nothing_behind(schedule: str, share: float) -> None:
@@ -338,6 +340,7 @@ def interrupted_rank(rank: int, group: dist.ProcessGroup, at: int) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_rank_that_is_interrupted_stops_the_others_and_the_group_is_refused(at: int) -> None:
     answers = ranks(2).run(interrupted_rank, at)

@@ -117,6 +117,7 @@ def counted(rank: int, group: Any, how: str, schedule: str, policy: Any) -> tupl
     return counts.get("c10d::_allgather_base_", 0), counts.get("c10d::_reduce_scatter_base_", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "units"])
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 def test_a_step_gathers_and_reduces_each_unit_once(how: str, schedule: str) -> None:
@@ -124,6 +125,7 @@ def test_a_step_gathers_and_reduces_each_unit_once(how: str, schedule: str) -> N
     assert run(4, counted, how, schedule, False) == [(units, units)] * 4
 
 
+@pytest.mark.slow
 def test_what_is_to_be_let_go_of_after_each_forward_is_gathered_again() -> None:
     # Two blocks are, in each of four Fs and in the first I.
     assert run(4, counted, "fsdp", "GPipe", True) == [(2 * (4 + 1), 2)] * 4
@@ -153,6 +155,7 @@ def held_after(rank: int, group: Any, policy: Any, compile: Any) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @COMPILE
 def test_whole_parameters_are_held_as_the_policy_says(compile: Any) -> None:
     for found in run(4, held_after, False, compile):
@@ -211,6 +214,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor]:
     return x, target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eager", "aten"])
 def test_hooks_run_as_often_as_under_torchs_stage_on_the_same_gradients(kind: str) -> None:
     both = [run(2, hooked, each, "1F1B") for each in ("torch's", kind)]
@@ -398,6 +402,7 @@ def resumed(rank: int, group: Any, how: str, schedule: str, compile: Any, folder
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "schedule", "compile"),
     [("fsdp", "ZBVZeroBubble", ATEN), ("hsdp", "1F1B", False), ("fsdp+tensor", "Interleaved1F1B", ATEN)],
@@ -420,6 +425,7 @@ def handed_over(rank: int, group: Any, how: str, kinds: tuple[str, str], folder:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "fsdp+tensor"])
 @pytest.mark.parametrize(
     "kinds", [("torch's", "ours"), ("ours", "torch's")], ids=["from torch's", "to torch's"]

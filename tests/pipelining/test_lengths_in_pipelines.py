@@ -150,6 +150,7 @@ def stages_for(schedule: str, world_size: int) -> int:
     return world_size if schedule in ONE_STAGE_A_RANK else 2 * world_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_lengths_may_change_between_steps_and_within_them(schedule: str, compile: Any) -> None:
@@ -157,6 +158,7 @@ def test_lengths_may_change_between_steps_and_within_them(schedule: str, compile
     assert_same(gathered(run(2, runs, case, CALLS)), expected(case, CALLS), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 def test_four_ranks_agree_about_lengths(schedule: str) -> None:
     calls: Calls = [
@@ -170,6 +172,7 @@ def test_four_ranks_agree_about_lengths(schedule: str) -> None:
     assert_same(gathered(run(4, runs, case, calls)), expected(case, calls), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, {"backend": "aten", "dynamic": True}], ids=["eager", "dynamic"])
 def test_all_stages_in_one_process_take_any_length(compile: Any) -> None:
     case = Case("Interleaved1F1B", 3, 4, mixing, compile=compile)
@@ -197,6 +200,7 @@ def runs_ahead(
     return found, known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
 def test_going_back_to_a_length_that_was_kept_takes_no_messages(schedule: str) -> None:
     a, b, c = (("step", alike(length)) for length in (5, 7, 6))
@@ -217,6 +221,7 @@ def over_memory(rank: int, group: dist.ProcessGroup, job: Any, *args: Any) -> tu
         return job(rank, group, *args), len(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_lengths_may_change_where_messages_are_written_into_memory(schedule: str) -> None:
     case = Case(schedule, stages_for(schedule, 2), 4, mixing)
@@ -225,6 +230,7 @@ def test_lengths_may_change_where_messages_are_written_into_memory(schedule: str
     assert [number > 0 for _, number in answers] == [True, True]
 
 
+@pytest.mark.slow
 def test_lengths_that_were_kept_share_their_memory() -> None:
     a, b = (("step", alike(length)) for length in (7, 5))
     calls: Calls = [a, b, a, ("eval", alike(5)), b, a, b]
@@ -263,6 +269,7 @@ def goes_on(rank: int, group: dist.ProcessGroup, case: Case) -> Step:
     return call(schedule, "step", alike(5), model, mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["GPipe", "InterleavedZeroBubble"])
 def test_a_length_that_a_stage_cannot_take_is_refused_on_every_rank_and_others_go_on(schedule: str) -> None:
     case = Case(schedule, stages_for(schedule, 2), 4, with_one_that_is_fixed)
@@ -279,6 +286,7 @@ def test_a_length_that_a_stage_cannot_take_is_refused_on_every_rank_and_others_g
         assert_same([goes_on(0, group, alone)], wanted, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torchs", [(1,), (3,)], ids=str)
 def test_with_stages_of_torchs_own_a_change_is_refused_on_every_rank(torchs: tuple[int, ...]) -> None:
     case = Case("Interleaved1F1B", 4, 4, mixing, torchs=torchs)
@@ -298,6 +306,7 @@ def with_torchs_alone(rank: int, group: dist.ProcessGroup, lengths: list[int]) -
     return [call(schedule, "step", alike(length), model, [rank]) for length in lengths]
 
 
+@pytest.mark.slow
 def test_a_rank_with_torchs_stages_alone_is_told_nothing_and_waited_for_by_nobody() -> None:
     calls: Calls = [("step", alike(5))] * 20
     found = gathered(run(2, with_torchs_alone, [5] * 20))
@@ -330,6 +339,7 @@ def cuts(rank: int, group: dist.ProcessGroup, told: list[int]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_length_that_only_a_later_rank_knows_of_is_refused_with_a_way_out() -> None:
     answers = ranks(3).run(cuts, [1], group_seconds=20)
     for answer in answers:
@@ -343,6 +353,7 @@ def test_a_length_that_only_a_later_rank_knows_of_is_refused_with_a_way_out() ->
         assert loss == pytest.approx(y.square().mean().item())
 
 
+@pytest.mark.slow
 def test_an_error_before_the_first_rank_tells_of_its_microbatches_is_heard_by_all() -> None:
     for answer in ranks(2).run(late_error, group_seconds=20):
         assert isinstance(answer, Raised)

@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_losses_and_states_are_those_of_eager(name: str) -> None:
     case = CASES[name]
@@ -173,6 +174,7 @@ def average_pieces(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_replicas_average_after_the_last_piece() -> None:
     first, second = run(2, average_pieces)
     torch.manual_seed(0)
@@ -196,6 +198,7 @@ def run_other_orders(rank: int, group: dist.ProcessGroup) -> None:
     schedule.step(*(model.inputs if rank == 0 else ()), target=model.target if rank == 0 else None)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_orders_are_told_before_they_wait_for_each_other() -> None:
     for answer in ranks(2).run(run_other_orders):
         assert isinstance(answer, Raised)

@@ -79,6 +79,7 @@ def by_parameter(events: list[Event]) -> dict[str, list[Event]]:
     return {name: [e for e in events if e[1] == name] for name in sorted({e[1] for e in events})}
 
 
+@pytest.mark.slow
 @ENGINES
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_hooks_run_as_often_and_on_what_they_do_in_torchs_stage(schedule: str, compile: Any) -> None:
@@ -108,6 +109,7 @@ TABLE = {
 """How often hooks run in a step of four microbatches, by schedule and stage."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "stage"), TABLE)
 def test_how_often_hooks_run_is_what_the_table_says(schedule: str, stage: int) -> None:
     num_stages = 2 if schedule in ONE_STAGE_A_RANK else 4
@@ -118,6 +120,7 @@ def test_how_often_hooks_run_is_what_the_table_says(schedule: str, stage: int) -
     assert counts == {kind: 2 * n for kind, n in TABLE[schedule, stage].items()}  # of two steps
 
 
+@pytest.mark.slow
 def test_hooks_run_in_the_order_of_a_backward_of_the_whole_stage() -> None:
     model = uneven(1, 4)
     log = Log({0: model.modules[0]})
@@ -363,6 +366,7 @@ def hook_on_a_shared_parameter(rank: int, group: dist.ProcessGroup, kind: str) -
     return len(seen), weight.grad
 
 
+@pytest.mark.slow
 def test_a_hook_of_a_shared_parameter_sees_the_gradient_of_each_stage() -> None:
     ((seen, grad),) = run(1, hook_on_a_shared_parameter, "before")
     model = tied(2, 4)
@@ -372,6 +376,7 @@ def test_a_hook_of_a_shared_parameter_sees_the_gradient_of_each_stage() -> None:
     torch.testing.assert_close(grad, model.modules[0].weight.grad * torch.eye(4).double())
 
 
+@pytest.mark.slow
 def test_hooks_that_see_an_unfinished_gradient_are_refused() -> None:
     (answer,) = ranks(1).run(hook_on_a_shared_parameter, "after")
     assert isinstance(answer, Raised)
@@ -386,6 +391,7 @@ def test_hooks_that_would_see_a_gradient_before_it_is_averaged_are_refused(alone
         trained(module, FunctionalPipelineStage, data_parallel=alone)
 
 
+@pytest.mark.slow
 def test_a_hook_that_torch_would_leave_out_without_a_word_is_named(recwarn: Any) -> None:
     run(2, warned, Case("InterleavedZeroBubble", 4, 4))
 

@@ -33,6 +33,7 @@ def in_turn(rank: int, group: dist.ProcessGroup, cases: list[Case]) -> list[Step
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
 @pytest.mark.parametrize(
     ("names", "num_stages"),

@@ -79,6 +79,7 @@ def is_late(rank: int, group: dist.ProcessGroup) -> list[torch.Tensor]:
     return [loss.detach() for loss in losses]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_is_waited_for() -> None:
     modules = []
     for rank in range(2):
@@ -97,6 +98,7 @@ def crashes_once(rank: int, group: Any, mark: str) -> int:
     return rank
 
 
+@pytest.mark.slow
 def test_a_job_of_the_tests_runs_again_where_a_rank_crashed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"crashes_once: rank 1 SIGABRT. The job runs again."):
         assert run(2, crashes_once, str(tmp_path / "mark")) == [0, 1]

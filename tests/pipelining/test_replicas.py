@@ -82,6 +82,7 @@ def both_ways(rank: int, group: dist.ProcessGroup, case: Case, as_mesh: bool) ->
     return {"found": grads_of(model, mine), "wanted": wanted, "others": others_at_work}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "Interleaved1F1B", "InterleavedZeroBubble"])
 def test_gradients_are_those_of_distributed_data_parallel(schedule: str, compile: Any) -> None:

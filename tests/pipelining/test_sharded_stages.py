@@ -35,6 +35,7 @@ def train_and_check(world: int, how: str, schedule: str, compile: Any, kinds: st
     check(answers, trained_whole(num_stages(schedule, ranks), layout.data_ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "schedule", "compile", "kinds"),
     [

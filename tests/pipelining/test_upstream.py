@@ -114,6 +114,7 @@ def unsplit(case: Case, kind: str) -> tuple[Grads, tuple[int, int]]:
     return grads_of(fed_by, model), (fed_by.first.backwards, fed_by.second.backwards)
 
 
+@pytest.mark.slow
 @ENGINES
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_module_outside_trains_as_in_the_unsplit_model(schedule: str, compile: Any) -> None:
@@ -124,6 +125,7 @@ def test_a_module_outside_trains_as_in_the_unsplit_model(schedule: str, compile:
     assert backwards == once == (2, 2)  # in two steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [True, False], ids=["mean", "sum"])
 @pytest.mark.parametrize("kind", ["apart", "shared", "views", "one frozen", "the same"])
 def test_inputs_may_share_a_graph_or_have_none(kind: str, scale: bool) -> None:
@@ -132,6 +134,7 @@ def test_inputs_may_share_a_graph_or_have_none(kind: str, scale: bool) -> None:
     torch.testing.assert_close(list(answer), list(unsplit(case, kind)), **CLOSE)
 
 
+@pytest.mark.slow
 def test_one_microbatch_gives_an_encoder_what_it_gets_from_torchs_stage() -> None:
     grads = [
         run(2, fed, Case("GPipe", 2, 1, joined, torchs=torchs), "shared")[0][0] for torchs in ((), (0, 1))

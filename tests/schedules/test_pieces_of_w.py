@@ -43,6 +43,7 @@ def in_pieces(order: Order, pieces: int) -> Order:
     return Order(f"{order.schedule} in pieces", order.num_stages, order.num_microbatches, tuple(rows), pieces)
 
 
+@pytest.mark.slow
 def test_w_in_pieces_leaves_less_bubble_than_zb_v_at_equal_memory() -> None:
     # F 1 s, I 1.3 s, W 0.7 s of a rank with two stages, 0.1 s between ranks; I frees half of what F holds.
     costs = [Costs(0.5, 0.65, 0.35, 500, 250)] * 16

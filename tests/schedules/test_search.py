@@ -121,6 +121,7 @@ class Placed(Case):
         return list(self.stages[rank])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, {"backend": "aten"}], ids=["eager", "aten"])
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_torchs_runtime_trains_by_a_found_order_as_the_whole_model(

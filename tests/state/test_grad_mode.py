@@ -175,6 +175,7 @@ def test_one_trace_serves_all_modes() -> None:
     assert "1 signature(s)" in repr(fast)
 
 
+@pytest.mark.slow
 def test_programs_of_inductor_serve_every_mode() -> None:
     torch.manual_seed(0)
     apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))

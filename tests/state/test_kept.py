@@ -225,6 +225,7 @@ def is_dead(tensor: Tensor) -> bool:
     return not plain or tensor.requires_grad or tensor.grad_fn is not None
 
 
+@pytest.mark.slow
 @pytest.mark.supports(
     "tensors that the forward keeps on its module",
     "as eager leaves them, detached",
@@ -353,6 +354,7 @@ def test_a_forward_that_fails_leaves_no_dead_tensor(engine: Any) -> None:
     copy.deepcopy(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
 @ENGINES
 def test_stage_functions_are_copied(how: str, engine: Any) -> None:

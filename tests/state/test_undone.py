@@ -146,6 +146,7 @@ def split_by(engine: str) -> tuple[nn.Module, Callable[[], list[Tensor | None]]]
     return module, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "share"), [("closures", 40), ("aten", 5), ("compiled before", 20)])
 def test_interrupts_anywhere_leave_nothing_behind(engine: str, share: int) -> None:
     module, run = split_by(engine)

@@ -35,6 +35,7 @@ def planned(case: Case, remat: Any) -> Any:
 BUDGETS = [i / 20 for i in range(21)]
 
 
+@pytest.mark.slow
 def test_budgets_lie_between_full_and_none_and_are_kept() -> None:
     case = narrow_and_wide()
     full, none = planned(case, "full"), planned(case, "none")
@@ -52,6 +53,7 @@ def test_budgets_lie_between_full_and_none_and_are_kept() -> None:
     assert len({plan.held_after_forward for plan in plans}) > 4
 
 
+@pytest.mark.slow
 def test_no_choice_that_leaves_room_for_one_more_value_recomputes_less() -> None:
     case = narrow_and_wide()
     apply, params, buffers, x = case

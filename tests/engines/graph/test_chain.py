@@ -83,6 +83,7 @@ def gradients(stage: Any, params: Any, buffers: Any, x: Tensor, cotangent: Tenso
     return [output, dx, *new_buffers.values(), *(g for g in grads.values() if g is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "min_cut", "full"])
 @pytest.mark.parametrize("name", STAGES)
 def test_repeated_layers_give_to_the_bit_what_one_program_gives(name: str, remat: Any) -> None:
@@ -105,6 +106,7 @@ def test_repeated_layers_are_eagers(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_repeated_layers_are_eagers_by_inductor() -> None:
     torch.manual_seed(0)
     check_stage(

@@ -65,6 +65,7 @@ def linearized(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return value + tangent_of(torch.ones_like(y))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_linearize_in_a_compiled_stage_is_refused_by_name_and_works_uncompiled() -> None:
     torch.manual_seed(0)

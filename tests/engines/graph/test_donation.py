@@ -48,6 +48,7 @@ def assert_gradients(stage: Any, dx: Tensor, grads: dict[str, Tensor], cotangent
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_residuals_of_nobody_else_are_written_over(stage: Any) -> None:
     output, _, pullback = fs.stage_vjp(*stage)
     residuals = pullback._tape.leaves()

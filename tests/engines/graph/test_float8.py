@@ -61,6 +61,7 @@ class Float8Linear(nn.Linear):
         return Product.apply(x, self.weight, of_x, of_w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["uncompiled", "aten", "inductor"])
 def test_float8_products_are_split_and_their_scales_are_new_buffers(backend: Any) -> None:
     torch.manual_seed(0)

@@ -556,6 +556,7 @@ def test_weights_tied_or_frozen_after_the_trace_leave_the_stage_as_it_was_functi
     Stage.of(module).check(x)
 
 
+@pytest.mark.slow
 def test_no_program_of_inductor_is_ever_stale() -> None:
     module = Scaled(torch.ones(4), lambda value: value * (2 if module.training else 3))
     stage, x = Stage.of(module, "inductor"), torch.randn(2, 4)

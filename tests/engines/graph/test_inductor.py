@@ -74,6 +74,7 @@ def run(script: str, **environment: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_programs_of_the_first_in_inductors_cache(tmp_path: Path) -> None:
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     cache["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # an empty cache also forgets which instructions were tried out
@@ -93,6 +94,7 @@ def assert_as_eager(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: 
     torch.testing.assert_close([output, dx, weight_pullback()], [expected.detach(), *grads])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_residual_that_is_an_operand_of_a_product_has_the_strides_of_the_trace(cached: bool) -> None:
     """Inductor's passes note other strides on the nodes, and do not run where a program is in its cache."""
@@ -109,6 +111,7 @@ def test_sums_of_complex_numbers_of_which_there_are_none_run_as_they_are() -> No
     assert_as_eager(torch.add, x, w)
 
 
+@pytest.mark.slow
 def test_importing_funcstage_leaves_tracing_and_compilers_for_when_they_are_asked_for() -> None:
     (loaded,) = run(IMPORTS.format(then=""))
     assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"funcstage"}
@@ -146,6 +149,7 @@ class Narrow(torch.nn.Module):
         return torch.nn.functional.layer_norm(levels.float(), (8,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.__version__ < "2.13",
     reason="before 2.13, Inductor's C++ takes back roundings before a cast, always",

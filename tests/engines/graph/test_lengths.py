@@ -139,6 +139,7 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, .
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("stage", STAGES)
 def test_lengths_that_vary_share_a_trace(stage: str, dynamic: bool | None) -> None:

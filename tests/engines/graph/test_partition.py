@@ -201,6 +201,7 @@ def test_attention_with_dropout_runs_in_f_and_its_backward_in_i() -> None:
     assert found == [[forward], [torch.ops.aten._scaled_dot_product_efficient_attention_backward.default], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_inductors_programs_agree_with_eager(training: bool) -> None:
     module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))

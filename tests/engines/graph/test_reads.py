@@ -513,6 +513,7 @@ def collected() -> float:
     return 2.0
 
 
+@pytest.mark.slow
 def test_what_the_collector_calls_is_none_of_the_stages() -> None:
     stage, x = compiled(Reading(collected, float)), torch.randn(2, 4)
     gc.callbacks.append(tick)
@@ -727,6 +728,7 @@ def total(value: Any) -> float:
     return float(value) + (0.25 if isinstance(value, bool) else 0.0)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(way=st.sampled_from(sorted(WAYS)), values=st.lists(TREES, min_size=2, max_size=3))
 def test_whatever_is_read_wherever_a_stage_is_as_eager_at_every_moment(way: str, values: list[Any]) -> None:

@@ -72,6 +72,7 @@ def frozen(layer: Layer) -> Layer:
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [

@@ -138,6 +138,7 @@ def beside_eager(rank: int, group: Any, kind: str, engine: str, diff: bool) -> l
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diff", [True, False], ids=["of inputs too", "of parameters alone"])
 @pytest.mark.parametrize("engine", ["aten", "inductor"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,6 +158,7 @@ def apart(rank: int, group: Any) -> list[tuple[str, bool]]:
     return spans(compiled.programs(params, buffers, x).input_grad.graph)
 
 
+@pytest.mark.slow
 def test_in_an_i_of_its_own_they_travel_beside_none() -> None:
     for found in run(2, apart):
         assert [beside for _, beside in found] == [False, False]
@@ -199,6 +201,7 @@ def with_absent(rank: int, group: Any, dynamic: bool) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_cotangents_may_be_absent_and_sizes_open(dynamic: bool) -> None:
     assert run(2, with_absent, dynamic) == [1, 1]
@@ -223,6 +226,7 @@ def written(rank: int, group: Any) -> list[str]:
     return [str(error.value)]
 
 
+@pytest.mark.slow
 def test_what_w_alone_reads_must_not_be_written_before() -> None:
     for (message,) in run(2, written):
         assert "args[0]" in message
@@ -243,6 +247,7 @@ def offloaded(rank: int, group: Any) -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_pullbacks_that_were_copied_or_away_run_at_once_too() -> None:
     assert run(2, offloaded) == [1, 1]
 
@@ -262,6 +267,7 @@ def piped(rank: int, group: Any) -> list[list[tuple[str, bool]]]:
     return [spans(each.graph) for each in lowered if any(map(is_message, each.graph.nodes))]
 
 
+@pytest.mark.slow
 def test_b_of_a_pipelines_stage_is_one_program() -> None:
     for of_f, of_b in run(2, piped):
         assert len(of_f) == 2

@@ -213,6 +213,7 @@ def test_gradients_are_those_without_checkpoints(engine: str, region: Any, argnu
     assert_equal_to_eager(plain_copy(module), stage_of(module, engine), x, argnums, **exact)
 
 
+@pytest.mark.slow
 def test_inductor_computes_the_same() -> None:
     torch.manual_seed(0)
     module = Mixer(residual).double()
@@ -238,6 +239,7 @@ class Stateful(nn.Module):
         return self.run(self.lstm, x, use_reentrant=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("checkpoints around dropout and around buffers that are updated")
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_the_second_run_finds_generators_and_buffers_as_the_first_one_did(engine: str) -> None:

@@ -434,6 +434,7 @@ def test_gradients_inside_cost_what_they_cost_in_eager(case: Any, engine: str) -
     assert split.total == eager.total > 0
 
 
+@pytest.mark.slow
 def test_inductor_computes_gradients_inside() -> None:
     module, x = made(gradient_penalty)
     check_stage(module, x, engines="inductor")
@@ -681,6 +682,7 @@ def mapped(s: Energy, x: Tensor) -> Tensor:
     return map(lambda row, weight: (row @ weight,), x, s.out.weight)[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("`torch.cond`, `map`, `scan`", "refused: plain Python", "from torch 2.14 on")
 @ARGNUMS
 @pytest.mark.parametrize("case", [cond, mapped, scan, cond_beside_a_gradient])

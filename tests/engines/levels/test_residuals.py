@@ -97,6 +97,7 @@ def test_what_w_needs_is_freed_by_w_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_thousand_microbatches_leave_no_tensor_behind() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     apply, params, buffers = fs.functionalize(module)

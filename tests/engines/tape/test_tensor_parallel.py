@@ -202,6 +202,7 @@ def _collectives_in(compiled: Any) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.supports("functional collectives (tensor parallelism)")
 @pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,6 +222,7 @@ def test_collectives_in_a_stage_are_split(kind: str, engine: str) -> None:
             assert of_w == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 def test_dtensors_are_split(engine: str) -> None:
     for answer in run(2, split_on, "dtensor", engine):
@@ -236,6 +238,7 @@ def refused(rank: int, group: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_what_dtensors_cannot_do_is_refused_with_the_way_round() -> None:
     for transformed in run(2, refused):
         assert "before parallelize_module" in transformed
@@ -289,6 +292,7 @@ def train_whole() -> list[list[dict[str, Tensor]]]:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "schedule", "compile"),
     [
