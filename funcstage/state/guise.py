@@ -85,12 +85,14 @@ class Guise:
             return []
         found = []
         for own, stand_in in self._pairs:
+            if not own.__dict__ and stand_in.__dict__.keys() <= _LENT:
+                continue  # as most are: this is run for every parameter in every F
             had, traced = self._had.get(id(stand_in), frozenset()), is_functional(stand_in)
             found += [
                 Note(own, name, value, traced)
                 for name, value in stand_in.__dict__.items()
                 if name not in had
-                and name not in (IS_PARAMETER, _COPIED_BY)
+                and name not in _LENT
                 and not name.startswith(OF_DYNAMO)
                 and own.__dict__.get(name, _ABSENT) is not value
             ]
@@ -214,4 +216,5 @@ class _Current(threading.local):
 _current = _Current()
 _ABSENT: Any = object()
 _COPIED_BY = "__deepcopy__"
+_LENT = frozenset((IS_PARAMETER, _COPIED_BY))
 _OF_PARAMETERS = nn.Parameter.__torch_function__
