@@ -89,13 +89,14 @@ def beside_torchs(rank: int, group: Any, kind: str, schedule: str, compile: Any)
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "compile"),
     [
         pytest.param("1F1B", False, id="1F1B-eager"),
         pytest.param("InterleavedZeroBubble", ATEN, id="zero bubble-aten"),
-        pytest.param("1F1B", ATEN, id="1F1B-aten", marks=pytest.mark.slow),
-        pytest.param("InterleavedZeroBubble", False, id="zero bubble-eager", marks=pytest.mark.slow),
+        pytest.param("1F1B", ATEN, id="1F1B-aten"),
+        pytest.param("InterleavedZeroBubble", False, id="zero bubble-eager"),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)

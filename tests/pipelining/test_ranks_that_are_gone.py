@@ -45,6 +45,7 @@ def dies(rank: int, killed: int, store: str, answer: Connection) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_killed_between_steps_is_noticed_before_the_timeout_of_half_an_hour(
     killed: int, tmp_path: Path

@@ -399,6 +399,7 @@ class Choosing(nn.Module):
         return torch.cond(x.sum() > 0, lambda y: self.proj(y), lambda y: y * 2, (x,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.cond is compiled from torch 2.14 on")
 def test_flops_that_eager_does_not_let_count_are_a_note() -> None:
     report = check_stage(Choosing(), torch.randn(2, 3), engines="aten")

@@ -443,6 +443,7 @@ def eager(module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor | None]:
     return [output.detach(), *torch.autograd.grad(output, wanted, g, allow_unused=True)]
 
 
+@pytest.mark.slow
 def test_other_lengths_and_values_take_other_ways() -> None:
     module, _ = made(routed)
     apply, params, buffers = fs.functionalize(module)
