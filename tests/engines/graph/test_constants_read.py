@@ -71,7 +71,9 @@ def test_linearize_in_a_compiled_stage_is_refused_by_name_and_works_uncompiled()
     torch.manual_seed(0)
     x, module = torch.randn(2, 3), Reads(linearized)
     apply, params, buffers = fs.functionalize(module)
-    with pytest.raises(fs.TraceError, match=r"trace inside, as torch.func.linearize.*`apply` works"):
+    # Before 2.13 torch's trace of it stops at an assertion of torch's.
+    told = r"(trace inside, as torch.func.linearize|native::_fw_primal)(.|\n)*`apply` works"
+    with pytest.raises(fs.TraceError, match=told):
         fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, x)
     output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
     (dx,), weight_pullback = pullback(torch.ones_like(output))
