@@ -189,6 +189,14 @@ class ModuleFunction:
         # Buffers that the module has assigned anew are in `state` now.
         return output, {name: buffers[name] if name in self._frozen else state[name] for name in buffers}
 
+    def held(self) -> list[Tensor | None]:
+        """The tensors that the module holds itself."""
+        return self._parts.held()
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The same by name."""
+        return dict(zip(self._parts.names, self.held(), strict=True))
+
     def for_whole_parameters(self) -> ModuleFunction:
         """The same function of parameters that somebody else has gathered."""
         function = copy.copy(self)

@@ -82,8 +82,16 @@ def current_interceptor() -> Interceptor | None:
     return _current.interceptor
 
 
+def copied_otherwise() -> dict[int, Callable[[Any, Any], Any]]:
+    """How parameters are copied in this thread that are not copied as all are, by their ids."""
+    return _current.copied
+
+
 class _OfThread(threading.local):
     interceptor: Interceptor | None = None
+
+    def __init__(self) -> None:
+        self.copied: dict[int, Callable[[Any, Any], Any]] = {}
 
 
 _current = _OfThread()
@@ -130,6 +138,8 @@ class _Patches:
                 delattr(_BODY, _DISABLED)
             _set_apply(asked=wanted)
             _set_threads(asked=wanted)
+            kind: Any = torch.nn.Parameter
+            kind.__deepcopy__ = _asked_copy if wanted else _OWN_COPY
             self._in_place = wanted
 
     def _asked_checkpoint(self) -> Callable[..., Any]:
@@ -198,6 +208,14 @@ def _set_apply(*, asked: bool) -> None:
     else:
         kind: Any = Function
         kind.apply = _Asking.__dict__["apply"] if asked else _IN_CLASS
+
+
+_OWN_COPY: Any = torch.nn.Parameter.__deepcopy__
+
+
+@functools.wraps(_OWN_COPY)
+def _asked_copy(parameter: Any, memo: Any) -> Any:
+    return _current.copied.get(id(parameter), _OWN_COPY)(parameter, memo)
 
 
 _GIVING: Any = (

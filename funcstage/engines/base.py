@@ -22,6 +22,7 @@ from funcstage._torch import functorch as ft
 from funcstage.dtensors import Specs, unwrapped
 from funcstage.errors import stage_name
 from funcstage.functional import PLAIN_TENSORS, check_leaves
+from funcstage.state.identity import Twins
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
 
@@ -135,6 +136,11 @@ class StageCall:
     def argument_leaves(self) -> list[Any]:
         """Those of the arguments, by position and by keyword."""
         return [*self.arg_leaves, *self.of_kwargs[0]]
+
+    @cached_property
+    def twins(self) -> Twins:
+        """Tensors that are there in several places."""
+        return Twins.of(self.apply, self.params, self.buffers, self.argument_leaves)
 
     @property
     def state(self) -> list[Tensor]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from funcstage._torch.interception import copied_otherwise
 from funcstage._torch.tensors import IS_PARAMETER, OF_DYNAMO, OF_FUNCTIONAL, is_functional
 from funcstage.errors import PurityError, TraceError
 from funcstage.state.at_once import at_once
@@ -46,11 +46,14 @@ class Guise:
         self._lent: list[dict[str, Any]] = []
         self._before: list[dict[str, Any]] = []
         self._around = _current.guise
+        self._copied: list[int] = []
+        self._copies = copied_otherwise()
         self.back = chain(
             map(setattr, (_current,) * of_module, ("guise",), (self._around,)),
             map(setattr, self._dressed, repeat("__class__"), repeat(Tensor)),
             map(dict.clear, self._lent),
             map(dict.update, self._lent, self._before),
+            map(dict.pop, repeat(self._copies), self._copied, repeat(None)),
         )
 
     def put_on(self) -> None:
@@ -76,8 +79,10 @@ class Guise:
             namespace.setdefault(name, value)
         if isinstance(own, nn.Parameter) and not isinstance(stand_in, nn.Parameter):
             namespace[IS_PARAMETER] = True
-        if isinstance(stand_in, nn.Parameter):  # whose class would copy the stand-in, not what it stands for
-            namespace[_COPIED_BY] = partial(_copied, stand_in)
+        # Its class would copy the stand-in, not what it stands for.
+        if isinstance(stand_in, nn.Parameter) and id(stand_in) not in self._copies:
+            self._copied.append(id(stand_in))
+            self._copies[id(stand_in)] = _copied
 
     def notes(self) -> list[Note]:
         """What the forward has noted on the stand-ins, or taken from them, which it meant for its tensors."""
@@ -85,14 +90,14 @@ class Guise:
             return []
         found = []
         for own, stand_in in self._pairs:
-            if not own.__dict__ and stand_in.__dict__.keys() <= _LENT:
+            if not own.__dict__ and stand_in.__dict__.keys() <= {IS_PARAMETER}:
                 continue  # as most are: this is run for every parameter in every F
             had, traced = self._had.get(id(stand_in), frozenset()), is_functional(stand_in)
             found += [
                 Note(own, name, value, traced)
                 for name, value in stand_in.__dict__.items()
                 if name not in had
-                and name not in _LENT
+                and name != IS_PARAMETER
                 and not name.startswith(OF_DYNAMO)
                 and own.__dict__.get(name, _ABSENT) is not value
             ]
@@ -202,11 +207,16 @@ def notes_on(tensor: Tensor, owner: str) -> dict[str, Any]:
 
 def _copied(stand_in: Tensor, memo: Any) -> Tensor:
     kind = type(stand_in)
-    stand_in.__class__ = Tensor
+    with suppress(TypeError):
+        stand_in.__class__ = Tensor
     try:
-        return Tensor.__deepcopy__(stand_in, memo)
+        copy = Tensor.__deepcopy__(stand_in, memo)
     finally:
-        stand_in.__class__ = kind
+        with suppress(TypeError):
+            stand_in.__class__ = kind
+    with suppress(TypeError):
+        copy.__class__ = kind
+    return copy
 
 
 class _Current(threading.local):
@@ -215,6 +225,4 @@ class _Current(threading.local):
 
 _current = _Current()
 _ABSENT: Any = object()
-_COPIED_BY = "__deepcopy__"
-_LENT = frozenset((IS_PARAMETER, _COPIED_BY))
 _OF_PARAMETERS = nn.Parameter.__torch_function__

@@ -80,6 +80,10 @@ class Parts:
     def _now_children(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._submodules))]
 
+    def held(self) -> list[Tensor | None]:
+        """The tensors in the places; None where one was taken away since."""
+        return [*map(dict.get, self._holders, self._keys)]
+
     def any_hooked(self) -> bool:
         """Tell whether a parameter has hooks that a backward by autograd would run."""
         return any_hooked([*chain.from_iterable(map(dict.values, self._parameters))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable
@@ -421,3 +422,130 @@ def test_an_argument_is_the_base_of_its_views(argnums: Any) -> None:
 def test_a_trace_refuses_to_tell_whether_tensors_are_set_to_one_memory() -> None:
     with pytest.raises(fs.TraceError, match="is_set_to"):
         seen_by(lambda x, y: 1.0 + x.is_set_to(x), "compiled", None, torch.ones(2, 4))
+
+
+ONE: dict[str, tuple[Callable[[Seeing, Tensor], Tensor], Callable[..., Any]]] = {
+    "a parameter": (lambda m, x: m.w, lambda m, x, y, z: z is m.w),
+    "a parameter by id": (lambda m, x: m.w, lambda m, x, y, z: id(z) == id(m.w)),
+    "a parameter as a key": (lambda m, x: m.w, lambda m, x, y, z: {m.w: 2.0}.get(z, 1.0)),
+    "a parameter among others": (lambda m, x: m.w, lambda m, x, y, z: any(z is p for p in m.parameters())),
+    "a parameter in a list": (lambda m, x: m.w, lambda m, x, y, z: z is [m.w][0]),
+    "a buffer": (lambda m, x: m.b, lambda m, x, y, z: z is m.b),
+    "a frozen parameter": (lambda m, x: m.frozen, lambda m, x, y, z: m.frozen is not z),
+    "an argument": (lambda m, x: x, lambda m, x, y, z: x is z),
+    "an argument in a container": (lambda m, x: x, lambda m, x, y, z: z in {x}),
+    "an argument by its ids": (lambda m, x: x, lambda m, x, y, z: len({*map(id, (x, z))})),
+    "an argument in a region": (
+        lambda m, x: x,
+        lambda m, x, y, z: float(checkpoint(lambda t: (t * (1 + (x is z))).sum(), x, use_reentrant=False)),
+    ),
+}
+
+
+@pytest.mark.parametrize("argnums", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", ONE)
+def test_tensors_that_are_one_to_the_caller_are_one_or_are_not_compared(
+    case: str, engine: str, argnums: tuple[int, ...]
+) -> None:
+    given, sees = ONE[case]
+    module, x = Seeing(sees), torch.randn(3, 4)
+    z = given(module, x)
+    expected = module(x, z).detach()
+    apply, params, buffers = staged(module, engine)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    for _ in range(2):
+        if case.startswith("an argument") and not argnums and (engine == "closures" or "region" not in case):
+            output, _, _ = fs.stage_vjp(apply, params, buffers, x, z, argnums=argnums)
+            torch.testing.assert_close(output.detach(), expected)
+            continue
+        one = "compares a tensor by identity .*handed twice, or that is its parameter or buffer too"
+        with pytest.raises(fs.StageError, match=one if "region" not in case else f"{one}|reads the value"):
+            fs.stage_vjp(apply, params, buffers, x, z, argnums=argnums)
+    torch.testing.assert_close(buffers, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_trace_for_another_tensor_is_none_for_one_that_is_a_buffer_too(engine: str) -> None:
+    module, x = Seeing(lambda m, x, y, z: m.b is z), torch.randn(3, 4)
+    stage = staged(module, engine)
+    other = module.b.clone()
+    torch.testing.assert_close(fs.stage_vjp(*stage, x, other)[0], module(x, other).detach())
+    for buffer in (module.b, stage[2]["b"]):
+        with pytest.raises(fs.StageError, match="compares a tensor by identity"):
+            fs.stage_vjp(*stage, x, buffer)
+
+
+@pytest.mark.parametrize("argnums", [(), (0, 1)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tensor_that_is_there_twice_may_be_compared_with_others(
+    engine: str, argnums: tuple[int, ...]
+) -> None:
+    def sees(m: Seeing, x: Tensor, y: Tensor, z: Tensor) -> float:
+        others = [part for part in m.modules() if part is not m.proj and m.sees is sees]
+        return float(x is y) + (z is None) + (x is not m.w) + len(others) + len({id(m), id(y)})
+
+    x = torch.randn(3, 4)
+    module = Seeing(sees)
+    output, _, _ = fs.stage_vjp(*staged(module, engine), x, x, argnums=argnums)
+    torch.testing.assert_close(output, module(x, x).detach())
+
+
+ALL_ATTRIBUTES: dict[str, Callable[..., Any]] = {
+    "of a parameter": lambda m, x, y: len(vars(m.w)),
+    "of a plain parameter": lambda m, x, y: len(m.proj.weight.__dict__),
+    "of the user's class": lambda m, x, y: len(vars(m.own)),
+    "of all": lambda m, x, y: sum(len(p.__dict__) for p in m.parameters()),
+    "of a buffer": lambda m, x, y: "".join(sorted(vars(m.b))) == "tag",
+    "of an argument": lambda m, x, y: len(x.__dict__) + len([*vars(x)]),
+    "of an activation": lambda m, x, y: len(vars(y)),
+}
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("seen", ALL_ATTRIBUTES)
+def test_all_attributes_of_a_tensor_are_eagers_uncompiled_and_refused_in_a_trace(
+    seen: str, argnums: tuple[int, ...]
+) -> None:
+    module, x = Seeing(ALL_ATTRIBUTES[seen]), torch.randn(3, 4)
+    check(module, "closures", argnums, x)
+    with pytest.raises(fs.TraceError, match=r"all attributes of a tensor .* by name: getattr"):
+        fs.stage_vjp(*staged(module, "aten"), x, argnums=argnums)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "seen",
+    [
+        lambda m, x, y: "tag" in vars(m.w),
+        lambda m, x, y: m.w.__dict__["tag"] + vars(m.w).get("other", 2.0),
+        lambda m, x, y: len(vars(m)) + len(m.proj.__dict__),
+    ],
+)
+def test_an_attribute_that_is_named_may_be_read_in_a_trace(seen: Any, engine: str) -> None:
+    check(Seeing(seen), engine, (0,), torch.randn(3, 4))
+
+
+def test_a_copy_of_a_parameter_is_one() -> None:
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> float:
+        return isinstance(copy.deepcopy(m.w), nn.Parameter) + len(vars(copy.deepcopy(m.frozen)))
+
+    own = nn.Parameter.__deepcopy__
+    check(Seeing(sees), "closures", (0,), torch.randn(3, 4))
+    assert nn.Parameter.__deepcopy__ is own
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "asks", [lambda t: t._base is None, lambda t: t.T._base is t, lambda t: t._is_view()]
+)
+def test_a_region_may_not_ask_what_it_has_views_of(asks: Callable[[Tensor], Any], reentrant: bool) -> None:
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> Any:
+        def region(t: Tensor) -> Tensor:
+            return t * 2 if asks(t) else t
+
+        return checkpoint(region, x, use_reentrant=reentrant)[0, 0].detach()
+
+    x = torch.randn(3, 4)
+    with pytest.raises(fs.StageError, match=r"region asks whether a tensor is a view.* outside of the check"):
+        fs.stage_vjp(*staged(Seeing(sees), "closures"), x)

@@ -1,4 +1,4 @@
-"""Which functions compare the class of a tensor: in a trace it is another than in eager, and cannot be lent.
+"""Which functions ask for what cannot be lent to tensors of a trace: their very class, and all attributes.
 
 `isinstance` is right there, but `type(x) is torch.Tensor` is not. The byte code of a function that runs tells
 that it compares so, and what its variables hold when it returns tells whether that was a tensor of the trace.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional
 from funcstage.errors import TraceError
+from funcstage.state.expressions import Kind, uses_of, value_of
 
 
 class Comparison(NamedTuple):
@@ -35,6 +36,23 @@ class Comparison(NamedTuple):
     line: int | None
 
 
+def refusal_in(frame: FrameType) -> TraceError | None:
+    """What is to be said of a function that returns, if it has asked such a thing of a traced tensor."""
+    where = compared_class(frame)
+    if where is not None:
+        return TraceError(
+            f"The stage compares the class of a tensor (at {where}), which is another while it is traced. "
+            "Ask isinstance(x, torch.Tensor), or isinstance(w, torch.nn.Parameter)."
+        )
+    where = opened_namespace(frame)
+    if where is not None:
+        return TraceError(
+            f"The stage reads all attributes of a tensor (vars or __dict__, at {where}), which has others "
+            "while it is traced. Ask for those that are meant by name: getattr(x, name, None)."
+        )
+    return None
+
+
 def compared_class(frame: FrameType) -> str | None:
     """Where a function that returns has compared the class of a tensor of the trace, as ``file:number``."""
     for comparison in comparisons_of(frame.f_code):
@@ -47,17 +65,21 @@ def compared_class(frame: FrameType) -> str | None:
     return None
 
 
-def refuse_comparison(where: str | None) -> None:
-    """Refuse a stage that has compared one, if it has.
+def opened_namespace(frame: FrameType) -> str | None:
+    """Where a function that returns has read all attributes of a tensor of the trace, likewise."""
+    for use in uses_of(frame.f_code):
+        if use.kind is Kind.NAMESPACE:
+            with without_torch_function():
+                value = value_of(use.operands[0], frame)
+                if isinstance(value, Tensor) and is_functional(value):
+                    return f"{frame.f_code.co_filename}:{use.line}"
+    return None
 
-    Raises:
-        TraceError: names the line.
-    """
-    if where is not None:
-        raise TraceError(
-            f"The stage compares the class of a tensor (at {where}), which is another while it is traced. "
-            "Ask isinstance(x, torch.Tensor), or isinstance(w, torch.nn.Parameter)."
-        )
+
+def refuse(refusal: TraceError | None) -> None:
+    """Raise what is to be said, if anything is."""
+    if refusal is not None:
+        raise refusal
 
 
 @functools.lru_cache(maxsize=8192)

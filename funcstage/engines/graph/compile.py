@@ -83,6 +83,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         fullgraph: bool | None,
     ) -> None:
         self.apply = apply
+        self.held, self.named = getattr(apply, "held", tuple), getattr(apply, "named", dict)
         self.backend = backend
         self.remat = remat
         self.cuda_graphs = cuda_graphs

@@ -21,6 +21,7 @@ from funcstage.engines.graph.sizes import Inside, Open, Sizes, strides_of
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
 from funcstage.state.content import MARK, content, is_plain
+from funcstage.state.identity import is_repeated
 from funcstage.state.module import Fingerprint
 
 
@@ -61,22 +62,26 @@ def signature_of(call: StageCall, module: Fingerprint, open_dims: Open) -> Signa
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
         raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
     ambient = AmbientState.now(differentiated=diff is not None)
-    same = _repeated(leaves[_n_state(structure.children()) :])
+    same = _repeated(call)
     sharding, notes = sharding_of(specs), notes_on(call)
     return Signature(
         structure, tuple(found), argnums, module.read(), ambient, sharding, same=same, notes=notes
     )
 
 
-def _n_state(specs: Sequence[optree.PyTreeSpec]) -> int:
-    """How many leaves are parameters and buffers, which come first."""
-    return sum(spec.num_leaves for spec in specs[:2])
+def _repeated(call: StageCall) -> tuple[int, ...]:
+    """Which arguments are the same tensor as one before, or as one of the state: for each the place of that.
 
-
-def _repeated(leaves: Sequence[Any]) -> tuple[int, ...]:
-    """Which arguments are the same tensor: for each the place of the first such; empty where all differ."""
-    ids = [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-    return () if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
+    Empty where all differ.
+    """
+    params, buffers = call.flat[:2]
+    held: Any = getattr(call.apply, "held", tuple)()
+    if not is_repeated(call.argument_leaves, params[0], buffers[0], held):
+        return ()
+    own = call.twins.own
+    leaves = [*held, *params[0], *buffers[0], *call.argument_leaves]
+    ids = [own.get(id(leaf), id(leaf)) for leaf in leaves if leaf is not None]
+    return tuple(map(ids.index, ids))
 
 
 def notes_on(call: StageCall) -> tuple[Hashable, ...]:
@@ -155,8 +160,7 @@ class Recent:
         self._are_alike = tt.comparison(
             [leaves[i] for i in self._tensors], {place[i]: dims for i, dims in open_dims.items()}
         )
-        self._n_state = _n_state(self._structures)
-        self._same, self._notes = _repeated(leaves[self._n_state :]), notes_on(call)
+        self._same, self._notes = _repeated(call), notes_on(call)
         self._glance = module.glance()
         self._ambient = AmbientState.now(diff is not None)
         self._watch = Watch(reads)
@@ -174,7 +178,7 @@ class Recent:
             return None
         if any(map(_is_nested, tensors)):  # which ends the process where strides are compared
             return None
-        if _repeated(leaves[self._n_state :]) != self._same or notes_on(call) != self._notes:
+        if _repeated(call) != self._same or notes_on(call) != self._notes:
             return None
         if not self._are_alike(*tensors) or any(
             isinstance(leaves[i], Tensor) or _leaf(leaves[i]) != other for i, other in self._others

@@ -24,7 +24,7 @@ from funcstage._torch import tracing as tt
 from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional, is_functionalized
-from funcstage.engines.graph.classes import compared_class, refuse_comparison
+from funcstage.engines.graph.classes import refusal_in, refuse
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
@@ -73,7 +73,7 @@ class Recorder(TorchFunctionMode):
         self._before: Any = None
         self._thread = get_ident()
         self._collecting = False
-        self._compared: str | None = None
+        self._refusal: TraceError | None = None
         self._random = RandomState(())
         parts, self.known = self._parts, {*map(id, self._parts)}
         self._explored.update((id(part), part) for part in parts)
@@ -170,7 +170,7 @@ class Recorder(TorchFunctionMode):
                 if caller is not None and caller.f_code in self._codes:
                     self._noted.draw(frame, caller)
         elif event == "return" and frame.f_code in self._codes:
-            self._compared = self._compared or compared_class(frame)
+            self._refusal = self._refusal or refusal_in(frame)
         elif event == "c_call":
             self.generators.note(argument, frame)
             if frame.f_code in self._codes:
@@ -349,7 +349,7 @@ class Recorder(TorchFunctionMode):
     def _refuse(self) -> None:
         self.generators.refuse()
         self._noted.refuse()
-        refuse_comparison(self._compared)
+        refuse(self._refusal)
         for label, value in self._unwatchable():
             raise TraceError(
                 f"The stage reads {label}, of type {type(value).__module__}.{type(value).__qualname__}, "

@@ -54,6 +54,7 @@ from funcstage.state import captured
 from funcstage.state.ambient import autocast_off, own_autocast_cache
 from funcstage.state.argument_containers import Containers
 from funcstage.state.guise import looking_alike
+from funcstage.state.identity import watching_identity
 from funcstage.state.kept import Changes, State, objects_among
 from funcstage.state.module import state_with, swapped
 
@@ -197,14 +198,15 @@ class _Run:
             params, buffers = trees.unflatten(self._state_spec, values[: self._n_leaves])
             args, kwargs = trees.unflatten(self._args_spec, values[self._n_leaves :])
             containers = Containers((call.args, call.kwargs), (args, kwargs))
-            recorder = nullcontext() if self._recorder is None else self._recorder
+            lent = [*zip(self._leaves[: self._n_params], values, strict=False)]
             with (
                 telling(self.regions.gathers),
                 intercepting(self.regions),
                 uncompiled(),
                 averaged_in_tensors(call.module),
                 looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
-                recorder,
+                watching_identity(owner, call.twins, values[self._n_leaves :], lent),
+                self._recorder or nullcontext(),
             ):
                 result = call.apply(params, buffers, *args, **kwargs)
             output, new_buffers = checked_result(call.apply, result)

@@ -34,6 +34,15 @@ def written_into_own(func: Any, target: Any) -> Exception:
     )
 
 
+def asks_for_views(func: Any) -> StageError:
+    """The refusal of a checkpointed region that asks what its operands are views of: its runs have others."""
+    asked = "_is_view" if func is Tensor._is_view else "_base"
+    return StageError(
+        f"A checkpointed region asks whether a tensor is a view, or of what ({asked}), which differs between "
+        "its runs. Ask outside of the checkpoint, and pass the answer as an argument."
+    )
+
+
 def impure(owner: str, func: Any) -> PurityError:
     return PurityError(
         f"The stage writes into {owner} in place, by {getattr(func, '__name__', func)}. A stage function "

@@ -43,6 +43,7 @@ from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.contents import Held
 from funcstage.state.guise import looking_alike
+from funcstage.state.identity import watching_identity
 from funcstage.state.module import ModuleState, state_with
 from funcstage.trees import Buffers
 
@@ -106,7 +107,9 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
             stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
             containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
         looks = looking_alike(call.name, call.arg_leaves, arg_leaves)
-        with mode, looks, intercepting(mode), uncompiled():
+        pairs = zip(call.of_params[0], param_leaves, strict=True)
+        watch = watching_identity(call.name, call.twins, [*arg_leaves, *kwarg_leaves], [*pairs])
+        with mode, looks, intercepting(mode), uncompiled(), watch:
             result = apply(
                 trees.unflatten(params_spec, param_leaves), call.buffers, *stage_args, **stage_kwargs
             )

@@ -18,7 +18,7 @@ from funcstage._torch.messages import CAPTURED_WRITTEN, says
 from funcstage._torch.operators import Written, without_torch_function
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
-from funcstage.engines.levels.explain import impure, written_into_own
+from funcstage.engines.levels.explain import asks_for_views, impure, written_into_own
 from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.levels.moves import Levels
 from funcstage.engines.levels.regions import Rerunnable, checkpointed
@@ -56,6 +56,7 @@ class Split(Levels, TorchFunctionMode):
         before_write: told what is about to be overwritten.
         before_read: called where values leave torch other than by an operation.
         first_reads: where data meets parameters, if no argument is differentiated.
+        in_region: whether it is the split of a checkpointed region in its first run.
         nodes: those that the stage has asked for, with whether they are on one of the two tapes alone.
     """
 
@@ -81,6 +82,7 @@ class Split(Levels, TorchFunctionMode):
         self.before_write: Callable[[Any, Any], None] | None = None
         self.before_read: Callable[[Any], None] | None = None
         self.first_reads: FirstReads | None = None
+        self.in_region = False
         self.nodes: dict[Node, bool] = {}
 
     def __torch_function__(
@@ -99,6 +101,8 @@ class Split(Levels, TorchFunctionMode):
                 return self.read_memory(func, args, kwargs)
             if func == READS_NODE:
                 return self.read_node(args[0])
+            if self.in_region and func in _READING_VIEWS:
+                raise asks_for_views(func)
             if func == _READS_BASE:
                 return self.argument_like(self.call(func, args, kwargs))
         operation = known(func)
@@ -368,7 +372,7 @@ class Split(Levels, TorchFunctionMode):
     def nested(self, outer_level: int, inner_level: int) -> Split:
         """A split for the first run of a region, under levels of its own."""
         nested = Split(outer_level, inner_level, {}, [])
-        nested.alone = self.alone
+        nested.alone, nested.in_region = self.alone, True
         return nested
 
 
@@ -385,4 +389,5 @@ _READING_MEMORY: set[Any] = {
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
 _READS_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
-_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | {READS_NODE, _READS_BASE}
+_READING_VIEWS: set[Any] = {_READS_BASE, Tensor._is_view}
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | _READING_VIEWS | {READS_NODE}

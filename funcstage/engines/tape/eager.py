@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ from funcstage.residuals import (
 from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
 from funcstage.state.guise import looking_alike
+from funcstage.state.identity import watching_identity
 from funcstage.state.module import state_with
 
 
@@ -250,8 +251,10 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
     stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
     looks = looking_alike(call.name, arg_leaves, stage_args)
-    stage_args = trees.unflatten(args_spec, stage_args)
     kwarg_leaves, kwargs_spec = call.of_kwargs
+    lent = [(param_leaves[i], stand_in) for i, stand_in in trained.items()]
+    watch = watching_identity(call.name, call.twins, [*stage_args, *kwarg_leaves], lent)
+    stage_args = trees.unflatten(args_spec, stage_args)
     stage_kwargs, containers = call.kwargs, None
     if are_among(args_spec) or are_among(kwargs_spec):
         stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
@@ -259,8 +262,11 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     regions = _AsTheyCome()
     modes = WatchedWrites(call.given), OneTape(regions.leftovers)
     keeping = kept.detached(call.module, kept.objects_among((*arg_leaves, *kwarg_leaves)))
+    running = torch.enable_grad(), intercepting(regions), uncompiled(), looks, *modes, watch
     try:
-        with keeping, torch.enable_grad(), intercepting(regions), uncompiled(), looks, modes[0], modes[1]:
+        with keeping, ExitStack() as stack:
+            for context in running:
+                stack.enter_context(context)
             result = apply(stage_params, call.buffers, *stage_args, **stage_kwargs)
     except RuntimeError as error:
         if says(error, LEAF_WRITTEN):

@@ -1,0 +1,181 @@
+"""Tensors that are one to a stage's caller and several within the stage, and forwards that compare them.
+
+A tensor that is handed in twice, or that is a parameter or buffer besides, has another stand-in in each
+place, as it has a gradient for each. That `a is b` is then False, where eager says True, is seen by no mode.
+A call with such tensors is therefore watched: the byte code of each function that runs tells what it compares
+by identity, and what its variables hold when it returns tells whether those were stand-ins of one tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from funcstage._torch.operators import without_torch_function
+from funcstage.errors import StageError
+from funcstage.state.code import is_torchs_or_library
+from funcstage.state.expressions import UNKNOWN, Kind, Use, uses_of, value_of
+from funcstage.state.guise import own_of
+from funcstage.trees import describe, flatten
+
+
+class Twins(NamedTuple):
+    """The tensors of a call, as its caller holds them and as its forward meets them.
+
+    Attributes:
+        own: for each tensor of the state that the stage is given, and each of its module's, what it is one
+            with: the module's, if it has one.
+        given: the leaves of the arguments.
+        repeated: whether one of these is there twice, or is of the state.
+        of_module: whether the state is a module's, which holds stand-ins of its own.
+    """
+
+    own: Mapping[int, int]
+    given: Sequence[Any]
+    repeated: bool
+    of_module: bool = False
+
+    @classmethod
+    def of(cls, apply: Callable[..., Any], params: Any, buffers: Any, given: Sequence[Any]) -> Twins:
+        """Look for tensors that are handed in twice, or that are of the state.
+
+        Args:
+            apply: the stage function.
+            params: those that it is given.
+            buffers: likewise.
+            given: the leaves of its arguments.
+        """
+        held: Any = getattr(apply, "held", tuple)()
+        state = [leaf for tree in (params, buffers) for leaf in flatten(tree)[0]]
+        if not is_repeated(given, state, held):
+            return cls({}, given, False)
+        own = {id(tensor): id(tensor) for tensor in (*held, *state)}
+        if held:
+            of_module = apply.named()  # type: ignore[attr-defined]
+            for tree in (params, buffers):
+                own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
+        return cls(own, given, True, bool(held))
+
+
+def is_repeated(given: Iterable[Any], *others: Iterable[Any]) -> bool:
+    """Tell whether a tensor is there twice among leaves, or is one of others."""
+    ids = [id(leaf) for leaf in given if isinstance(leaf, Tensor)]
+    once = {*ids}
+    return len(once) < len(ids) or not all(once.isdisjoint(map(id, each)) for each in others)
+
+
+@contextmanager
+def watching_identity(
+    owner: str, twins: Twins, stand_ins: Sequence[Any], params: Sequence[tuple[Any, Any]]
+) -> Iterator[None]:
+    """Refuse a forward that asks whether tensors are one that are so in eager, but have several stand-ins.
+
+    Args:
+        owner: the stage's name.
+        twins: of its call.
+        stand_ins: what the forward is handed for the leaves of the arguments.
+        params: the parameters and what it is handed for them.
+
+    Raises:
+        StageError: where the forward ends; names the line.
+    """
+    if not twins.repeated:
+        yield
+        return
+    watch = _Watch(twins, stand_ins, params)
+    before = sys.getprofile()
+    watch.before = before if callable(before) else None
+    sys.setprofile(watch.profile)
+    try:
+        yield
+    finally:
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:  # cProfile's, up to Python 3.11
+            before.enable()
+    if watch.found is not None:
+        tensor, where = watch.found
+        raise StageError(
+            f"{owner} compares a tensor by identity (at {where}) that it was handed twice, or that is its "
+            f"parameter or buffer too ({describe(tensor)}). It is one tensor to the caller, but has a "
+            "gradient in each place, and so is another object in each. Say by an argument of its own (a "
+            "flag) which tensors are one."
+        )
+
+
+class _Watch:
+    """Looks at functions that return for comparisons of stand-ins.
+
+    Attributes:
+        before: who else is told.
+        found: a tensor that was compared, and where.
+    """
+
+    def __init__(self, twins: Twins, stand_ins: Sequence[Any], params: Sequence[tuple[Any, Any]]) -> None:
+        own = self._own = twins.own
+        pairs = [
+            (own.get(id(leaf), id(leaf)), id(stand_in))
+            for leaf, stand_in in (*params, *zip(twins.given, stand_ins, strict=True))
+            if isinstance(leaf, Tensor)
+        ]
+        self._handed = {stand_in: one for one, stand_in in pairs}
+        objects: dict[int, set[int]] = {}
+        of_state = [(one, 0 if twins.of_module else state) for state, one in own.items()]
+        for one, stand_in in (*pairs, *of_state):
+            objects.setdefault(one, set()).add(stand_in)
+        self._doubles = {one for one, different in objects.items() if len(different) > 1}
+        self.before: Any = None
+        self.found: tuple[Tensor, str] | None = None
+
+    def profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self.found is None:
+            if event == "return":
+                uses = [use for use in uses_of(frame.f_code) if use.kind is not Kind.NAMESPACE]
+                if uses and _is_users(frame):
+                    with without_torch_function():
+                        self._look(frame, uses)
+            elif event == "call" and frame.f_code is _HASH and frame.f_back and _is_users(frame.f_back):
+                with without_torch_function():
+                    self._note(frame.f_locals["self"], frame.f_back, frame.f_back.f_lineno)
+        if self.before is not None:
+            self.before(frame, event, argument)
+
+    def _look(self, frame: FrameType, uses: Sequence[Use]) -> None:
+        for use in uses:
+            values = [value_of(operand, frame) for operand in use.operands]
+            doubles = [value for value in values if self._is_double(value)]
+            if doubles and use.kind is Kind.COMPARED and not any(v is UNKNOWN for v in values):
+                first, second = values
+                same = first is second or not isinstance(first, Tensor) or not isinstance(second, Tensor)
+                if same or self._one(first) != self._one(second):
+                    continue
+            if doubles:
+                self._note(doubles[0], frame, use.line)
+
+    def _note(self, tensor: Tensor, frame: FrameType, line: int | None) -> None:
+        if self._is_double(tensor):
+            self.found = tensor, f"{frame.f_code.co_filename}:{line}"
+
+    def _is_double(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and self._one(value) in self._doubles
+
+    def _one(self, tensor: Tensor) -> int:
+        """What a tensor that the forward meets is one with."""
+        known = self._handed.get(id(tensor))
+        if known is not None:
+            return known
+        own = own_of(tensor)
+        own = tensor if own is None else own
+        return self._own.get(id(own), id(own))
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not is_torchs_or_library(frame.f_globals.get("__name__"))
+
+
+_HASH: CodeType = nn.Parameter.__hash__.__code__
