@@ -5,7 +5,7 @@ imported. While a stage runs, its calls of `torch.utils.checkpoint.checkpoint` a
 `torch.autograd.Function.apply` in the same thread go to an interceptor instead; everything else, and
 everybody once no stage runs, has torch's own. What a stage lets other threads do reaches no mode at all, so
 the interceptor is told where it starts one, gives one something to do, or waits for one. It is not where that
-is done in C alone, as by a `queue.SimpleQueue` both there and back.
+is done in C alone, as by a `queue.SimpleQueue` both there and back: `state/shared.py` looks for those before.
 Private: `__dynamo_disable`, which torch's wrapper of
 `checkpoint` looks up in every call, and the code of `Function.apply`. `tests/_torch/test_private_api.py`
 says so when they move.

@@ -3,8 +3,10 @@
 A compiled stage brings its own. The levels take every other call but those that only plain autograd can
 run: DTensors, whose class levels hide, and stages that take gradients or start threads inside themselves,
 or use operators whose gradients are C++ `torch::autograd::Function`s.
-That a stage does is seen in the middle of its run, which is then given up: generators and the attributes of
-its module go back to what they were, and it runs again. From then on it runs on the tape at once.
+A stage that can get at a queue, an event or the like runs on the tape at once: what other threads compute for
+it is right there, and so is what they hand in. That a stage does anything else of the kind is seen in the
+middle of its run, which is then given up: generators and the attributes of its module go back to what they
+were, and it runs again. From then on it runs on the tape at once.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
     with locked(call.module):
         before = Before.of(call.apply, call.module, call.leaves, call.argument_leaves)
         try:
-            if not _is_known(call.apply):
+            if not (_is_known(call.apply) or before.meets_threads):
                 with suppress(TakesGradients):
                     return levels.linearize(call, held=before.held)
                 _start_over(call, before)

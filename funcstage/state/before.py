@@ -13,7 +13,7 @@ from funcstage._torch import functorch as ft
 from funcstage.state.ambient import RandomState, among, of_process, of_torch
 from funcstage.state.contents import Contents, Held
 from funcstage.state.kept import State, objects_among, reached
-from funcstage.state.shared import NOTHING_SHARED, Shared, names_of
+from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
 
 
 class Before(NamedTuple):
@@ -25,6 +25,7 @@ class Before(NamedTuple):
         handed: what objects among the arguments held, and what the stage's function closes over.
         shared: what the code of the stage's function can get at, if that is no module's.
         noted: the attributes of tensors among the arguments, with what these were.
+        meets_threads: whether the stage can get at something by which threads meet.
     """
 
     generators: RandomState
@@ -32,6 +33,7 @@ class Before(NamedTuple):
     handed: State
     shared: Shared
     noted: list[tuple[dict[str, Any], dict[str, Any]]]
+    meets_threads: bool
 
     @classmethod
     def of(
@@ -54,12 +56,15 @@ class Before(NamedTuple):
             known = isinstance(contents, Contents) and not ft.current_level()  # whose tensors die with it
             held = (contents if known else Contents(module)).now()
         handed = objects_among(leaves) if held is not None else [*objects_among(leaves), apply]
+        shared = NOTHING_SHARED if held is not None else Shared(names_of([apply]))
+        within_reach = [*reached(handed)]
         return cls(
-            RandomState((*of_torch(devices), *of_process(), *among(reached(handed)))),
+            RandomState((*of_torch(devices), *of_process(), *among(within_reach))),
             held,
             State(None, handed),
-            NOTHING_SHARED if held is not None else Shared(names_of([apply])),
+            shared,
             [(leaf.__dict__, leaf.__dict__.copy()) for leaf in arguments if isinstance(leaf, Tensor)],
+            meet_threads(within_reach) or (shared if held is None else held).meets_threads,
         )
 
     def restore(self) -> None:

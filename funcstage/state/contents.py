@@ -33,7 +33,7 @@ from funcstage.state.kept import (
     replace_in,
     slots_of,
 )
-from funcstage.state.shared import NOTHING_SHARED, Shared, names_of
+from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
 
 
 class Contents:
@@ -111,6 +111,11 @@ class Held:
             if value is not before and (new := of(value)) is not value:
                 slot.__set__(holder, new)
 
+    @property
+    def meets_threads(self) -> bool:
+        """Whether something is held, or within reach of the code, by which threads meet."""
+        return self.walk.meets_threads or self._shared.meets_threads
+
     def restore(self) -> None:
         """Put back what has changed since."""
         for container, before in zip(self.walk.filled, self._copies, strict=True):
@@ -144,6 +149,7 @@ class _Walk:
         iterators: iterators on the way, which cannot be put back.
         slotted: objects with slots on the way.
         names: what the code of its modules can get at besides.
+        meets_threads: whether something is on the way by which threads meet.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -153,6 +159,7 @@ class _Walk:
         self._parts = [each for each in self._passed if isinstance(each, nn.Module)]
         self.generators = [*among(self._passed)]
         self.iterators = [each for each in self._passed if isinstance(each, Iterator) and not _is_file(each)]
+        self.meets_threads = meet_threads(self._passed)
         self.slotted = [*filter(has_slots, self._passed)]
         self.names = names_of({*map(type, self._parts)})
         own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dis
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -51,7 +53,11 @@ class Name(NamedTuple):
 
 
 class Shared:
-    """What some names stand for at a moment, and what is in it."""
+    """What some names stand for at a moment, and what is in it.
+
+    Attributes:
+        meets_threads: whether something is among it by which threads meet.
+    """
 
     def __init__(self, names: Sequence[Name]) -> None:
         values = [name.value() for name in names]
@@ -59,7 +65,10 @@ class Shared:
         containers = [found for value in values if (found := _container(value)) is not None]
         self._contents = [(container, copy.copy(container)) for container in containers]
         inside = (each.values() if isinstance(each, dict) else each for each in containers)
-        self._generators = RandomState(among(chain(values, *inside)))
+        found = [*chain(values, *inside)]
+        self._generators = RandomState(among(found))
+        deeper = (each.values() for value in found if type(each := _container(value)) is dict)
+        self.meets_threads = meet_threads(chain(found, *deeper))
 
     def restore(self) -> None:
         """Put back what has changed since."""
@@ -91,6 +100,11 @@ def shared_by(apply: Callable[..., Any], modules: Iterable[nn.Module]) -> Shared
 def names_of(roots: Iterable[type | Callable[..., Any]]) -> list[Name]:
     """What classes and functions, and functions that these call, can get at."""
     return [name for root in roots for name in _names_of(root)]
+
+
+def meet_threads(values: Iterable[Any]) -> bool:
+    """Tell whether something is among them by which threads give each other work or its results."""
+    return any(issubclass(kind, _MEETING) for kind in {*map(type, values)})
 
 
 def _container(value: Any) -> Any:
@@ -155,3 +169,7 @@ NOTHING_SHARED = Shared(())
 _FIXED = (FunctionType, MethodType, type, ModuleType, property, classmethod, staticmethod, Tensor, nn.Module)
 _KNOWN: WeakKeyDictionary[Any, list[Name]] = WeakKeyDictionary()
 _LONG = 1000
+_MEETING = (
+    *(queue.Queue, queue.SimpleQueue),
+    *(threading.Event, threading.Condition, threading.Semaphore, threading.Barrier),
+)

@@ -96,17 +96,34 @@ class ByCondition(ByEvent):
 
 
 class BySimpleQueue(ByEvent):
-    """Jobs through a queue that is written in C, whose calls nobody sees."""
+    """Jobs through a queue that is written in C, whose calls nobody sees, and answers by an event."""
 
     def __init__(self) -> None:
         super().__init__()
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def give(self, job: Any) -> None:
         self.jobs.put(job)  # after which the thread may be done before anybody looks
 
     def take(self) -> Any:
         return self.jobs.get()
+
+    def hears(self) -> bool:
+        heard = super().hears()
+        self.done.clear()
+        return heard
+
+
+class BySimpleQueues(BySimpleQueue):
+    """Answers through such a queue, too."""
+
+    def tell(self) -> None:
+        self.answers.put(None)
+
+    def hears(self) -> bool:
+        self.answers.get(timeout=60)
+        return True
 
 
 class ByExecutor(ByEvent):
@@ -145,6 +162,7 @@ def worker(request: pytest.FixtureRequest) -> Iterator[str]:
     thread = threading.Thread(target=loop)
     thread.start()
     yield name
+    del WORKERS[name]
     works.give(DONE)
     thread.join(60)
 
@@ -162,11 +180,24 @@ class Asking(nn.Module):
         return self.last(WORKERS[self.worker].result())
 
 
+HIDDEN: list[list[list[list[Any]]]] = []
+
+
+class AskingInDepth(Asking):
+    """Has it from where nobody looks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        HIDDEN[-1][0][0][0].give(lambda: torch.sin(y) @ self.last.weight)
+        return self.last(HIDDEN[-1][0][0][0].result())
+
+
 SEEN = (ByEvent, BySemaphore, ByCondition, ByExecutor)
+KINDS = (*SEEN, BySimpleQueue, BySimpleQueues)
 
 
 @pytest.mark.parametrize("argnums", [(), (0,)])
-@pytest.mark.parametrize("worker", SEEN, indirect=True)
+@pytest.mark.parametrize("worker", KINDS, indirect=True)
 def test_what_a_waiting_thread_computes_has_its_gradients(worker: str, argnums: tuple[int, ...]) -> None:
     module, x = Asking(worker).double(), torch.randn(3, 4, dtype=torch.double)
     leaf = x.clone().requires_grad_()
@@ -187,7 +218,67 @@ def test_a_compiled_stage_refuses_a_waiting_thread(worker: str) -> None:
 
 
 @pytest.mark.parametrize("worker", [BySimpleQueue], indirect=True)
-def test_waiting_for_work_that_nobody_saw_being_given_is_refused(worker: str) -> None:
-    apply, params, buffers = fs.functionalize(Asking(worker))
+def test_waiting_for_work_that_nobody_saw_being_given_is_refused(
+    worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HIDDEN.append([[[WORKERS[worker]]]])
+    monkeypatch.setitem(globals(), "WORKERS", {})
+    apply, params, buffers = fs.functionalize(AskingInDepth(worker))
     with pytest.raises(fs.StageError, match=r"was not seen to give it anything to do .* queue\.Queue"):
         fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
+
+
+class Prefetching(nn.Module):
+    """Adds what a thread loads; at once, or behind a region."""
+
+    def __init__(self, loaded: Any) -> None:
+        super().__init__()
+        self.proj, self.loaded = nn.Linear(4, 4), loaded
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) * self.loaded.get(timeout=60)
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue])
+def test_what_a_thread_only_hands_in_is_a_constant(kind: Any, argnums: tuple[int, ...]) -> None:
+    loaded, x = kind(), torch.randn(3, 4)
+    values = [torch.full((3, 4), float(n)) for n in range(4)]
+    thread = threading.Thread(target=lambda: [loaded.put(value) for value in values])
+    module = Prefetching(loaded)
+    apply, params, buffers = fs.functionalize(module)
+    thread.start()
+    for value in values:
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+        torch.testing.assert_close(output, module.proj(x).detach() * value)
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        torch.testing.assert_close(weight_pullback()["proj.bias"], value.sum(0))
+        assert argnums == () or torch.equal(dx, value @ params["proj.weight"])
+    thread.join(60)
+
+
+def of_a_cell(jobs: Any, answers: Any) -> Callable[..., Any]:
+    def apply(params: Tensor, buffers: Any, x: Tensor) -> Any:
+        jobs.put(lambda: x * params)
+        return answers.get(), buffers
+
+    return apply
+
+
+@pytest.mark.parametrize("argument", [False, True])
+def test_queues_of_a_function_or_among_its_arguments_are_found(argument: bool) -> None:
+    jobs, answers = queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
+
+    def handed(params: Tensor, buffers: Any, x: Tensor, queues: Any) -> Any:
+        queues[0].put(lambda: x * params)
+        return queues[1].get(), buffers
+
+    thread = threading.Thread(target=lambda: answers.put(jobs.get()()))
+    thread.start()
+    apply = handed if argument else of_a_cell(jobs, answers)
+    args = ((jobs, answers),) if argument else ()
+    x, w = torch.randn(3), torch.randn(3)
+    _, _, pullback = fs.stage_vjp(apply, w, (), x, *args, argnums=0)
+    (dx, *_), weight_pullback = pullback(torch.ones(3))
+    thread.join(60)
+    torch.testing.assert_close((dx, weight_pullback()), (w, x))
