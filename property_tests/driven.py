@@ -146,7 +146,7 @@ class _Run:
         """The arguments that situations add."""
         added: dict[str, Any] = {}
         for situation, held in zip(self.script.situations, self.held, strict=True):
-            added |= situation.keywords(held, k)
+            added |= situation.keywords(held, k) | situation.handed(self.module, k)
         return added
 
     def left(self) -> list[Any]:

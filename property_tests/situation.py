@@ -82,6 +82,10 @@ class Situation:
         """Arguments of microbatch `k` beside the stage's own."""
         return {}
 
+    def handed(self, module: nn.Module, k: int) -> dict[str, Any]:
+        """Arguments of a microbatch that the caller takes from the module."""
+        return {}
+
     def left(self, held: Any) -> list[Any]:
         """What the stage left in what the caller holds."""
         return []

@@ -28,6 +28,7 @@ from of_modules import (
     Returned,
     Wrapped,
 )
+from of_questions import QUESTIONS, THREADS, Asked, NodeHook, Threads
 from of_surroundings import CAPTURED, SHARED, Captured, Shared
 from of_transforms import KEPT, TRANSFORMS, Transformed
 from situation import VERBS, Situation
@@ -67,6 +68,9 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "type": tuple(map(Returned, PACKS)),
     "draw": (Draws(),),
     "error": (Raised(),),
+    "question": tuple(map(Asked, QUESTIONS)),
+    "node hook": tuple(map(NodeHook, (False, True))),
+    "threads": tuple(map(Threads, THREADS)),
     "copy": tuple(map(Copied, Copied.HOWS)),
 }
 """The situations that there are, by kind."""

@@ -64,11 +64,9 @@ class Shared:
         self._assigned = [pair for pair in zip(names, values, strict=True) if pair[0].is_assigned]
         containers = [found for value in values if (found := _container(value)) is not None]
         self._contents = [(container, copy.copy(container)) for container in containers]
-        inside = (each.values() if isinstance(each, dict) else each for each in containers)
-        found = [*chain(values, *inside)]
+        found = [*values, *chain.from_iterable(map(_inside, values))]
         self._generators = RandomState(among(found))
-        deeper = (each.values() for value in found if type(each := _container(value)) is dict)
-        self.meets_threads = meet_threads(chain(found, *deeper))
+        self.meets_threads = meet_threads(chain(found, *map(_inside, found)))
 
     def restore(self) -> None:
         """Put back what has changed since."""
@@ -117,6 +115,12 @@ def _container(value: Any) -> Any:
     return inside
 
 
+def _inside(value: Any) -> Iterable[Any]:
+    """What is in a container, or in a user's object: functions in tables are called, too."""
+    found = _container(value)
+    return () if found is None else [*found.values()] if isinstance(found, dict) else [*found]
+
+
 def _names_of(root: Any) -> list[Name]:
     try:
         if root not in _KNOWN:
@@ -137,8 +141,7 @@ def _search(root: Any) -> Iterator[Name]:
         seen.add(id(found))
         for name in _names_in(found):
             value = name.value()
-            if isinstance(value, (FunctionType, type)):
-                stack.append(value)
+            stack += [each for each in (value, *_inside(value)) if isinstance(each, (FunctionType, type))]
             if name.is_assigned or not (type(value) in INERT or isinstance(value, (*_FIXED, Name))):
                 yield name
         if isinstance(found, type):
