@@ -549,3 +549,18 @@ def test_a_region_may_not_ask_what_it_has_views_of(asks: Callable[[Tensor], Any]
     x = torch.randn(3, 4)
     with pytest.raises(fs.StageError, match=r"region asks whether a tensor is a view.* outside of the check"):
         fs.stage_vjp(*staged(Seeing(sees), "closures"), x)
+
+
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_keyword_that_requires_grad_is_refused_where_its_gradient_would_be_lost(
+    engine: str, argnums: tuple[int, ...]
+) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, scale: Any = None) -> Tensor:
+            return super().forward(x) * (scale.numel() if x.numel() == 4 else scale)
+
+    stage, scale = staged(Scaled(4, 4), engine), torch.ones(4, requires_grad=True)
+    fs.stage_vjp(*stage, torch.ones(1, 4), scale=scale, argnums=argnums)
+    with pytest.raises(fs.StageError, match=r"requires grad and is not handed to it"):
+        fs.stage_vjp(*stage, torch.ones(3, 4), scale=scale, argnums=argnums)

@@ -162,7 +162,7 @@ def worker(request: pytest.FixtureRequest) -> Iterator[str]:
     thread = threading.Thread(target=loop)
     thread.start()
     yield name
-    del WORKERS[name]
+    WORKERS.pop(name, None)
     works.give(DONE)
     thread.join(60)
 
@@ -190,6 +190,26 @@ class AskingInDepth(Asking):
         y = self.proj(x)
         HIDDEN[-1][0][0][0].give(lambda: torch.sin(y) @ self.last.weight)
         return self.last(HIDDEN[-1][0][0][0].result())
+
+
+class AskingByTable(Asking):
+    """Has it through a function in a table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        result: Tensor = self.last(TABLE["ask"](lambda: torch.sin(y) @ self.last.weight))
+        return result
+
+
+def _ask(job: Job) -> Tensor:
+    (worker,) = TABLED.values()
+    worker.give(job)
+    answer: Tensor = worker.result()
+    return answer
+
+
+TABLE = {"ask": _ask}
+TABLED: dict[str, Any] = {}
 
 
 SEEN = (ByEvent, BySemaphore, ByCondition, ByExecutor)
@@ -282,3 +302,14 @@ def test_queues_of_a_function_or_among_its_arguments_are_found(argument: bool) -
     (dx, *_), weight_pullback = pullback(torch.ones(3))
     thread.join(60)
     torch.testing.assert_close((dx, weight_pullback()), (w, x))
+
+
+@pytest.mark.parametrize("worker", [BySimpleQueues], indirect=True)
+def test_queues_behind_functions_in_tables_are_found(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLED, worker, WORKERS[worker])
+    monkeypatch.setitem(globals(), "WORKERS", {})
+    apply, params, buffers = fs.functionalize(AskingByTable(worker))
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, torch.randn(3, 4))
+    (dx,), weight_pullback = pullback(torch.ones_like(output))
+    assert dx is not None
+    assert all(grad is not None for grad in weight_pullback().values())

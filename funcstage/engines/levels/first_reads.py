@@ -30,9 +30,10 @@ class FirstReads:
     """
 
     def __init__(self, arguments: Iterable[Any]) -> None:
-        self._data: dict[int, weakref.ref[Tensor]] = {}
+        # Those that require grad are data, too: where the stage computes with one, it is refused in the end.
+        given = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self._data = {id(tensor): weakref.ref(tensor) for tensor in given}
         self.edges: dict[GradientEdge, None] = {}
-        self._mark(arguments)
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Take note of what an operation has returned, or written."""
