@@ -414,24 +414,25 @@ def test_training_goes_on_from_a_distributed_checkpoint(
     run(4, resumed, how, schedule, compile, str(tmp_path))
 
 
-def handed_over(rank: int, group: Any, how: str, kinds: tuple[str, str], folder: str) -> None:
+def handed_over(rank: int, group: Any, how: str, schedule: str, kinds: tuple[str, str], folder: str) -> None:
     """Train two steps with stages of one kind, and the third with those of the other and of the same."""
-    first = Pipeline(how, "Interleaved1F1B", kinds[0])
+    first = Pipeline(how, schedule, kinds[0])
     first.train([0, 1])
     first.save(folder)
     wanted = first.train([2])
-    second = Pipeline(how, "Interleaved1F1B", kinds[1])
+    second = Pipeline(how, schedule, kinds[1])
     second.load(folder)
     for found, expected in zip(second.train([2]), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "fsdp+tensor"])
+# The second leaves one rank to the pipeline, where torch 2.11's stages would send messages to themselves.
+@pytest.mark.parametrize(("how", "schedule"), [("fsdp", "Interleaved1F1B"), ("fsdp+tensor", "1F1B")])
 @pytest.mark.parametrize(
     "kinds", [("torch's", "ours"), ("ours", "torch's")], ids=["from torch's", "to torch's"]
 )
 def test_checkpoints_go_from_torchs_stages_to_ours_and_back(
-    kinds: tuple[str, str], how: str, tmp_path: Path
+    kinds: tuple[str, str], how: str, schedule: str, tmp_path: Path
 ) -> None:
-    run(4, handed_over, how, kinds, str(tmp_path))
+    run(4, handed_over, how, schedule, kinds, str(tmp_path))
