@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
+from funcstage._torch.tensors import is_functional
 from funcstage.errors import TraceError
-from funcstage.state.cells import closed_over
+from funcstage.state.cells import closed_over, refuse_closures
 from funcstage.state.code import is_library
 from funcstage.state.content import MARK, slots
 from funcstage.state.guise import noted_alike, notes_on
@@ -130,7 +131,9 @@ def _alive(value: Any) -> Any:
 
 
 def _in_tuples(of: Callable[[Any], Any], value: Any) -> Any:
-    """Replace what a tuple or frozenset holds."""
+    """Replace what a tuple or frozenset holds, or a partial function has for arguments."""
+    if type(value) is functools.partial and (args := of(value.args)) is not value.args:
+        return functools.partial(value.func, *args, **value.keywords)
     if isinstance(value, (tuple, frozenset)):
         items = [of(item) for item in value]
         if any(new is not old for new, old in zip(items, value, strict=True)):
@@ -155,7 +158,7 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
                 holder.add(new)
 
 
-_OF_TENSORS = (Tensor, tuple, frozenset)
+_OF_TENSORS = (Tensor, tuple, frozenset, functools.partial)
 
 
 # What is between threads is none of a stage's: another may be waiting there by the time that a run is undone.
@@ -417,6 +420,7 @@ class State:
                 stand_ins.append(stand_in)
                 tensors.append(value)
             try:
+                refuse_closures([*new.values()] if isinstance(new, dict) else new, is_functional)
                 writes.append(_Write(i, copy.deepcopy(new, memo), removed, grows))
             except Exception as error:
                 raise TraceError(

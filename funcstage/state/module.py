@@ -208,6 +208,8 @@ class Fingerprint:
 
     def glance(self) -> Glance:
         """The same in a form that is made and compared faster, but not made to be kept."""
+        if not all(map(operator.is_, map(vars, self._parts), self._of_parts)):
+            self._collect()  # a module has another namespace
         others: list[Hashable] = []
         if self._others:
             seen = set(self._ids)
@@ -234,6 +236,7 @@ class Fingerprint:
         parts = [part for module in self._modules for part in module.modules()]
         self._parts, self._ids = parts, [*map(id, parts)]
         self._parameters = [part._parameters for part in parts if part._parameters]
+        self._of_parts = [*map(vars, parts)]
         self._namespaces = [space for part in parts for space in (vars(part), part._modules, part._buffers)]
         self._hooks = [getattr(part, kind) for part in parts for kind in _HOOKS]
         self._readers: list[Callable[[Any], Any]] = []

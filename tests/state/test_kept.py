@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -397,3 +398,32 @@ def test_nothing_is_left_of_a_run_that_leaves_a_module_untouched() -> None:
     assert {name: (value, value) for name, value in vars(module).items()} == before
     assert all(vars(module)[name] is value for name, (value, _) in before.items())
     assert module[1].running_mean is running
+
+
+@ENGINES
+def test_a_tensor_that_a_partial_function_keeps_is_alive_or_refused(engine: str) -> None:
+    module, x = Keeps(lambda m, y: setattr(m, "aux", functools.partial(torch.add, y * 2))), torch.randn(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    if engine != "closures":
+        with pytest.raises(fs.TraceError, match=r"leaves something on its module .*'aux'"):
+            fs.stage_vjp(fs.compile(apply, backend=engine, fullgraph=True), params, buffers, x)
+        return
+    for _ in range(2):
+        output, _, _ = fs.stage_vjp(apply, params, buffers, x)
+        (kept,) = module.aux.args
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(kept)
+        torch.testing.assert_close(module.aux(torch.zeros(4)), 2 * module.proj(x).detach())
+        assert output.shape == kept.shape
+
+
+@ENGINES
+def test_a_tensor_that_a_closure_keeps_is_alive_or_refused(engine: str) -> None:
+    module, x = Keeps(lambda m, y: setattr(m, "aux", lambda: y * 2)), torch.randn(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    if engine == "closures":
+        fs.stage_vjp(apply, params, buffers, x)
+        torch.testing.assert_close(module.aux(), 2 * module.proj(x).detach())
+        return
+    with pytest.raises(fs.TraceError, match=r"'aux'.* closes over a tensor of the forward"):
+        fs.stage_vjp(fs.compile(apply, backend=engine, fullgraph=True), params, buffers, x)
+    assert module.aux is None

@@ -584,3 +584,19 @@ def test_stages_may_be_traced_in_several_threads_at_once() -> None:
         outputs = list(pool.map(run, stages))
     for output, stage in zip(outputs, stages, strict=True):
         assert torch.equal(output, stage.apply(stage.params, stage.buffers, x)[0])
+
+
+def test_a_module_with_another_namespace_is_traced_anew() -> None:
+    class Scaled(torch.nn.Linear):
+        scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    module, x = Scaled(2, 2), torch.ones(1, 2)
+    module.scale = 2.0
+    apply, params, buffers = fs.functionalize(module)
+    fast = fs.compile(apply, backend="aten", fullgraph=True)
+    fs.stage_vjp(fast, params, buffers, x)
+    module.__dict__ = {**vars(module), "scale": 3.0}
+    torch.testing.assert_close(fs.stage_vjp(fast, params, buffers, x)[0], module(x).detach())
