@@ -25,6 +25,12 @@ def default_device() -> torch.device | None:
     return torch.get_default_device() if _len_torch_function_stack() else None
 
 
+def any_hook_of_all_modules() -> bool:
+    """Tell whether hooks run with every module."""
+    forward = _global_forward_hooks or _global_forward_pre_hooks
+    return bool(forward or _global_backward_hooks or _global_backward_pre_hooks)
+
+
 def global_flags() -> tuple[Hashable, ...]:
     """The settings; equal ones let a stage do the same."""
     return (

@@ -459,6 +459,21 @@ def the_eager_tape() -> None:
     torch.testing.assert_close(view.detach(), output.detach().flatten())
 
 
+@stands_on("_torch/recorded.py")
+def nodes_recorded_again() -> None:
+    """One of three layers is traced, and the others' nodes are copies of its."""
+    import funcstage as fs
+
+    layers = nn.Sequential(*(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3)))
+    x = ROWS[None]
+    apply, params, buffers = fs.functionalize(layers)
+    output, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
+    (grad,), weight_pullback = pullback(torch.ones_like(output))
+    wanted = x.clone().requires_grad_()
+    expected = torch.autograd.grad(layers(wanted).sum(), [wanted, *layers.parameters()])
+    torch.testing.assert_close([grad, *weight_pullback().values()], [*expected])
+
+
 class Joined(nn.Module):
     """A sum of what its parts make, for which there is no sequence."""
 

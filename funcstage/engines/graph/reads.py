@@ -21,7 +21,7 @@ from torch import Tensor
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import version_of
-from funcstage.state.content import content, is_one_of_its_kind, is_plain
+from funcstage.state.content import content, is_one_of_its_kind, is_plain, parts_of
 
 
 class Place(NamedTuple):
@@ -115,6 +115,20 @@ def said_by(place: Place, known: set[int]) -> Hashable:
     """What a place says."""
     value = place.value()
     return _numbers(value) if place.name == VALUES else content(value, set(known))
+
+
+def reach(places: Iterable[Place], known: set[int]) -> bool:
+    """Tell whether places hold objects that are watched elsewhere, in whatever is in them."""
+    pending = [place.value() for place in places if place.name != VALUES]
+    seen = set[int]()
+    while pending:
+        value = pending.pop()
+        if id(value) in known:
+            return True
+        if id(value) not in seen and not is_plain(value):
+            seen.add(id(value))
+            pending += [part for _, part in parts_of(value)]
+    return False
 
 
 class Watch:

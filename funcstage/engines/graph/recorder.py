@@ -27,7 +27,7 @@ from funcstage._torch.tensors import is_functional, is_functionalized
 from funcstage.engines.graph.classes import refusal_in, refuse
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
-from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, said_by
+from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, Watch, reach, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.cells import closed_over, function_of
@@ -72,7 +72,7 @@ class Recorder(TorchFunctionMode):
         self._small: list[Tensor] = []
         self._before: Any = None
         self._thread = get_ident()
-        self._collecting = False
+        self._collecting, self._callbacks = False, 0  # so many were handed to torch
         self._refusal: TraceError | None = None
         self._random = RandomState(())
         parts, self.known = self._parts, {*map(id, self._parts)}
@@ -80,10 +80,9 @@ class Recorder(TorchFunctionMode):
         self._explore(apply, "the stage function")
         for part in parts:
             self._reach_class(type(part))
-            owner = type(part).__name__
             for name, value in vars(part).items():
                 if name not in ("_parameters", "_buffers", "_modules"):
-                    self._explore(value, f"{owner}.{name}")
+                    self._explore(value, f"{type(part).__name__}.{name}")
         for place in _held_by_hooks(parts):
             self._note(place)
         for hook in hooks_of_backwards(parts):
@@ -119,6 +118,7 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():  # torch.cond lets Dynamo read this very method
             return func(*args, **kwargs)
         given = [arg for arg in (*args, *kwargs.values()) if callable(arg) and not isinstance(arg, Tensor)]
+        self._callbacks += len(given)
         for function in given:
             self._read(function)  # a hook, which runs with the backward
         own_code = isinstance(func, _WITHOUT_CALLBACKS) or is_library(getattr(func, "__module__", None))
@@ -390,6 +390,20 @@ class Recorder(TorchFunctionMode):
 def may_read(recorder: Recorder, name: str) -> bool:
     """Tell whether what ran may have read an attribute of this name."""
     return recorder._any or name in recorder._names
+
+
+def watch(recorder: Recorder) -> Callable[[], bool]:
+    """A check whether all that was read says what it said, and torch was handed no more callbacks."""
+    said, callbacks, before = recorder._said, recorder._callbacks, {**recorder._places}
+    unchanged = Watch(Reads(before, [*said.values()], recorder._spaces.values(), recorder.known)).unchanged
+    reached = reach(before.values(), recorder.known)
+
+    def alike() -> bool:
+        new = [(place, said[key]) for key, place in recorder._places.items() if key not in before]
+        same = all(said_by(place, recorder.known) == each for place, each in new)
+        return same and not reached and recorder._callbacks == callbacks and unchanged()
+
+    return alike
 
 
 def _held_by_hooks(parts: list[nn.Module]) -> Iterator[Place]:

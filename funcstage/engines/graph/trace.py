@@ -8,7 +8,6 @@ own (of dropout, for one, whose masks differ from the eager ones).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import takewhile
@@ -17,12 +16,12 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 from torch.fx import Graph, GraphModule, Node
 
 from funcstage import dtensors, trees
 from funcstage._torch import tracing as tt
+from funcstage._torch.calls import current
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unsay
 from funcstage._torch.interception import intercepting
@@ -31,7 +30,9 @@ from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.cumulative import averaged_in_tensors
-from funcstage.engines.graph.joint import CHECKPOINTED, Joint, Sharding, results_of
+from funcstage.engines.graph.joint import Joint, Sharding
+from funcstage.engines.graph.layers import Layers
+from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.refusals import (
     check_recorded,
     impure,
@@ -41,13 +42,12 @@ from funcstage.engines.graph.refusals import (
     refuse_writes,
     refusing_changes,
 )
+from funcstage.engines.graph.regions import Regions
 from funcstage.engines.graph.separable import OWN, Separable, refuse_of_levels
 from funcstage.engines.graph.sizes import Open, Sizes, open_sizes
-from funcstage.engines.levels.checkpoint import Call
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.node_hooks import Allowed, checked_hooks
-from funcstage.engines.tape.reentrant import Leftovers
-from funcstage.errors import PurityError, StageError, TraceError, stage_name
+from funcstage.errors import PurityError, StageError, stage_name
 from funcstage.functional import checked_result
 from funcstage.gathered import telling
 from funcstage.state import captured
@@ -63,9 +63,10 @@ def trace(
     call: StageCall,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     *,
-    recorder: AbstractContextManager[Any] | None = None,
+    recorder: Recorder | None = None,
     overwritten: bool = False,
     open_dims: Open | None = None,
+    copied: bool = True,
 ) -> Joint:
     """Trace a stage function and its backward; nothing is computed, allocated or mutated.
 
@@ -77,6 +78,7 @@ def trace(
         overwritten: whether the stage writes into its differentiated arguments, which are then copied.
             Found out by trying.
         open_dims: dimensions of arguments whose sizes are left open.
+        copied: whether layers that are alike may be traced once, where the recorder tells what they read.
 
     Returns:
         The joint graph, free of mutating operations.
@@ -87,7 +89,7 @@ def trace(
         PurityError: if it mutates what it was given.
     """
     with tt.without_modes():
-        run = _Run(call, recorder, overwritten, open_dims)
+        run = _Run(call, recorder, overwritten, open_dims, copied)
     with (
         tt.without_modes(),
         own_autocast_cache(),
@@ -97,12 +99,16 @@ def trace(
         try:
             with run.fake_mode, recording(), run.open_kernels():
                 traced = tt.make_fx(run, decomposition_table=dict(decompositions or {}) | OWN)(*run.fakes)
-        except StageError:
-            raise
         except Exception as error:
             if says(error, NOT_ENTERED):  # which an interrupt has kept from it, as is found out outside
                 raise
-            if overwritten or not says(error, LEAF_WRITTEN):
+            if run.layers.is_used:
+                copied = False  # the error may be theirs
+            elif isinstance(error, StageError):
+                raise
+            elif not overwritten and says(error, LEAF_WRITTEN):
+                overwritten = True
+            else:
                 refusal = refusal_of(call.apply, error)
                 if refusal is error:
                     run.state.restore(tensors_only=True)  # as eager, which has run up to here
@@ -118,9 +124,11 @@ def trace(
             run.captured = [value for value in read if isinstance(value, Tensor)]
             run.state.read(stage_name(call.apply), run.captured)
         finally:
+            run.layers.forget()
             run.state.restore()
     if traced is None:
-        return trace(call, decompositions, recorder=recorder, overwritten=True, open_dims=open_dims)
+        options: dict[str, Any] = {"overwritten": overwritten, "open_dims": open_dims, "copied": copied}
+        return trace(call, decompositions, recorder=recorder, **options)
     _name_placeholders(traced, run.n_state)
     if run.sizes is not None:
         open_sizes(traced, run.sizes, run.n_state)
@@ -141,6 +149,7 @@ class _Run:
         n_state: how many of these are parameters and buffers.
         state: what the stage's module holds.
         regions: checkpointed regions.
+        layers: those that may be traced once.
         captured: tensors that were read and not given.
         sharding: of the results that are DTensors.
         sizes: those that are left open.
@@ -149,9 +158,10 @@ class _Run:
     def __init__(
         self,
         call: StageCall,
-        recorder: AbstractContextManager[Any] | None,
+        recorder: Recorder | None,
         overwritten: bool,
         open_dims: Open | None,
+        copied: bool,
     ) -> None:
         self._call, self._recorder, self._overwritten = call, recorder, overwritten
         state_leaves, self._state_spec = trees.flatten((call.params, call.buffers))
@@ -168,7 +178,9 @@ class _Run:
         geometry = [None if self.sizes is None else self.sizes.geometry(i, t) for i, t in enumerate(tensors)]
         self.fakes = [tt.fake_like(self.fake_mode, t, g) for t, g in zip(tensors, geometry, strict=True)]
         self.state = State(call.module, objects_among(arg_leaves))
-        self.regions = _Regions()
+        self.regions = Regions()
+        copied = copied and self.sizes is None and not self._specs and current().asked is None
+        self.layers = Layers(call.module if copied else None, recorder, self.regions)
         self._found: _Found | None = None
         self.captured: list[Tensor] = []
         self.sharding: Sharding | None = None
@@ -202,6 +214,7 @@ class _Run:
             with (
                 telling(self.regions.gathers),
                 intercepting(self.regions),
+                self.layers.asked(),
                 uncompiled(),
                 averaged_in_tensors(call.module),
                 looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
@@ -209,6 +222,7 @@ class _Run:
                 self._recorder or nullcontext(),
             ):
                 result = call.apply(params, buffers, *args, **kwargs)
+            reads_nodes = separable.reads_nodes  # of its own accord, as what follows reads them too
             output, new_buffers = checked_result(call.apply, result)
             refuse_writes(owner, containers)
             refuse_of_levels(owner, result)
@@ -220,8 +234,9 @@ class _Run:
             roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
             roots = [] if call.diff is None else roots
             refuse_trainable(call.apply, [outputs[i] for i in roots])
-            if separable.reads_nodes:
+            if reads_nodes:
                 _check_nodes(owner, [outputs[i] for i in roots], ends)
+            self.layers.check([outputs[i] for i in roots])
             constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
             cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]
@@ -412,76 +427,6 @@ class _Functionalization(tt.FunctionalTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class _Regions:
-    """Notes the checkpointed regions of a stage while it is traced.
-
-    They are recorded once, as everything else is; that they are to be computed again is for the partition.
-    """
-
-    def __init__(self) -> None:
-        self._policies: list[tt.Policy | None] = []
-        self._open = False
-        self.leftovers = Leftovers()
-
-    def checkpoint(self, call: inspect.BoundArguments) -> Any:
-        asked = Call.of(call)
-        if asked.constant or self._open or not torch.is_grad_enabled():
-            return asked.run()
-        context = asked.context_fn()[0]
-        policy = tt.policy_of(context)
-        before = tt.last_recorded()
-        self._open = True
-        try:
-            with nullcontext() if policy else context:
-                result = self.leftovers.run(asked.run) if asked.reentrant else asked.run()
-        finally:
-            self._open = False
-        for node in _recorded_since(before):
-            node.meta[_REGION] = len(self._policies)
-        self._policies.append(policy)
-        return result
-
-    def custom_function(self, apply: Callable[..., Any], function: type[Function], args: Any) -> Any:
-        return apply(*args)
-
-    def thread(self) -> None:
-        """Another thread cannot compute with tensors of the trace, and what else it does it would do once."""
-        raise TraceError(
-            "The stage starts a thread or gives one something to do, or waits for one, which a compiled "
-            "stage cannot repeat in each call. Do it outside."
-        )
-
-    waits = thread
-
-    @contextmanager
-    def gathers(self, again: bool) -> Iterator[None]:
-        """Parameters are gathered, which are not to be held."""
-        before = tt.last_recorded()
-        yield
-        for node in _recorded_since(before) if again else ():
-            node.meta[_GATHERED] = True
-
-    def mark(self, graph: Graph, forward: set[Node]) -> None:
-        """Mark all nodes of regions, apart those that the forward reads from outside or policies save."""
-        results = {node for part in results_of(graph)[:2] for node in part}
-        for node in graph.nodes:
-            if node.meta.get(_GATHERED) and node.op == "call_function":
-                node.meta[CHECKPOINTED] = True  # whole parameters are not held
-            region = node.meta.get(_REGION)
-            if region is not None and node.op == "call_function":
-                policy = self._policies[region]
-                saved = policy is not None and policy(node)
-                leaves = any(user in forward and user.meta.get(_REGION) != region for user in node.users)
-                node.meta[CHECKPOINTED] = not (saved or leaves or node in results)
-
-
-def _recorded_since(before: Node) -> Iterator[Node]:
-    node = tt.last_recorded()
-    while node is not before:
-        yield node
-        node = node.prev
-
-
 def _drop_aliases(graph: Graph) -> None:
     """Below autograd, detaching is the identity."""
     for node in graph.nodes:
@@ -494,7 +439,3 @@ def _name_placeholders(module: GraphModule, n_state: int) -> None:
     for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
         node._rename(f"state_{i}" if i < n_state else f"arg_{i - n_state}")
         node.target = node.name
-
-
-_REGION = "region"
-_GATHERED = "gathered"

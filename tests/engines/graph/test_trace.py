@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 
 import funcstage as fs
 from funcstage.engines.graph.joint import CHECKPOINTED
-from funcstage.engines.graph.trace import _drop_aliases, _recording, _Regions, _same_objects
+from funcstage.engines.graph.regions import Regions
+from funcstage.engines.graph.trace import _drop_aliases, _recording, _same_objects
 
 MODES: dict[str, Callable[[], Any]] = {
     "gradients": contextlib.nullcontext,
@@ -71,7 +72,7 @@ def test_all_of_a_region_is_computed_again_but_what_is_read_outside_or_kept(seed
     parts = [rng.sample(nodes, rng.randrange(3)) for _ in range(4)]
     graph.output(tuple(map(tuple, parts)))
     kept = set(rng.sample(nodes, 2))
-    regions = _Regions()
+    regions = Regions()
     regions._policies = [None, lambda node: node in kept]
     gathered = rng.choice(nodes)
     for node, region in of.items():

@@ -1,0 +1,418 @@
+"""Layers that are alike: copies of what one of them has recorded are what tracing each would record."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import map_arg
+from torch.fx.node import map_aggregate
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import funcstage as fs
+from funcstage.engines.graph import layers
+from funcstage.engines.graph.joint import CHECKPOINTED, Joint
+
+compiling = importlib.import_module("funcstage.engines.graph.compile")
+
+SETTINGS = {"scale": 1.0}
+LOG: list[int] = []
+STAGE: dict[str, Any] = {}
+SHARED = {"tensor": torch.ones(4)}
+
+
+class Layer(nn.Module):
+    """A layer, with whatever a test adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 4)
+        self.register_buffer("offset", torch.full((4,), 0.5))
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.down(F.gelu(self.up(self.norm(x)))) * self.scale
+        return x + self.more(h) + self.offset
+
+    def more(self, h: Tensor) -> Tensor:
+        return h.tanh() if self.training else h
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: Callable[[], nn.Module] = Layer, n: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(kind() for _ in range(n))
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def nodes_of(joint: Joint) -> list[Any]:
+    """All that is recorded, with what is known of each value, but for names."""
+    numbers = {node: i for i, node in enumerate(joint.module.graph.nodes)}
+
+    def looks(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [*map(looks, value)]
+        if not isinstance(value, Tensor):
+            return value
+        memory = value.untyped_storage().nbytes()
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, memory
+
+    def said(arguments: Any) -> str:
+        return repr(map_aggregate(map_arg(arguments, lambda node: f"%{numbers[node]}"), str))
+
+    return [
+        (
+            node.op,
+            node.target if node.op == "call_function" else None,
+            said((node.args, node.kwargs)),
+            looks(node.meta["val"]) if "val" in node.meta else None,
+            node.meta.get(CHECKPOINTED),
+        )
+        for node in numbers
+    ]
+
+
+def recorded(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tuple[list[Any], int]:
+    """What a trace records, and how many layers were copied in the run that was kept."""
+    found: list[Joint] = []
+    copies: list[int] = []
+
+    def noting(*args: Any, **kwargs: Any) -> Joint:
+        found.append(trace(*args, **{**kwargs, "copied": copied}))
+        return found[-1]
+
+    def forgetting(of: layers.Layers) -> None:
+        copies.append(len(of.copies))
+        forget(of)
+
+    trace, forget = compiling.trace, layers.Layers.forget
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "trace", noting)
+        patch.setattr(layers.Layers, "forget", forgetting)
+        apply, params, buffers = fs.functionalize(module)
+        fs.compile(apply, backend="aten", fullgraph=True).plan(params, buffers, *args, **options)
+    return nodes_of(found[0]), copies[-1]
+
+
+def compared(module: nn.Module, *args: Any, **options: Any) -> int:
+    """How many layers are copied where all of the graph is as without copies."""
+    alike, copies = recorded(module, *args, copied=True, **options)
+    assert alike == recorded(module, *args, copied=False, **options)[0]
+    return copies
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class Returning(Stack):
+    """Two results, of which one is not always used, a number, and arguments of all kinds."""
+
+    class Kind(Layer):
+        def forward(self, x: Tensor, *, by: dict[str, Any]) -> Any:  # type: ignore[override]
+            y = super().forward(x * by["mask"]) * by["factor"]
+            return {"y": y, "rest": (y.exp().sum(), None, 3)}
+
+    def __init__(self) -> None:
+        super().__init__(Returning.Kind)
+
+    def forward(self, x: Tensor) -> Any:
+        by = {"mask": torch.ones_like(x).tril(), "factor": 2.0}
+        for i, layer in enumerate(self.layers):
+            result = layer(x, by=by)
+            x = result["y"] if i % 2 else result["y"] + result["rest"][0] * result["rest"][2]
+        return x
+
+
+class Regions(Stack):
+    def forward(self, x: Tensor) -> Any:
+        for i, layer in enumerate(self.layers):
+            x = checkpoint(layer, x, use_reentrant=False) if i != 2 else layer(x)
+        return x
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+
+ALIKE: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
+    "layers": (Stack, (X,)),
+    "torch's": (lambda: nn.Sequential(*(attention() for _ in range(4))), (X[None],)),
+    "many results and arguments": (Returning, (X,)),
+    "regions": (Regions, (X,)),
+}
+
+
+@pytest.mark.parametrize("argnums", [(0,), ()])
+@pytest.mark.parametrize("name", ALIKE)
+def test_copies_are_what_tracing_each_layer_records(name: str, argnums: tuple[int, ...]) -> None:
+    make, args = ALIKE[name]
+    assert compared(make(), *args, argnums=argnums) >= 2
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_layers_of_a_stage_that_is_only_run_are_copied_too(copied: bool) -> None:
+    apply, params, buffers = fs.functionalize(Stack())
+    fast = fs.compile(apply, backend="aten")
+    with torch.no_grad():
+        assert torch.equal(fast(params, buffers, X)[0], apply(params, buffers, X)[0])
+
+
+def _frozen(layer: Layer) -> None:
+    layer.up.weight.requires_grad_(False)
+
+
+def _in_double(layer: Layer) -> None:
+    layer.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    layer.register_forward_hook(lambda module, args, result: result.float())
+    layer.double()
+
+
+def _hooked(layer: Layer) -> None:
+    layer.down.register_forward_hook(lambda module, args, result: result * 2)
+
+
+def _another_function(layer: Layer) -> None:
+    layer.more = lambda h: h * 3  # type: ignore[method-assign]
+
+
+def _tied(layer: Layer) -> None:
+    layer.norm.bias = layer.norm.weight
+
+
+def _scaled(layer: Layer) -> None:
+    layer.scale = 3.0
+
+
+def _evaluated(layer: Layer) -> None:
+    layer.eval()
+
+
+def _without_bias(layer: Layer) -> None:
+    layer.up.bias = None
+
+
+def _wider(layer: Layer) -> None:
+    layer.up, layer.down = nn.Linear(4, 7), nn.Linear(7, 4)
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_frozen, _in_double, _hooked, _another_function, _tied, _scaled, _evaluated, _without_bias),
+        _wider,
+    ],
+)
+def test_a_layer_that_differs_is_traced(change: Callable[[Layer], None], place: int) -> None:
+    stack = Stack()
+    change(stack.layers[place])  # type: ignore[arg-type]
+    assert compared(stack, X) == 3
+
+
+class Written(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        self.offset.mul_(2)
+        return h
+
+
+class Kept(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        self.last = h
+        return h
+
+
+class Counting(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        SETTINGS["scale"] += 1
+        return h * SETTINGS["scale"]
+
+
+class Logging(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        LOG.append(len(LOG))
+        return h * len(LOG)
+
+
+class Drawing(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.5, self.training)
+
+
+class ReadingOutside(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return h * SHARED["tensor"]
+
+
+class Hooking(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        h.register_hook(lambda grad: grad * 2)
+        return h * 1
+
+
+class OfItsOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class Custom(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return OfItsOwn.apply(h)
+
+
+class WritingArguments(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        result: Tensor = super().forward(x)
+        return result
+
+
+class Gradients(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y + grad
+
+
+class View(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        return x.view(4, 3).view(3, 4)
+
+
+class OfTheStage(Layer):
+    """It reads what another module of the stage holds."""
+
+    def more(self, h: Tensor) -> Tensor:
+        factor: float = STAGE["stage"].factor
+        return h * factor
+
+
+NOT_COPIED = (
+    *(Written, Kept, Drawing, ReadingOutside, Hooking, Custom, WritingArguments, Gradients),
+    *(Counting, Logging, View),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*changes")
+@pytest.mark.parametrize("kind", NOT_COPIED)
+def test_a_layer_that_does_more_than_compute_is_traced(kind: type[Layer]) -> None:
+    for copied in (True, False):
+        SETTINGS["scale"] = 1.0
+        LOG.clear()
+        found, copies = recorded(Stack(kind), X, copied=copied)
+        assert copies == 0
+        if copied:
+            first = found
+    assert first == found
+
+
+class Around(Stack):
+    """What happens between the layers, by name."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(OfTheStage if what == "the stage" else AsSet)
+        self.what = what
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Any:
+        results = []
+        for i, layer in enumerate(self.layers):
+            if self.what == "a global":
+                SETTINGS["scale"] = i + 1.0
+            if self.what == "the stage":
+                self.factor = i + 1.0
+            if self.what == "an attribute":
+                layer.scale = i + 1.0
+            if self.what == "autocast":
+                with torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 1):
+                    x = layer(x).float()
+            elif self.what == "no gradients":
+                with torch.set_grad_enabled(i != 2):
+                    x = layer(x)
+            else:
+                x = layer(x)
+            if self.what == "a write":
+                x.add_(1)
+            if self.what == "results":
+                results.append(x)
+            if self.what == "gradients":
+                (grad,) = torch.autograd.grad(x.sum(), self.layers[i].up.weight, create_graph=True)
+                results.append(grad.sum())
+        SETTINGS["scale"] = 1.0
+        return (x, results)
+
+
+class AsSet(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return h * SETTINGS["scale"]
+
+
+@pytest.mark.filterwarnings("ignore:.*changes")
+@pytest.mark.parametrize(
+    "what",
+    ["a global", "the stage", "an attribute", "autocast", "no gradients", "a write", "results", "gradients"],
+)
+def test_what_happens_between_layers_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Around(what)
+    monkeypatch.setitem(STAGE, "stage", stage)
+    compared(stage, X)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_each_copy_is_watched_like_the_layer_that_was_traced(place: int) -> None:
+    stack = Stack()
+    apply, params, buffers = fs.functionalize(stack)
+    fast = fs.compile(apply, backend="aten")
+
+    def run(function: Any) -> Any:
+        output, _, pullback = fs.stage_vjp(function, params, buffers, X)
+        (grad,), weight_pullback = pullback(torch.ones_like(output))
+        return output, grad, weight_pullback()
+
+    for _ in range(2):
+        torch.testing.assert_close(run(fast), run(apply), rtol=1e-5, atol=1e-6)
+        stack.layers[place].scale = 7.0
+
+
+def test_an_error_in_a_copy_is_that_of_the_layer_itself() -> None:
+    class Failing(Stack):
+        def forward(self, x: Tensor) -> Any:
+            x = super().forward(x)
+            raise ValueError("of the stage")
+
+    apply, params, buffers = fs.functionalize(Failing())
+    with pytest.raises(ValueError, match="of the stage"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, X)
+
+
+def test_a_profiler_is_there_again_after_copies() -> None:
+    seen: list[str] = []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        seen.append(event)
+
+    sys.setprofile(profile)
+    try:
+        recorded(Stack(), X, copied=True)
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+    assert seen
