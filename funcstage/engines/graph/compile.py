@@ -321,7 +321,11 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             try:
                 table = {**DECOMPOSED, **decompositions}
                 joint = trace(
-                    call, table, recorder=recorder, open_dims=among_tensors(open_dims, call.local[0])
+                    call,
+                    table,
+                    recorder=recorder,
+                    open_dims=among_tensors(open_dims, call.local[0]),
+                    copied=self.repeated is not False,
                 )
                 reads, said = recorder.finish()
                 refuse_notes(call, partial(may_read, recorder))
@@ -425,10 +429,10 @@ def compile(
             or a kernel depends on. CUDA graphs are of one length each.
         sites: leave all sums to W, so that `weight_pullback.sites` has every site. I sums the gradients of
             norms otherwise where that saves memory until W.
-        repeated: whether identical layers are lowered once and called for each, so that the time to the first
-            result hardly grows with depth; layers that differ in anything but their parameters' values are
-            lowered apart. `None`: by Inductor, where a layer comes four times or more. `False`: each
-            program is lowered as one.
+        repeated: whether identical layers are traced and lowered once, so that the time to the first result
+            hardly grows with depth; those that differ in anything but their parameters' values are traced
+            and lowered apart. `None`: lowered once by Inductor, where a layer comes four times or more.
+            `False`: each layer is traced, and each program is lowered as one.
         fullgraph: what becomes of a stage that reads values of tensors (`.item()`, `nonzero`, an `if`),
             which no trace knows. `None` and `False`: it runs uncompiled, but for those of its submodules that
             can be traced; `None` warns of it. `True`: it is refused.

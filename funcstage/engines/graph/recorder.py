@@ -394,6 +394,7 @@ def may_read(recorder: Recorder, name: str) -> bool:
 
 def watch(recorder: Recorder) -> Callable[[], bool]:
     """A check whether all that was read says what it said, and torch was handed no more callbacks."""
+    recorder._find_functions()
     said, callbacks, before = recorder._said, recorder._callbacks, {**recorder._places}
     unchanged = Watch(Reads(before, [*said.values()], recorder._spaces.values(), recorder.known)).unchanged
     reached = reach(before.values(), recorder.known)

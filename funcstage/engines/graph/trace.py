@@ -179,7 +179,9 @@ class _Run:
         self.fakes = [tt.fake_like(self.fake_mode, t, g) for t, g in zip(tensors, geometry, strict=True)]
         self.state = State(call.module, objects_among(arg_leaves))
         self.regions = Regions()
-        copied = copied and self.sizes is None and not self._specs and current().asked is None
+        # A layer whose tensors are compared by identity must run itself.
+        copied = copied and self.sizes is None and not (self._specs or call.twins.repeated)
+        copied = copied and current().asked is None
         self.layers = Layers(call.module if copied else None, recorder, self.regions)
         self._found: _Found | None = None
         self.captured: list[Tensor] = []
