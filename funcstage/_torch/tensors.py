@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ __all__ = [
     "IS_PARAMETER",
     "OF_DYNAMO",
     "OF_FUNCTIONAL",
+    "READS_BASE",
+    "READS_WHETHER_VIEW",
     "has_hooks",
     "hooks_of",
     "indices_and_values",
@@ -33,6 +36,12 @@ OF_DYNAMO = "_dynamo_"
 
 OF_FUNCTIONAL = frozenset({"elem", "_inference_mode_base"})
 """Attributes that every tensor of a trace has."""
+
+READS_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
+"""What a mode is told of that is asked what a tensor is a view of."""
+
+READS_WHETHER_VIEW: Any = Tensor._is_view
+"""What a mode is told of that is asked whether a tensor is a view."""
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor's memory was written; inference tensors do not count."""

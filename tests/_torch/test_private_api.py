@@ -19,6 +19,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -725,11 +726,12 @@ def attributes_of_tensors() -> None:
     from funcstage._torch.tensors import IS_PARAMETER, OF_FUNCTIONAL
 
     seen: list[set[str]] = []
+    attributes_of = attrgetter("__dict__")  # `vars` of what is traced is refused
 
     class Noting(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = super().forward(x)
-            seen.append({*vars(y)})
+            seen.append({*attributes_of(y)})
             return y * (2 if isinstance(self.weight, torch.nn.Parameter) else 1)
 
     assert_split_as_eager(Noting(3, 3), torch.randn(2, 3), engine="aten")

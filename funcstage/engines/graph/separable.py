@@ -11,6 +11,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.interception import current_interceptor
+from funcstage._torch.tensors import READS_BASE, READS_WHETHER_VIEW
 from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
 from funcstage.engines.graph import generators
@@ -53,7 +54,7 @@ class Separable(OneTape):
             )
         if func in _OF_LEAVES and id(args[0]) in self.given:
             return self._of_leaf(func, args[0])
-        if func == _BASE:
+        if func == READS_BASE:
             base = func(*args)
             return self.aliases.get(id(base), base)
         if func == _READ_DATA and not isinstance(ft.innermost(unwrapped([args[0]])[0][0]), TRACED):
@@ -103,14 +104,14 @@ def refuse_of_levels(owner: str, operands: Any) -> None:
 
 
 _TENSOR: Any = Tensor
-_GRAD, _BASE = _TENSOR.grad.__get__, _TENSOR._base.__get__
+_GRAD = _TENSOR.grad.__get__
 _OF_LEAVES = {
     _TENSOR.is_leaf.__get__: True,
     _TENSOR.grad_fn.__get__: None,
     _TENSOR.output_nr.__get__: 0,
     _TENSOR.retains_grad.__get__: False,
-    _BASE: None,
-    _TENSOR._is_view: False,
+    READS_BASE: None,
+    READS_WHETHER_VIEW: False,
     _GRAD: None,
 }
 

@@ -12,6 +12,7 @@ from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch import messages as torchs
 from funcstage._torch.messages import says
+from funcstage._torch.tensors import READS_WHETHER_VIEW
 from funcstage.engines.levels import inner_gradients
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.trees import PyTree
@@ -36,7 +37,7 @@ def written_into_own(func: Any, target: Any) -> Exception:
 
 def asks_for_views(func: Any) -> StageError:
     """The refusal of a checkpointed region that asks what its operands are views of: its runs have others."""
-    asked = "_is_view" if func is Tensor._is_view else "_base"
+    asked = "_is_view" if func is READS_WHETHER_VIEW else "_base"
     return StageError(
         f"A checkpointed region asks whether a tensor is a view, or of what ({asked}), which differs between "
         "its runs. Ask outside of the checkpoint, and pass the answer as an argument."

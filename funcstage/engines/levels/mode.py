@@ -16,6 +16,7 @@ from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.messages import CAPTURED_WRITTEN, says
 from funcstage._torch.operators import Written, without_torch_function
+from funcstage._torch.tensors import READS_BASE, READS_WHETHER_VIEW
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
 from funcstage.engines.levels.explain import asks_for_views, impure, written_into_own
@@ -103,7 +104,7 @@ class Split(Levels, TorchFunctionMode):
                 return self.read_node(args[0])
             if self.in_region and func in _READING_VIEWS:
                 raise asks_for_views(func)
-            if func == _READS_BASE:
+            if func == READS_BASE:
                 return self.argument_like(self.call(func, args, kwargs))
         operation = known(func)
         if operation.opened is not None:
@@ -388,6 +389,5 @@ _READING_MEMORY: set[Any] = {
     *(Tensor.numpy, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__dlpack__),
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
-_READS_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
-_READING_VIEWS: set[Any] = {_READS_BASE, Tensor._is_view}
+_READING_VIEWS: set[Any] = {READS_BASE, READS_WHETHER_VIEW}
 _HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | _READING_VIEWS | {READS_NODE}
