@@ -25,6 +25,7 @@ from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import holds_tensor, is_consumed_by_looking, way_out
 from funcstage.report import table
 from funcstage.state.contents import Contents
+from funcstage.state.identity import refuse_written
 from funcstage.state.module import locked, look_over
 from funcstage.state.parameter_hooks import check_no_hooks
 from funcstage.state.parts import Parts
@@ -174,8 +175,8 @@ class ModuleFunction:
             _check(module, "params", params, self._param_shapes)
             _check(module, "buffers", buffers, self._buffer_shapes)
         # In-place updates must land in copies; frozen parameters are never updated, so not copied.
-        state = {name: b if name in self._frozen else b.clone() for name, b in buffers.items()}
-        state.update(params)
+        copies = {name: b.clone() for name, b in buffers.items() if name not in self._frozen}
+        state = {**buffers, **copies, **params}
         if self.gathering.groups and self._gathers:
             state = self.gathering.whole(self.__qualname__, state, self.reduces)
         for alias, name in self._aliases.items():
@@ -186,6 +187,7 @@ class ModuleFunction:
         with locked(module), flat, hooks:
             # The ties are resolved above, once, rather than in every call.
             output = self._parts.call_with(state, args, kwargs)
+        refuse_written(self.__qualname__, copies)
         # Buffers that the module has assigned anew are in `state` now.
         return output, {name: buffers[name] if name in self._frozen else state[name] for name in buffers}
 

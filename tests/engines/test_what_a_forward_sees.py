@@ -564,3 +564,47 @@ def test_a_keyword_that_requires_grad_is_refused_where_its_gradient_would_be_los
     fs.stage_vjp(*stage, torch.ones(1, 4), scale=scale, argnums=argnums)
     with pytest.raises(fs.StageError, match=r"requires grad and is not handed to it"):
         fs.stage_vjp(*stage, torch.ones(3, 4), scale=scale, argnums=argnums)
+
+
+class Caching(nn.Module):
+    """Writes into its buffer, or assigns it anew, before it reads an argument."""
+
+    def __init__(self, write: Callable[[Caching, Tensor], Any], *, takes_gradients: bool = False) -> None:
+        super().__init__()
+        self.proj, self.write, self.takes_gradients = nn.Linear(4, 4), write, takes_gradients
+        self.register_buffer("b", torch.ones(4))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        self.write(self, x)
+        if self.takes_gradients:
+            leaf = torch.ones(4, requires_grad=True)
+            (x,) = torch.autograd.grad((leaf * x).sum(), [leaf], create_graph=True)
+        return self.proj(x) * z
+
+
+def assign(module: Caching, x: Tensor) -> None:
+    module.b = module.b + 1
+
+
+@pytest.mark.parametrize("of", ["the module's", "functionalize's"])
+@pytest.mark.parametrize("engine", [*ENGINES, "tape"])
+def test_a_buffer_that_is_written_is_no_argument_at_the_same_time(engine: str, of: str) -> None:
+    x = torch.randn(4)
+    for write in (lambda m, x: m.b.add_(1), lambda m, x: m.b.mul_(x.detach()), lambda m, x: m.b[1:].zero_()):
+        module = Caching(write, takes_gradients=engine == "tape")
+        apply, params, buffers = staged(module, "closures" if engine == "tape" else engine)
+        given = module.b if of == "the module's" else buffers["b"]
+        for argnums in ((), (0,), (0, 1)):
+            with pytest.raises(
+                fs.PurityError, match="writes in place into its buffer 'b', which it was handed"
+            ):
+                fs.stage_vjp(apply, params, buffers, x, given, argnums=argnums)
+        torch.testing.assert_close(buffers["b"], torch.ones(4))
+        output, new_buffers, _ = fs.stage_vjp(apply, params, buffers, x, given.clone())  # the way out
+        expected = module(x, torch.ones(4)).detach()
+        torch.testing.assert_close((output, new_buffers["b"]), (expected, module.b))
+    module = Caching(assign, takes_gradients=engine == "tape")
+    apply, params, buffers = staged(module, "closures" if engine == "tape" else engine)
+    given = module.b if of == "the module's" else buffers["b"]
+    output, new_buffers, _ = fs.stage_vjp(apply, params, buffers, x, given, argnums=0)
+    torch.testing.assert_close((output, new_buffers["b"]), (module(x, given).detach(), module.b))
