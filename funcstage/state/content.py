@@ -124,7 +124,7 @@ def _reader_of(kind: Any) -> Callable[[Any], Parts]:
         return _opaque
     if may_be_key:
         return _equal
-    return _same if owner in _STANDARD or hasattr(kind, "__get__") else _opaque
+    return _same if owner in _STANDARD else _opaque
 
 
 def parts_of(value: Any) -> Iterable[tuple[Any, Any]]:

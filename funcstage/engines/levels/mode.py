@@ -118,8 +118,8 @@ class Split(Levels, TorchFunctionMode):
         if (writes.positions or kwargs) and writes.among(args, kwargs):
             return self.in_place(func, args, kwargs, writes)
         if self.before_write is not None:
-            for i in operation.statistics:
-                self.before_write(args[i] if i < len(args) else None, func)
+            for i, name in operation.statistics:
+                self.before_write(args[i] if i < len(args) else kwargs.get(name), func)
         if operation.may_have_formula:
             try:
                 return self.call(func, args, kwargs)

@@ -28,13 +28,13 @@ class Rule(NamedTuple):
     Attributes:
         when: to which calls it applies.
         body: what runs instead, with the same arguments.
-        writes: positions of operands that the operation writes into, where its schema does not say so.
+        writes: operands that the operation writes into, where its schema does not say so: positions, names.
         whole: whether the body is one operation to the engine, which otherwise sees what it consists of.
     """
 
     when: Callable[[Call], bool]
     body: Callable[..., Any]
-    writes: tuple[int, ...] = ()
+    writes: tuple[tuple[int, str], ...] = ()
     whole: bool = False
 
 

@@ -52,8 +52,8 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         Rule(under_levels, composites.dropout(features=True, alpha=True, in_place=True)),
     ),
     # Norms: their kernels write statistics and do not say so, or crash in a backward that is split.
-    torch.batch_norm: (Rule(traced, norms.batch_norm, writes=(3, 4), whole=True),),
-    torch.instance_norm: (Rule(traced, norms.instance_norm, writes=(3, 4), whole=True),),
+    torch.batch_norm: (Rule(traced, norms.batch_norm, norms.STATISTICS, whole=True),),
+    torch.instance_norm: (Rule(traced, norms.instance_norm, norms.STATISTICS, whole=True),),
     **{
         function: (Rule(group_norm.crashes, partial(group_norm.contiguous_group_norm, function)),)
         for function in group_norm.GROUP_NORMS
@@ -83,7 +83,7 @@ class Known(NamedTuple):
         at_levels: what to ask in each call under the levels, in this order.
         in_trace: what to ask in each call that is recorded.
         written: which operands it writes into, by its schemas.
-        statistics: positions of operands that it writes into besides.
+        statistics: positions and names of operands that it writes into besides.
         may_have_formula: whether it is an operator of somebody else's, which may have an autograd formula.
     """
 
@@ -91,7 +91,7 @@ class Known(NamedTuple):
     at_levels: tuple[Rule, ...]
     in_trace: tuple[Rule, ...]
     written: ops.Written
-    statistics: tuple[int, ...]
+    statistics: tuple[tuple[int, str], ...]
     may_have_formula: bool
 
     def instead(self, call: Call) -> Rule | None:
@@ -127,6 +127,6 @@ def _found_out(function: Any) -> Known:
         tuple(rule for rule in rules if rule.when not in (under_levels, traced)),
         tuple(rule for rule in rules if rule.when is not under_levels),
         ops.written_by(function),
-        tuple(i for rule in rules for i in rule.writes),
+        tuple(operand for rule in rules for operand in rule.writes),
         custom_functions.may_have_formula(function),
     )

@@ -71,6 +71,18 @@ def added_activations(self: Any, x: Tensor) -> Tensor:
     return self.proj(x).tanh() * self.state.clone()
 
 
+def normed(self: Any, x: Tensor) -> Tensor:
+    y = torch.batch_norm(self.proj(x), None, None, self.state, torch.ones(3), True, 0.5, 1e-5, False)
+    return y.tanh() + self.state.clone() * x  # whose write no version tells of
+
+
+def normed_by_keyword(self: Any, x: Tensor) -> Tensor:
+    statistics = {"running_mean": self.state, "running_var": torch.ones(3)}
+    rest = {"training": True, "momentum": 0.5, "eps": 1e-5, "cudnn_enabled": False}
+    y = torch.batch_norm(self.proj(x), weight=None, bias=None, **statistics, **rest)
+    return y.tanh() + self.state.clone() * x  # whose write no version tells of
+
+
 LIKE = {added: assigned, written: assigned}
 """Bodies whose backward eager refuses without a checkpoint, with the same in which it does not."""
 
@@ -94,7 +106,7 @@ def split(module: Runs, x: Tensor, compiled: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("body", [assigned, counted, assigned_and_added])
+@pytest.mark.parametrize("body", [assigned, counted, assigned_and_added, normed, normed_by_keyword])
 def test_each_run_of_a_region_goes_on_from_the_buffer_of_the_last(
     body: Any, reentrant: bool, compiled: bool
 ) -> None:
