@@ -21,7 +21,7 @@ check:    ## linter, formatter, type checker
 	mypy
 
 guide:    ## the guide and the reference, into site/
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	python docs/build.py
 
 torches:  ## what stands on private torch, on every torch that is supported
 	python .ci/torches.py

@@ -97,6 +97,9 @@ def test_links_of_a_page_lead_to_files_and_to_names_where_they_are_rendered(page
         assert name in rendered or name.rpartition(".")[0] in rendered
 
 
-def test_every_page_is_in_the_navigation() -> None:
-    listed = (DOCS.parent / "mkdocs.yml").read_text()
-    assert [page.name for page in [*GUIDE, *REFERENCE] if str(page.relative_to(DOCS)) not in listed] == []
+def test_the_navigation_names_every_page_and_notebook() -> None:
+    root = DOCS.parent
+    pages = {page.relative_to(DOCS).as_posix() for page in [*GUIDE, *REFERENCE]}
+    for pattern in ("TESTING.md", "*_tests/*.md", "benchmarks/*.md", "examples/*.ipynb"):
+        pages |= {f"repository/{path.relative_to(root).with_suffix('.md')}" for path in root.glob(pattern)}
+    assert pages == {*re.findall(r'"(\S+\.md)"', (root / "zensical.toml").read_text())}

@@ -1,9 +1,6 @@
-// Draws the formulas of notebooks; elsewhere a dollar is a dollar.
-for (const cell of document.querySelectorAll(".jp-MarkdownCell"))
-  renderMathInElement(cell, {
-    delimiters: [
-      { left: "$$", right: "$$", display: true },
-      { left: "$", right: "$", display: false },
-    ],
+// Draws the formulas, which stand as \(...\) or \[...\] on the pages.
+for (const formula of document.querySelectorAll(".arithmatex"))
+  katex.render(formula.textContent.slice(2, -2), formula, {
+    displayMode: formula.tagName === "DIV",
     throwOnError: false,
   });
