@@ -22,6 +22,7 @@ from funcstage.errors import PurityError, StageError
 from funcstage.state.code import is_torchs_or_library
 from funcstage.state.expressions import UNKNOWN, Kind, Use, uses_of, value_of
 from funcstage.state.guise import own_of
+from funcstage.state.profilers import resume
 from funcstage.state.writes import versions
 from funcstage.trees import describe, flatten
 
@@ -102,10 +103,7 @@ def watching_identity(
         yield
     finally:
         _current.buffers = around
-        if before is None or callable(before):
-            sys.setprofile(before)
-        else:  # cProfile's, up to Python 3.11
-            before.enable()
+        resume(before)
     if watch.found is not None:
         tensor, where = watch.found
         raise StageError(

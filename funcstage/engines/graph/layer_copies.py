@@ -23,6 +23,7 @@ from funcstage._torch.tracing import FakeTensor, last_recorded
 from funcstage.engines.graph.alike import Description, Unlike
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.regions import GATHERED, REGION
+from funcstage.state.profilers import resume
 
 
 class Entry(NamedTuple):
@@ -286,14 +287,13 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 @contextmanager
 def unseen() -> Iterator[None]:
     """Keep what is done here from the modes and profilers that watch the stage."""
-    profile = sys.getprofile()
-    paused = callable(profile)  # cProfile's is none, up to Python 3.11
-    sys.setprofile(None if paused else profile)
+    profiler = sys.getprofile()
+    sys.setprofile(None)
     try:
         with without_torch_function():
             yield
     finally:
-        sys.setprofile(profile)
+        resume(profiler)
 
 
 _RESULT: Any = object()

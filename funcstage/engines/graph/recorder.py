@@ -33,6 +33,7 @@ from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.cells import closed_over, function_of
 from funcstage.state.code import is_library, loads_of, nested_codes
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
+from funcstage.state.profilers import resume
 
 
 class Recorder(TorchFunctionMode):
@@ -101,11 +102,7 @@ class Recorder(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        before = self._before
-        if before is None or callable(before):
-            sys.setprofile(before)
-        else:  # cProfile's, up to Python 3.11
-            before.enable()
+        resume(self._before)
         gc.callbacks.remove(self._collect)
         for name in self._random.moved():  # by whatever way
             self._noted.draws.setdefault(name, "a place that is not known")

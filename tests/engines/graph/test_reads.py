@@ -668,9 +668,16 @@ def test_finalizers_of_others_do_not_belong_to_a_stage() -> None:
     assert "1 signature(s)" in repr(stage[1])
 
 
+def layers() -> nn.Module:
+    """Of which one is traced, and the others are copied."""
+    layer = lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4))  # noqa: E731
+    return nn.Sequential(*[layer() for _ in range(3)])
+
+
+@pytest.mark.parametrize("make", [lambda: Reading(lambda: 2.0, float), layers], ids=["reads", "layers"])
 @pytest.mark.parametrize("kind", ["none", "of Python", "of C"])
-def test_a_profiler_of_the_user_goes_on(kind: str) -> None:
-    stage, x, seen = compiled(Reading(lambda: 2.0, float)), torch.randn(2, 4), []
+def test_a_profiler_of_the_user_goes_on(kind: str, make: Any) -> None:
+    stage, x, seen = compiled(make()), torch.randn(2, 4), []
     of_c = cProfile.Profile()
     before = sys.getprofile()
     if kind == "of C":
