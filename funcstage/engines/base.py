@@ -140,7 +140,8 @@ class StageCall:
     @cached_property
     def twins(self) -> Twins:
         """Tensors that are there in several places."""
-        return Twins.of(self.apply, self.params, self.buffers, self.argument_leaves)
+        (params, _), (buffers, _) = self.flat[:2]
+        return Twins.of(self.apply, self.params, self.buffers, [*params, *buffers], self.argument_leaves)
 
     @property
     def state(self) -> list[Tensor]:

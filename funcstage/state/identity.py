@@ -24,7 +24,7 @@ from funcstage.state.expressions import UNKNOWN, Kind, Use, uses_of, value_of
 from funcstage.state.guise import own_of
 from funcstage.state.profilers import resume
 from funcstage.state.writes import versions
-from funcstage.trees import describe, flatten
+from funcstage.trees import describe
 
 
 class Twins(NamedTuple):
@@ -46,18 +46,25 @@ class Twins(NamedTuple):
     buffers: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, apply: Callable[..., Any], params: Any, buffers: Any, given: Sequence[Any]) -> Twins:
+    def of(
+        cls,
+        apply: Callable[..., Any],
+        params: Any,
+        buffers: Any,
+        state: Sequence[Any],
+        given: Sequence[Any],
+    ) -> Twins:
         """Look for tensors that are handed in twice, or that are of the state.
 
         Args:
             apply: the stage function.
             params: those that it is given.
             buffers: likewise.
-            given: the leaves of its arguments.
+            state: the leaves of both.
+            given: those of its arguments.
         """
         held: Any = getattr(apply, "held", tuple)()
-        state = [leaf for tree in (params, buffers) for leaf in flatten(tree)[0]]
-        if not is_repeated(given, state, held):
+        if not _is_repeated(given, state, held):
             return cls({}, given, False)
         own = {id(tensor): id(tensor) for tensor in (*held, *state)}
         if held:
@@ -69,7 +76,7 @@ class Twins(NamedTuple):
         return cls(own, given, True, bool(held), frozenset(shared))
 
 
-def is_repeated(given: Iterable[Any], *others: Iterable[Any]) -> bool:
+def _is_repeated(given: Iterable[Any], *others: Iterable[Any]) -> bool:
     """Tell whether a tensor is there twice among leaves, or is one of others."""
     ids = [id(leaf) for leaf in given if isinstance(leaf, Tensor)]
     once = {*ids}

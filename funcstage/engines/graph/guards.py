@@ -21,7 +21,6 @@ from funcstage.engines.graph.sizes import Inside, Open, Sizes, strides_of
 from funcstage.errors import TraceError
 from funcstage.state.ambient import AmbientState
 from funcstage.state.content import MARK, content, is_plain
-from funcstage.state.identity import is_repeated
 from funcstage.state.module import Fingerprint
 
 
@@ -74,13 +73,13 @@ def _repeated(call: StageCall) -> tuple[int, ...]:
 
     Empty where all differ.
     """
-    params, buffers = call.flat[:2]
-    held: Any = getattr(call.apply, "held", tuple)()
-    if not is_repeated(call.argument_leaves, params[0], buffers[0], held):
+    twins = call.twins
+    if not twins.repeated:
         return ()
-    own = call.twins.own
-    leaves = [*held, *params[0], *buffers[0], *call.argument_leaves]
-    ids = [own.get(id(leaf), id(leaf)) for leaf in leaves if leaf is not None]
+    (params, _), (buffers, _) = call.flat[:2]
+    held: Any = getattr(call.apply, "held", tuple)()
+    leaves = [*held, *params, *buffers, *twins.given]
+    ids = [twins.own.get(id(leaf), id(leaf)) for leaf in leaves if leaf is not None]
     return tuple(map(ids.index, ids))
 
 
