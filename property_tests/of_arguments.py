@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from situation import Around, Situation
+from situation import Around, Situation, map_differentiable
 from torch import Tensor, nn
 
 from funcstage import trees
@@ -134,7 +134,7 @@ class _Carrying(Around):
     def forward(self, *args: Any, carried: Any, **kwargs: Any) -> Any:
         scale = CARRIERS[self.kind][1](carried)
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: t * scale if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t * scale, output)
 
 
 @dataclass(frozen=True)

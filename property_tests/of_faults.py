@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from interrupting import FAIL, Brittle, Interrupts
-from situation import Around, Situation
+from situation import Around, Situation, map_differentiable
 from torch import nn
-
-from funcstage import trees
 
 
 class Fault(BaseException):
@@ -53,16 +51,13 @@ class _Breaking(Around):
         self.gain = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        def through(leaf: Any) -> Any:
-            return Brittle.apply(leaf) if trees.is_differentiable(leaf) else leaf
-
         if self.place == "input":
-            args = trees.map_leaves(through, args)
+            args = map_differentiable(Brittle.apply, args)
         output = super().forward(*args, **kwargs)
         gain = Brittle.apply(self.gain) if self.place == "weight" else self.gain
         if self.place == "output":
-            output = trees.map_leaves(through, output)
-        return trees.map_leaves(lambda t: t * gain if trees.is_differentiable(t) else t, output)
+            output = map_differentiable(Brittle.apply, output)
+        return map_differentiable(lambda t: t * gain, output)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from situation import Around, Situation
+from situation import Around, Situation, map_differentiable
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -151,7 +151,7 @@ class _Beside(Around):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         more = self.unit(torch.ones(1, 2, dtype=torch.float64)).sum()
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: t + more.to(t.dtype) if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t + more.to(t.dtype), output)
 
 
 DATA_PARALLEL: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -297,7 +297,7 @@ class _Reading(Around):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scale = READS[self.where][0](self)
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: t * scale if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t * scale, output)
 
 
 def _set_global(value: float) -> None:
@@ -432,7 +432,7 @@ class _Drawing(Around):
         first = next(t for t in trees.flatten((args, kwargs))[0] if isinstance(t, Tensor))
         F.dropout(torch.ones_like(first, dtype=torch.float32), 0.5)
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: F.dropout(t, 0.5) if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: F.dropout(t, 0.5), output)
 
 
 @dataclass(frozen=True)

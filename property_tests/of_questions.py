@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from situation import Around, Situation
+from situation import Around, Situation, map_differentiable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +32,7 @@ class _Asking(Around):
     def forward(self, *args: Any, asked: Any, **kwargs: Any) -> Any:
         scale = 1 + float(QUESTIONS[self.question][1](self, asked))
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: t * scale if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t * scale, output)
 
 
 def _tagged(k: int) -> Tensor:
@@ -209,12 +209,7 @@ class _Threading(Around):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
 
-        def computed(leaf: Any) -> Any:
-            if not trees.is_differentiable(leaf):
-                return leaf
-            return THREADS[self.how](lambda: torch.sin(leaf) * self.scale)
-
-        return trees.map_leaves(computed, output)
+        return map_differentiable(lambda t: THREADS[self.how](lambda: torch.sin(t) * self.scale), output)
 
 
 @dataclass(frozen=True)

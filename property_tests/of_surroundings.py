@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from situation import Around, Situation, World
+from situation import Around, Situation, World, map_differentiable
 from torch import Tensor, nn
-
-from funcstage import trees
 
 TENSOR = torch.ones(())
 TENSORS: dict[str, list[Tensor]] = {"all": [TENSOR]}
@@ -49,12 +47,7 @@ class _Capturing(Around):
         captured = self.tensor()
         output = super().forward(*args, **kwargs)
 
-        def used(leaf: Any) -> Any:
-            if not trees.is_differentiable(leaf):
-                return leaf
-            return leaf * captured if self.saved else leaf + captured
-
-        return trees.map_leaves(used, output)
+        return map_differentiable(lambda t: t * captured if self.saved else t + captured, output)
 
 
 CAPTURED: dict[str, Callable[[_Capturing], Tensor]] = {
@@ -193,7 +186,7 @@ class _Looking(Around):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scale = SHARED[self.where][0]()
         output = super().forward(*args, **kwargs)
-        return trees.map_leaves(lambda t: t * scale if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t * scale, output)
 
 
 @dataclass(frozen=True)

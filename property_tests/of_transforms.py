@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import torch
-from situation import Around, Situation
+from situation import Around, Situation, map_differentiable
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -131,7 +131,7 @@ class _Transforming(Around):
             gradient = TRANSFORMS[self.kind](energy, leaves[place])
             output = super().forward(*args, **kwargs)
         scale = 1 + gradient.sum().tanh() * factor
-        return trees.map_leaves(lambda t: t * scale.to(t.dtype) if trees.is_differentiable(t) else t, output)
+        return map_differentiable(lambda t: t * scale.to(t.dtype), output)
 
 
 def _size(output: Any) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from funcstage import trees
+
 VERBS = ("F", "I", "W")
 """Forward, input gradient and weight gradient."""
 
@@ -97,6 +99,11 @@ class Situation:
     def closed(self, cotangents: Any) -> Any:
         """Cotangents for the output as the stage returned it, given those for the opened one."""
         return cotangents
+
+
+def map_differentiable(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Map `function` over those tensors of a tree that can have gradients."""
+    return trees.map_leaves(lambda leaf: function(leaf) if trees.is_differentiable(leaf) else leaf, tree)
 
 
 class Around(nn.Module):
