@@ -25,8 +25,8 @@ from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import holds_tensor, is_consumed_by_looking, way_out
 from funcstage.report import table
 from funcstage.state.contents import Contents
-from funcstage.state.identity import refuse_written
 from funcstage.state.module import locked, look_over
+from funcstage.state.overlaps import names_that_share, refuse_written_buffers
 from funcstage.state.parameter_hooks import check_no_hooks
 from funcstage.state.parts import Parts
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe, flatten, leaf_names
@@ -147,6 +147,9 @@ class ModuleFunction:
         self._aliases = _tied_names(self.module)
         self._parts = Parts(self.module)
         self.gathering = Gathering(self.module)
+        self._twins = names_that_share(
+            {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        )
         look_over(self.module)
 
     def _check_parts(self) -> None:
@@ -187,7 +190,7 @@ class ModuleFunction:
         with locked(module), flat, hooks:
             # The ties are resolved above, once, rather than in every call.
             output = self._parts.call_with(state, args, kwargs)
-        refuse_written(self.__qualname__, copies)
+        refuse_written_buffers(self.__qualname__, copies, buffers, self.named, self._twins, (args, kwargs))
         # Buffers that the module has assigned anew are in `state` now.
         return output, {name: buffers[name] if name in self._frozen else state[name] for name in buffers}
 

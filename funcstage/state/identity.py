@@ -9,7 +9,6 @@ by identity, and what its variables hold when it returns tells whether those wer
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -18,12 +17,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from funcstage._torch.operators import without_torch_function
-from funcstage.errors import PurityError, StageError
+from funcstage.errors import StageError
 from funcstage.state.code import is_torchs_or_library
 from funcstage.state.expressions import UNKNOWN, Kind, Use, uses_of, value_of
 from funcstage.state.guise import own_of
 from funcstage.state.profilers import resume
-from funcstage.state.writes import versions
 from funcstage.trees import describe
 
 
@@ -36,14 +34,12 @@ class Twins(NamedTuple):
         given: the leaves of the arguments.
         repeated: whether one of these is there twice, or is of the state.
         of_module: whether the state is a module's, which holds stand-ins of its own.
-        buffers: the names of the module's buffers that are arguments as well.
     """
 
     own: Mapping[int, int]
     given: Sequence[Any]
     repeated: bool
     of_module: bool = False
-    buffers: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -71,9 +67,7 @@ class Twins(NamedTuple):
             of_module = apply.named()  # type: ignore[attr-defined]
             for tree in (params, buffers):
                 own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
-        handed = {own.get(id(leaf), id(leaf)) for leaf in given if isinstance(leaf, Tensor)}
-        shared = [name for name, buffer in buffers.items() if own[id(buffer)] in handed] if held else []
-        return cls(own, given, True, bool(held), frozenset(shared))
+        return cls(own, given, True, bool(held))
 
 
 def _is_repeated(given: Iterable[Any], *others: Iterable[Any]) -> bool:
@@ -104,12 +98,10 @@ def watching_identity(
     watch = _Watch(twins, stand_ins, params)
     before = sys.getprofile()
     watch.before = before if callable(before) else None
-    around, _current.buffers = _current.buffers, twins.buffers
     sys.setprofile(watch.profile)
     try:
         yield
     finally:
-        _current.buffers = around
         resume(before)
     if watch.found is not None:
         tensor, where = watch.found
@@ -119,25 +111,6 @@ def watching_identity(
             "gradient in each place, and so is another object in each. Say by an argument of its own (a "
             "flag) which tensors are one."
         )
-
-
-def refuse_written(owner: str, buffers: Mapping[str, Tensor]) -> None:
-    """Refuse a forward that has written in place into a buffer that it was handed as an argument, too.
-
-    Args:
-        owner: the stage's name.
-        buffers: the copies that it was given to write into.
-
-    Raises:
-        PurityError: names the buffer.
-    """
-    for name in sorted(_current.buffers):
-        if name in buffers and versions([buffers[name]]) != [0]:
-            raise PurityError(
-                f"{owner} writes in place into its buffer {name!r}, which it was handed as an argument as "
-                "well. To the caller they are one tensor, but the argument would not see what is written. "
-                "Pass a clone, or let the forward read the buffer from the module."
-            )
 
 
 class _Watch:
@@ -204,13 +177,6 @@ class _Watch:
         own = own_of(tensor)
         own = tensor if own is None else own
         return self._own.get(id(own), id(own))
-
-
-class _Current(threading.local):
-    buffers: frozenset[str] = frozenset()
-
-
-_current = _Current()
 
 
 def _is_users(frame: FrameType) -> bool:

@@ -82,7 +82,7 @@ class Watch:
             self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
         # What a DTensor has on this rank counts its own writes.
         self._inner = [i for i, tensor in enumerate(self._counters) if type(tensor) not in _PLAIN]
-        self._counters += [_stand_in(_local(self._counters[i]), transformed) for i in self._inner]
+        self._counters += [_stand_in(local_part(self._counters[i]), transformed) for i in self._inner]
         self._versions = versions(self._counters)
 
     @classmethod
@@ -108,14 +108,14 @@ class Watch:
             return None
         changed = self._changed(now)
         try:
-            keys = {_memory_key(tensor) for tensor in reads()}
+            keys = {memory_key(tensor) for tensor in reads()}
         except SavedAndWritten:  # by autograd, which does not say of what
             return " or ".join(map(self._described, changed))
         return next((self._described(i) for i in changed if self._key(i) in keys), None)
 
     def within(self, memory: Sequence[Tensor]) -> Watching:
         """A watch over those alone that have memory in common with some tensors, whatever is read."""
-        keys = {_memory_key(tensor) for tensor in memory}
+        keys = {memory_key(tensor) for tensor in memory}
         n = len(self._counters) - len(self._inner)
         return _Within(self, {i for i in range(n) if self._key(i) in keys})
 
@@ -127,7 +127,7 @@ class Watch:
     def _key(self, i: int) -> int | None:
         memory = None if i < self._held else self._others[i - self._held].memory
         if memory is None:
-            return _memory_key(self._counters[i])
+            return memory_key(self._counters[i])
         storage = memory()
         return None if storage is None else memory_key_of(storage)  # None where it is free by now
 
@@ -196,12 +196,12 @@ def versions(leaves: Sequence[Any]) -> list[int]:
         ]
 
 
-def _memory_key(tensor: Tensor) -> int:
+def memory_key(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
-    return ft.storage_key(_local(tensor))
+    return ft.storage_key(local_part(tensor))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What a DTensor, or the pending result of a collective, keeps on this rank."""
     if type(tensor) in _PLAIN:
         return tensor
@@ -222,7 +222,7 @@ def _stand_in(tensor: Tensor, transformed: bool) -> Tensor:
 
 def _memory_of(tensor: Tensor) -> ref[torch.UntypedStorage] | None:
     """What tells a tensor's memory from all other, without keeping its contents."""
-    inner = ft.innermost(tensor if type(tensor) in _PLAIN else _local(tensor))
+    inner = ft.innermost(tensor if type(tensor) in _PLAIN else local_part(tensor))
     if inner.layout is not torch.strided:
         return None
     return ref(inner.untyped_storage())

@@ -54,6 +54,7 @@ from funcstage.errors import StructureError, TraceError, stage_name
 from funcstage.report import table
 from funcstage.state.ambient import generators_kept, of_process
 from funcstage.state.module import Fingerprint, locked
+from funcstage.state.overlaps import refuse_written
 from funcstage.state.shared import shared_by
 from funcstage.trees import AnyBuffers, Buffers, NoBuffers, Output, Params
 
@@ -241,8 +242,10 @@ class CompiledStage(Generic[Output, AnyBuffers]):
     def run(self, found: tuple[Programs, list[Tensor]], call: StageCall) -> Linearized[Any]:
         """Run F; where it fails, raise what the stage itself raises."""
         programs, tensors = found
+        if (joint := programs.joint).written:
+            refuse_written(call.name, joint.written, tensors, joint.n_args, joint.names)
         try:
-            linearized, joint = linearize(programs, tensors), programs.joint
+            linearized = linearize(programs, tensors)
             return linearized if joint.sharding is None else sharded(linearized, joint, call.whole[0])
         except Exception as caught:
             error = caught

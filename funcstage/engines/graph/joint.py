@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,10 @@ class Sharding:
     param_grads: Specs
 
 
+A_SIZE = "a size"
+"""What placeholders of open sizes are called."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Joint:
     """The joint graph of a stage and its backward, with what its inputs and outputs are.
@@ -57,6 +61,8 @@ class Joint:
         captured: tensors that the graph reads and are no placeholders, with their names.
         sharding: of DTensors; None where there are none.
         sizes: those that are left open, if any.
+        written: which tensors among the leaves F has written into in place, with those which it saw as the
+            same; in truth it has written into copies.
     """
 
     module: GraphModule
@@ -71,6 +77,11 @@ class Joint:
     captured: dict[Tensor, str] = field(default_factory=dict)
     sharding: Sharding | None = None
     sizes: Sizes | None = None
+    written: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """What those who gave them call the leaves that are tensors."""
+        return [name for name in self.given if name != A_SIZE]
 
     @property
     def placeholders(self) -> list[Node]:

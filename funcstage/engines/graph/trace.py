@@ -30,7 +30,7 @@ from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.cumulative import averaged_in_tensors
-from funcstage.engines.graph.joint import Joint, Sharding
+from funcstage.engines.graph.joint import A_SIZE, Joint, Sharding
 from funcstage.engines.graph.layers import Layers
 from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.refusals import (
@@ -57,6 +57,7 @@ from funcstage.state.guise import looking_alike
 from funcstage.state.identity import watching_identity
 from funcstage.state.kept import Changes, State, objects_among
 from funcstage.state.module import state_with, swapped
+from funcstage.state.overlaps import noting_written
 
 
 def trace(
@@ -153,6 +154,7 @@ class _Run:
         captured: tensors that were read and not given.
         sharding: of the results that are DTensors.
         sizes: those that are left open.
+        written: as in `Joint`.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class _Run:
         self._found: _Found | None = None
         self.captured: list[Tensor] = []
         self.sharding: Sharding | None = None
+        self.written: dict[int, list[int]] = {}
 
     def __call__(self, *tensors: Tensor) -> tuple[list[Tensor | None], ...]:
         """Run the stage and its backward."""
@@ -221,9 +224,11 @@ class _Run:
                 averaged_in_tensors(call.module),
                 looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
                 watching_identity(owner, call.twins, values[self._n_leaves :], lent),
+                noting_written() as noted,
                 self._recorder or nullcontext(),
             ):
                 result = call.apply(params, buffers, *args, **kwargs)
+            self._note_written(given, values, noted)
             reads_nodes = separable.reads_nodes  # of its own accord, as what follows reads them too
             output, new_buffers = checked_result(call.apply, result)
             refuse_writes(owner, containers)
@@ -265,6 +270,17 @@ class _Run:
             self.sharding = _sharding_of([*outputs, *fresh], roots, cotangents, of_args, of_params)
             return *([_unwrapped(leaf) for leaf in part] for part in parts), as_they_come
 
+    def _note_written(self, given: list[Tensor], values: list[Any], noted: list[Tensor]) -> None:
+        """Note which leaves were written into, or their copies."""
+        of_copies = {*map(id, noted)}
+        for place, (i, tensor) in enumerate(zip(self._places, given, strict=True)):
+            is_written = id(values[i]) in of_copies
+            if i >= self._n_leaves and not is_written:
+                itself = [values[i]] if isinstance(values[i], tt.FunctionalTensor) else []
+                is_written = any(map(tt.was_written, (tensor, *itself)))
+            if is_written:
+                self.written[place] = [k for k, j in enumerate(self._places) if values[j] is values[i]]
+
     def joint(self, module: GraphModule) -> Joint:
         """What was recorded, with what was found."""
         found = self._found
@@ -279,11 +295,12 @@ class _Run:
             found.output_spec,
             found.buffers_spec,
             found.constants,
-            (*names[: self.n_state], *["a size"] * n_sizes, *names[self.n_state :]),
+            (*names[: self.n_state], *[A_SIZE] * n_sizes, *names[self.n_state :]),
             found.changes,
             {tensor: captured.name_of(tensor, self._call.apply) for tensor in self.captured},
             self.sharding,
             self.sizes,
+            self.written,
         )
 
     def open_kernels(self) -> AbstractContextManager[Any]:

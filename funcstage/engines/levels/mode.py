@@ -28,6 +28,7 @@ from funcstage.engines.node_hooks import READS_NODE, Allowed, checked_hooks, is_
 from funcstage.engines.rules import custom_functions
 from funcstage.engines.rules.base import Call, Rule
 from funcstage.engines.rules.table import known
+from funcstage.state.overlaps import refuse_overwritten
 from funcstage.trees import PyTree
 
 
@@ -279,6 +280,7 @@ class Split(Levels, TorchFunctionMode):
                 if not is_first or not any(tensor is a for a in self.arguments):
                     raise impure(owner, func)
                 # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
+                refuse_overwritten(tensor, self.given, self.arguments)
                 copy = self.call(torch.clone, (tensor,), {})
                 self.moved[id(tensor)] = (tensor, copy)
                 return self.in_place(func, (copy, *args[1:]), kwargs, writes)
