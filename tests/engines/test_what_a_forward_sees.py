@@ -564,3 +564,58 @@ def test_a_keyword_that_requires_grad_is_refused_where_its_gradient_would_be_los
     fs.stage_vjp(*stage, torch.ones(1, 4), scale=scale, argnums=argnums)
     with pytest.raises(fs.StageError, match=r"requires grad and is not handed to it"):
         fs.stage_vjp(*stage, torch.ones(3, 4), scale=scale, argnums=argnums)
+
+
+def marked(m: Seeing, x: Tensor) -> Tensor:
+    return m.w.detach().requires_grad_()
+
+
+def thawed(m: Seeing, x: Tensor) -> Tensor:
+    h = x.detach()
+    h.requires_grad = True
+    return h
+
+
+def copied(m: Seeing, x: Tensor) -> Tensor:
+    return copy.deepcopy(m.w)
+
+
+def of_a_copied_layer(m: Seeing, x: Tensor) -> Tensor:
+    layer = copy.deepcopy(m.proj)
+    return layer(x.detach())
+
+
+ASKS: dict[str, Callable[[Tensor], Any]] = {
+    "requires grad": lambda t: t.requires_grad,
+    "of what is made of it": lambda t: (t * 2).requires_grad,
+    "a leaf": lambda t: t.is_leaf,
+    "has a node": lambda t: (t * 2).grad_fn is None,
+}
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.parametrize("argnums", [(), (0,)])
+@pytest.mark.parametrize("asks", ASKS)
+@pytest.mark.parametrize("made", [marked, thawed, copied, of_a_copied_layer])
+def test_what_a_forward_has_marked_or_copied_requires_grad(
+    made: Callable[..., Tensor], asks: str, argnums: tuple[int, ...], no_grad: bool
+) -> None:
+    def sees(m: Seeing, x: Tensor, y: Tensor) -> Any:
+        with torch.set_grad_enabled(not no_grad):
+            return ASKS[asks](made(m, x))
+
+    module, x = Seeing(sees), torch.randn(3, 4)
+    check(module, "closures", argnums, x)
+    if made in (marked, thawed):
+        check(module, "aten", argnums, x)
+    else:
+        with pytest.raises(fs.TraceError, match=r"deepcopy.*The uncompiled `apply` works"):
+            fs.stage_vjp(*staged(module, "aten"), x, argnums=argnums)
+
+
+def test_a_forward_that_is_differentiated_in_turn_may_not_ask_for_its_marks() -> None:
+    module = Seeing(lambda m, x, y: marked(m, x).requires_grad)
+    apply, params, buffers = staged(module, "closures")
+    x = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(fs.StageError, match=r"asking what requires grad after requires_grad_\(\)"):
+        fs.stage_vjp(apply, params, buffers, x)

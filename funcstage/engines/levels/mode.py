@@ -101,6 +101,8 @@ class Split(Levels, TorchFunctionMode):
                 return self.mark(*args, **kwargs)
             if func in _READING_MEMORY:
                 return self.read_memory(func, args, kwargs)
+            if self.marked and func in _READING_MARKS:
+                self.take_gradients("asking what requires grad after requires_grad_()")
             if func == READS_NODE:
                 return self.read_node(args[0])
             if self.in_region and func in _READING_VIEWS:
@@ -392,4 +394,6 @@ _READING_MEMORY: set[Any] = {
     *(Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr),
 }
 _READING_VIEWS: set[Any] = {READS_BASE, READS_WHETHER_VIEW}
-_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | _READING_VIEWS | {READS_NODE}
+_READING_MARKS = {READS_NODE, *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf"))}
+"""What tells of a mark, which has no effect on the levels."""
+_HEEDED = MARKS | EFFECTS | inner_gradients.TAKING | _READING_MEMORY | _READING_VIEWS | _READING_MARKS

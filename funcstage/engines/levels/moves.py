@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from funcstage._torch import functorch as ft
+from funcstage._torch.operators import without_torch_function
 from funcstage.engines.levels.tape import Site
 
 
@@ -146,4 +147,5 @@ class Levels:
 
     def is_differentiated(self, value: Tensor) -> bool:
         """Tell whether a value depends on parameters or differentiated inputs."""
-        return self.is_weight(value) or self.is_activation(ft.unwrap(value, self.inner_level))
+        with without_torch_function():
+            return self.is_weight(value) or self.is_activation(ft.unwrap(value, self.inner_level))

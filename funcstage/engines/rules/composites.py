@@ -105,13 +105,15 @@ def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     if id(tensor) in memo:
         found: Tensor = memo[id(tensor)]
         return found
-    if not tensor.is_leaf:
+    with ops.without_torch_function():
+        is_leaf, requires_grad = tensor.is_leaf, tensor.requires_grad
+    if not is_leaf:
         raise RuntimeError(
             "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the "
             "moment."  # as torch says
         )
     copy = memo[id(tensor)] = tensor.detach().clone()
-    return copy.requires_grad_(tensor.requires_grad)
+    return copy.requires_grad_(requires_grad)
 
 
 def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
