@@ -7,7 +7,9 @@ versions in `versions.py` say the same: `tests/_torch/test_messages.py` makes to
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import dis
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 Signs: TypeAlias = tuple[str, ...]
 """Parts of messages, one of which is in the error's."""
@@ -78,6 +80,39 @@ STORE_EMPTY: Signs = ("ait timeout",)
 
 
 def says(error: BaseException | str, signs: Signs) -> bool:
-    """Tell whether an error, or a part of its message, is one of these."""
+    """Tell whether an error, or a part of its message, is one of these; what a stage raises is none."""
+    if isinstance(error, BaseException) and is_raised_by_stage(error):
+        return False
     message = str(error)
     return any(sign in message for sign in signs)
+
+
+def with_contexts(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those in answer to which it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def is_raised_by_stage(error: BaseException) -> bool:
+    """Tell whether a `raise` or an `assert` outside of torch and funcstage raised an error."""
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code.co_code
+    raised = dis.opname[code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    return raised and is_of_stage(last.tb_frame)
+
+
+def is_of_stage(frame: Any) -> bool:
+    """Tell whether a frame is neither torch's nor ours or our trees', nor one that they have generated."""
+    package = package_of(frame)
+    generated = frame.f_code.co_filename.startswith("<") and package != "__main__"
+    return package not in ("torch", "funcstage", "optree", "") and not generated
+
+
+def package_of(frame: Any) -> str:
+    """The package that a frame's function is from."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -13,10 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from funcstage import trees
 from funcstage._torch import tracing as tt
+from funcstage._torch.messages import is_raised_by_stage
 from funcstage._torch.pipelining import TAKES_GRADS_AND_MESHES, Examples, GradExamples
 from funcstage.dtensors import as_cotangent, groups_of, placement
 from funcstage.engines.graph import compile as compile_stage
-from funcstage.engines.graph.blame import is_raised_by_stage
 from funcstage.errors import LeafError, StructureError
 from funcstage.gathered import show_shards
 from funcstage.pipelining.binding import Binding, Structure, read, update

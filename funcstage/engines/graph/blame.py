@@ -7,7 +7,6 @@ it raises is the answer, in its backward too. Only where it works is it said to.
 
 from __future__ import annotations
 
-import dis
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from funcstage import trees
+from funcstage._torch.messages import is_of_stage, package_of
 from funcstage.engines.base import InputTape, StageCall
 from funcstage.engines.choose import uncompiled
 from funcstage.errors import StageError, TraceError, stage_name
@@ -26,33 +26,10 @@ from funcstage.state.backward_errors import explain
 from funcstage.state.before import Before
 
 
-def is_raised_by_stage(error: BaseException) -> bool:
-    """Tell whether a `raise` or an `assert` outside of torch and funcstage raised an error."""
-    last = error.__traceback__
-    if last is None:
-        return False
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code.co_code
-    raised = dis.opname[code[last.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
-    return raised and is_of_stage(last.tb_frame)
-
-
-def is_of_stage(frame: Any) -> bool:
-    """Tell whether a frame is neither torch's nor ours or our trees', nor one that they have generated."""
-    package = _package_of(frame)
-    generated = frame.f_code.co_filename.startswith("<") and package != "__main__"
-    return package not in ("torch", "funcstage", "optree", "") and not generated
-
-
 def is_asked_by_stage() -> bool:
     """Tell whether the function of torch's that runs was called by the stage, rather than by our trees."""
     frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
-    return is_of_stage(next(dropwhile(lambda frame: _package_of(frame) in ("funcstage", "torch"), frames)))
-
-
-def _package_of(frame: Any) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return is_of_stage(next(dropwhile(lambda frame: package_of(frame) in ("funcstage", "torch"), frames)))
 
 
 def line_of(error: BaseException) -> str | None:

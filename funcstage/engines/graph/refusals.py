@@ -20,12 +20,13 @@ from funcstage._torch.messages import (
     NESTED_IN_TRACE,
     NO_VALUES,
     SAVED_WRITTEN,
+    is_raised_by_stage,
     says,
 )
 from funcstage._torch.operators import OpOverload, writes
 from funcstage._torch.pytree import tree_leaves
 from funcstage.dtensors import unwrapped
-from funcstage.engines.graph.blame import is_raised_by_stage, line_of
+from funcstage.engines.graph.blame import line_of
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.rules import control_flow
 from funcstage.errors import PurityError, TraceError, stage_name
@@ -163,8 +164,8 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
         return TraceError(control_flow.refusal(stage_name(apply), name))
     if says(error, FUNCTIONAL_WRITES_REAL):
         return captured(stage_name(apply), f"at {line_of(error)}")
-    if is_raised_by_stage(error):
-        return error
+    if is_raised_by_stage(error) and error.__context__ is None:
+        return error  # another may be its answer to a limit of the trace
     where = line_of(error)
     owner = stage_name(apply)
     names = {

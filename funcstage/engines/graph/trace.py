@@ -25,7 +25,7 @@ from funcstage._torch.calls import current
 from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.fx import recording, unsay
 from funcstage._torch.interception import intercepting
-from funcstage._torch.messages import LEAF_WRITTEN, NOT_ENTERED, says
+from funcstage._torch.messages import LEAF_WRITTEN, NOT_ENTERED, says, with_contexts
 from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
@@ -107,7 +107,7 @@ def trace(
                 copied = False  # the error may be theirs
             elif isinstance(error, StageError):
                 raise
-            elif not overwritten and says(error, LEAF_WRITTEN):
+            elif not overwritten and any(says(each, LEAF_WRITTEN) for each in with_contexts(error)):
                 overwritten = True
             else:
                 refusal = refusal_of(call.apply, error)

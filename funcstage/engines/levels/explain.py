@@ -11,7 +11,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch import messages as torchs
-from funcstage._torch.messages import says
+from funcstage._torch.messages import is_raised_by_stage, says
 from funcstage._torch.tensors import READS_WHETHER_VIEW
 from funcstage.engines.levels import inner_gradients
 from funcstage.errors import LeafError, PurityError, StageError
@@ -66,6 +66,8 @@ class explaining:  # no generator: see `funcstage.state.undone`
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if isinstance(error, StageError) or not isinstance(error, (AttributeError, RuntimeError)):
+            return
+        if is_raised_by_stage(error):
             return
         if not self._higher and says(error, torchs.BACKWARD_IN_TRANSFORM + torchs.FUNCTION_IN_CPP):
             raise inner_gradients.TakesGradients from None

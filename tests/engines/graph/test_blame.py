@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import funcstage as fs
+from funcstage._torch import messages
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -37,6 +38,16 @@ def raises(kind: type[Exception], *args: Any) -> Forward:
     return forward
 
 
+def in_answer_to_torchs(kind: type[Exception], does: Callable[..., Any]) -> Forward:
+    def forward(module: nn.Module, x: Tensor) -> Any:
+        try:
+            return does(module, x)
+        except RuntimeError as error:
+            raise kind("in my layer") from error
+
+    return forward
+
+
 def asserts(module: nn.Module, x: Tensor) -> Any:
     assert x.shape[0] == 3, "three samples"
     return module.proj(x)
@@ -56,6 +67,7 @@ OWN: dict[str, Forward] = {
     "an error with arguments": raises(OwnError, 3, "text"),
     "assert": asserts,
     "an error with a cause": from_another,
+    "an error with torch's as its cause": in_answer_to_torchs(ValueError, lambda m, x: m.proj(x[:, :3])),
     "KeyError": lambda module, x: {}["key"],
     "AttributeError": lambda module, x: module.absent(x),
     "TypeError": lambda module, x: module.proj(x, x, x),
@@ -260,3 +272,62 @@ def test_what_the_stage_raises_itself_is_raised_after_one_run() -> None:
     with pytest.raises(KeyError, match="the stage's own"):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(2, 3))
     assert len(runs) == 1
+
+
+TORCHS = {name: signs for name, signs in vars(messages).items() if name.isupper()}
+
+
+def takes_a_gradient(x: Tensor) -> Tensor:
+    leaf = torch.ones(4, requires_grad=True)
+    return torch.autograd.grad((leaf * leaf * x.detach()).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("tape", [False, True])
+@pytest.mark.parametrize("phase", ["F", "F, again", "I"])
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize("name", TORCHS)
+def test_an_error_of_the_stages_own_may_say_what_torch_says(
+    name: str, engine: str, phase: str, tape: bool
+) -> None:
+    signs = TORCHS[name]
+    text = f"in layer 3: {signs if isinstance(signs, str) else signs[0]}"
+
+    def raising(grad: Tensor) -> Tensor:
+        raise RuntimeError(text)
+
+    def forward(module: nn.Module, x: Tensor) -> Any:
+        y: Tensor = module.proj(x) * (takes_a_gradient(x) if tape else 1)
+        if phase == "I":
+            y.register_hook(raising)
+            return y
+        try:
+            return raising(y)
+        except RuntimeError as error:
+            if phase == "F":
+                raise
+            raise RuntimeError(text) from error
+
+    apply, params, buffers = fs.functionalize(Stage(forward))
+    if engine == "aten":
+        apply = fs.compile(apply, backend=engine, fullgraph=True)
+    with pytest.raises(RuntimeError) as caught:
+        fs.stage_vjp(apply, params, buffers, torch.randn(2, 4))[2](torch.ones(2, 4))
+    assert type(caught.value) is RuntimeError
+    assert str(caught.value) == text
+
+
+def test_a_limit_of_the_trace_is_named_whatever_the_stage_says_to_it() -> None:
+    apply, params, buffers = fs.functionalize(Stage(in_answer_to_torchs(ValueError, reads_a_value)))
+    with pytest.raises(fs.TraceError, match=r"test_blame.py:\d+: in my layer. The uncompiled `apply` works"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.randn(2, 4))
+
+
+def test_an_argument_is_overwritten_where_the_stage_answers_torchs_error_too() -> None:
+    def overwrites(module: nn.Module, x: Tensor) -> Any:
+        x *= 2
+        return module.proj(x)
+
+    module, x = Stage(in_answer_to_torchs(ValueError, overwrites)), torch.randn(2, 4)
+    apply, params, buffers = fs.functionalize(module)
+    output = fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, x)[0]
+    torch.testing.assert_close(output, module(x.clone()).detach())
