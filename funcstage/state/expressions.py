@@ -10,8 +10,9 @@ import builtins
 import dis
 import functools
 import sys
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,28 +63,107 @@ class _Entry(NamedTuple):
     key: Any
 
 
-@functools.lru_cache(maxsize=8192)
+class _Result(NamedTuple):
+    """What a call returns, by its place in the code."""
+
+    offset: int
+
+
+class Changing(NamedTuple):
+    """What a variable held for a while, which is assigned anew."""
+
+    name: str
+
+
+class Code(NamedTuple):
+    """What is read of a code object, without those nested in it.
+
+    Attributes:
+        uses: what it does with operands, other than comparisons with constants.
+        calls: the operands of its calls, by their places.
+        results: the calls of which it compares what they return.
+    """
+
+    uses: tuple[Use, ...]
+    calls: Mapping[int, tuple[Any, ...]]
+    results: frozenset[int]
+
+    def call_at(self, place: int) -> tuple[Any, ...] | None:
+        """The operands of the call at which a function is; up to Python 3.11 it is a few bytes behind it."""
+        before = [offset for offset in self.calls if offset <= place < offset + _CALL_SIZE]
+        return self.calls[max(before)] if before else None
+
+    def result_at(self, place: int) -> int | None:
+        """The call at which a function is, if it compares what that returns."""
+        return next((offset for offset in self.results if offset <= place < offset + _CALL_SIZE), None)
+
+
 def uses_of(code: CodeType) -> tuple[Use, ...]:
-    """Read a code object, without those nested in it, and leave out comparisons with constants."""
-    reader = _Reader()
-    for step in dis.get_instructions(code):
+    """What a code object does with operands."""
+    return read(code).uses
+
+
+@functools.lru_cache(maxsize=8192)
+def read(code: CodeType) -> Code:
+    """Read a code object."""
+    reader, steps = _Reader(), [*dis.get_instructions(code)]
+    for step in steps:
         reader.line = step.positions.lineno if step.positions and step.positions.lineno else reader.line
         reader.read(step)
-    return tuple(reader.found)
+    changes = _Changes(steps)
+    uses = [
+        use._replace(operands=tuple(changes.seen_at(place, operand) for operand in use.operands))
+        if use.kind is Kind.COMPARED
+        else use
+        for place, use in reader.found
+    ]
+    compared = [operand for use in uses for operand in use.operands if use.kind is Kind.COMPARED]
+    compared += [operand for operands in reader.calls.values() for operand in operands]
+    results = frozenset(operand.offset for operand in compared if isinstance(operand, _Result))
+    return Code(tuple(uses), reader.calls, results)
+
+
+class _Changes:
+    """Which variables a function assigns anew after it has compared them, in a loop for one."""
+
+    def __init__(self, steps: Sequence[dis.Instruction]) -> None:
+        self._stores = [
+            (step.offset, name)
+            for step in steps
+            if "STORE_" in step.opname
+            for name in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
+        ]
+        backward = [s for s in steps if "JUMP" in s.opname and type(s.argval) is int and s.argval < s.offset]
+        self._loops = [(step.argval, step.offset) for step in backward]
+
+    def seen_at(self, place: int, operand: Any) -> Any:
+        """An operand as it can be told when the function returns."""
+        if not isinstance(operand, _Name):
+            return operand
+        around = [(start, end) for start, end in self._loops if start <= place <= end]
+        start = min((start for start, _ in around), default=place)
+        changes = any(offset >= start and name == operand.name for offset, name in self._stores)
+        return Changing(operand.name) if changes else operand
 
 
 class _Reader:
     """Follows the stack of the interpreter from step to step, as far as it is plain."""
 
     def __init__(self) -> None:
-        self.found: list[Use] = []
+        self.found: list[tuple[int, Use]] = []
+        self.calls: dict[int, tuple[Any, ...]] = {}
         self.line: int | None = None
+        self._place = 0
         self._stack: list[Any] = []
 
     def read(self, step: dis.Instruction) -> None:
         operation, argument, stack = step.opname, step.argval, self._stack
+        self._place = step.offset
         if operation in _NAMES:
             stack += map(_Name, argument if isinstance(argument, tuple) else (argument,))
+        elif operation == "STORE_FAST_LOAD_FAST":
+            self._clear()
+            stack.append(_Name(argument[1]))
         elif operation == "LOAD_CONST":
             stack.append(_Constant(argument))
         elif operation in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -120,17 +200,18 @@ class _Reader:
         operands = [self._pop() for _ in range(count)]
         function = self._pop()
         if _ID in operands:  # passed on, to map for one
-            self._find(Kind.IDENTIFIED, _ANY)
+            self._find(Kind.IDENTIFIED, ANY)
         elif function == _ID and operands:
             self._find(Kind.IDENTIFIED, operands[0])
         if function == _VARS and operands:
             self._stack.append(_Attribute(operands[0], "__dict__"))
             return
         self._leave(*operands)
-        self._stack.append(UNKNOWN)
+        self.calls[self._place] = tuple(operands)
+        self._stack.append(_Result(self._place))
 
     def _find(self, kind: Kind, *operands: Any) -> None:
-        self.found.append(Use(kind, operands, self.line))
+        self.found.append((self._place, Use(kind, operands, self.line)))
 
     def _pop(self) -> Any:
         return self._stack.pop() if self._stack else UNKNOWN
@@ -150,13 +231,15 @@ def _is_namespace(expression: Any) -> bool:
     return isinstance(expression, _Attribute) and expression.name == "__dict__"
 
 
-def value_of(expression: Any, frame: FrameType) -> Any:
+def value_of(expression: Any, frame: FrameType, results: Mapping[int, Any] = MappingProxyType({})) -> Any:
     """What an expression has come to in a function that returns, without running anybody's code.
 
-    `UNKNOWN` where that cannot be told.
+    `UNKNOWN` where that cannot be told. `results` has what its calls have returned, by their places.
     """
-    if expression is _ANY:
+    if expression is ANY:
         return next((value for value in frame.f_locals.values() if isinstance(value, Tensor)), UNKNOWN)
+    if isinstance(expression, _Result):
+        return results.get(expression.offset, UNKNOWN)
     if isinstance(expression, _Constant):
         return expression.value
     if isinstance(expression, _Name):
@@ -183,8 +266,12 @@ def _attribute(holder: Any, name: str) -> Any:
 UNKNOWN: Any = object()
 """What an expression is that is not followed."""
 
-_ANY: Any = object()
+ANY: Any = object()
+"""Any tensor among the variables."""
+
 _ID, _VARS = _Name(builtins.id.__name__), _Name(builtins.vars.__name__)
+_CALL_SIZE = 2 + 2 * 4
+"""Bytes of a call, with the space behind it in which the interpreter remembers what it has called."""
 _NAMES = frozenset(
     {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_FAST_LOAD_FAST", "LOAD_DEREF"}
     | {"LOAD_FAST_BORROW_LOAD_FAST_BORROW", "LOAD_GLOBAL", "LOAD_NAME"}

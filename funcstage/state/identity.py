@@ -3,11 +3,14 @@
 A tensor that is handed in twice, or that is a parameter or buffer besides, has another stand-in in each
 place, as it has a gradient for each. That `a is b` is then False, where eager says True, is seen by no mode.
 A call with such tensors is therefore watched: the byte code of each function that runs tells what it compares
-by identity, and what its variables hold when it returns tells whether those were stand-ins of one tensor.
+by identity, and what its variables hold when it returns, or what the functions that it calls have returned,
+tells whether those were stand-ins of one tensor. What only the interpreter's stack has held is not seen: two
+results of functions that are written in C, compared with each other (`next(a) is next(b)`).
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import StageError
 from funcstage.state.code import is_torchs_or_library
-from funcstage.state.expressions import UNKNOWN, Kind, Use, uses_of, value_of
+from funcstage.state.expressions import UNKNOWN, Changing, Code, Kind, Use, read, value_of
 from funcstage.state.guise import own_of
 from funcstage.state.profilers import resume
 from funcstage.trees import describe
@@ -133,38 +136,69 @@ class _Watch:
         of_state = [(one, 0 if twins.of_module else state) for state, one in own.items()]
         for one, stand_in in (*pairs, *of_state):
             objects.setdefault(one, set()).add(stand_in)
-        self._doubles = {one for one, different in objects.items() if len(different) > 1}
+        given = {own.get(id(leaf), id(leaf)) for leaf in twins.given if isinstance(leaf, Tensor)}
+        self._doubles = {one for one in given if len(objects[one]) > 1}
         self.before: Any = None
         self.found: tuple[Tensor, str] | None = None
+        self._results: dict[int, dict[int, Any]] = {}
 
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.found is None:
             if event == "return":
-                uses = [use for use in uses_of(frame.f_code) if use.kind is not Kind.NAMESPACE]
-                if uses and _is_users(frame):
-                    with without_torch_function():
-                        self._look(frame, uses)
+                self._returns(frame, argument)
+            elif event == "c_call" and _is_comparing(argument) and _is_users(frame):
+                operands = read(frame.f_code).call_at(frame.f_lasti) or (UNKNOWN, UNKNOWN)
+                with without_torch_function():
+                    self._look_at(frame, Use(Kind.COMPARED, operands, frame.f_lineno))
             elif event == "call" and frame.f_code is _HASH and frame.f_back and _is_users(frame.f_back):
                 with without_torch_function():
                     self._note(frame.f_locals["self"], frame.f_back, frame.f_back.f_lineno)
         if self.before is not None:
             self.before(frame, event, argument)
 
-    def _look(self, frame: FrameType, uses: Sequence[Use]) -> None:
-        for use in uses:
-            values = [value_of(operand, frame) for operand in use.operands]
-            doubles = [value for value in values if self._is_double(value)]
-            if doubles and use.kind is Kind.COMPARED and not any(v is UNKNOWN for v in values):
+    def _returns(self, frame: FrameType, returned: Any) -> None:
+        code, caller = read(frame.f_code), frame.f_back
+        if _is_users(frame):
+            with without_torch_function():
+                for use in code.uses:
+                    if use.kind is not Kind.NAMESPACE:
+                        self._look_at(frame, use)
+                if _PASSED.intersection(frame.f_code.co_names):
+                    self._look_for_passed(frame, code)
+        self._results.pop(id(frame), None)
+        if caller is not None and isinstance(returned, Tensor):
+            place = read(caller.f_code).result_at(caller.f_lasti)
+            if place is not None:
+                self._results.setdefault(id(caller), {})[place] = returned
+
+    def _look_at(self, frame: FrameType, use: Use) -> None:
+        results = self._results.get(id(frame), {})
+        values = [value_of(operand, frame, results) for operand in use.operands]
+        doubles = [value for value in values if self._is_double(value)]
+        if use.kind is Kind.COMPARED:
+            if all(isinstance(operand, Changing) for operand in use.operands):
+                values = doubles = [frame.f_locals.get(operand.name) for operand in use.operands]
+                if all(isinstance(value, Tensor) for value in values):
+                    self.found = values[0], _line(frame, use.line)  # others have been there
+                return
+            if not any(value is UNKNOWN for value in values):
                 first, second = values
                 same = first is second or not isinstance(first, Tensor) or not isinstance(second, Tensor)
                 if same or self._one(first) != self._one(second):
-                    continue
-            if doubles:
-                self._note(doubles[0], frame, use.line)
+                    return
+        if doubles:
+            self._note(doubles[0], frame, use.line)
 
-    def _note(self, tensor: Tensor, frame: FrameType, line: int | None) -> None:
+    def _look_for_passed(self, frame: FrameType, code: Code) -> None:
+        """Look for a function that compares, handed to another that calls it, such as `map`."""
+        passed = (value_of(operand, frame) for operands in code.calls.values() for operand in operands)
+        if any(_is_comparing(value) for value in passed):
+            tensors = (value for value in frame.f_locals.values() if self._is_double(value))
+            self._note(next(tensors, None), frame, frame.f_lineno)
+
+    def _note(self, tensor: Any, frame: FrameType, line: int | None) -> None:
         if self._is_double(tensor):
-            self.found = tensor, f"{frame.f_code.co_filename}:{line}"
+            self.found = tensor, _line(frame, line)
 
     def _is_double(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self._one(value) in self._doubles
@@ -183,4 +217,14 @@ def _is_users(frame: FrameType) -> bool:
     return not is_torchs_or_library(frame.f_globals.get("__name__"))
 
 
+def _is_comparing(value: object) -> bool:
+    return any(value is function for function in _COMPARING)
+
+
+def _line(frame: FrameType, line: int | None) -> str:
+    return f"{frame.f_code.co_filename}:{line}"
+
+
+_COMPARING = operator.is_, operator.is_not
+_PASSED = frozenset(function.__name__ for function in _COMPARING)
 _HASH: CodeType = nn.Parameter.__hash__.__code__

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import operator
 import queue
 import threading
 from collections.abc import Callable
+from operator import is_not
 from typing import Any
 
 import pytest
@@ -424,6 +426,28 @@ def test_a_trace_refuses_to_tell_whether_tensors_are_set_to_one_memory() -> None
         seen_by(lambda x, y: 1.0 + x.is_set_to(x), "compiled", None, torch.ones(2, 4))
 
 
+def of(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def is_among(tensor: Tensor, others: Any) -> bool:
+    found = False
+    for other in others:
+        if other is tensor:
+            found = True
+    return found
+
+
+def are_any_one(some: Any, others: Any) -> int:
+    return sum(a is b for a in some for b in others)
+
+
+def is_one_until(tensor: Any, other: Tensor) -> bool:
+    found = tensor is other
+    tensor = None
+    return found
+
+
 ONE: dict[str, tuple[Callable[[Seeing, Tensor], Tensor], Callable[..., Any]]] = {
     "a parameter": (lambda m, x: m.w, lambda m, x, y, z: z is m.w),
     "a parameter by id": (lambda m, x: m.w, lambda m, x, y, z: id(z) == id(m.w)),
@@ -435,6 +459,19 @@ ONE: dict[str, tuple[Callable[[Seeing, Tensor], Tensor], Callable[..., Any]]] = 
     "an argument": (lambda m, x: x, lambda m, x, y, z: x is z),
     "an argument in a container": (lambda m, x: x, lambda m, x, y, z: z in {x}),
     "an argument by its ids": (lambda m, x: x, lambda m, x, y, z: len({*map(id, (x, z))})),
+    "a parameter by a function": (lambda m, x: m.w, lambda m, x, y, z: operator.is_(z, m.w)),
+    "a parameter by its function": (lambda m, x: m.w, lambda m, x, y, z: is_not(m.w, of(z))),
+    "a parameter by another's function": (
+        lambda m, x: m.w,
+        lambda m, x, y, z: sum(map(operator.is_, [z], [m.w])),
+    ),
+    "a parameter that functions return": (lambda m, x: m.w, lambda m, x, y, z: of(z) is of(m.w)),
+    "a parameter that a method returns": (lambda m, x: m.w, lambda m, x, y, z: of(z) is m.get_parameter("w")),
+    "a parameter in a loop": (lambda m, x: m.w, lambda m, x, y, z: is_among(z, [m.w, y])),
+    "a parameter in loops": (lambda m, x: m.w, lambda m, x, y, z: are_any_one([z, y], [m.w, x])),
+    "an argument for a while": (lambda m, x: x, lambda m, x, y, z: is_one_until(x, z)),
+    "an argument by a function": (lambda m, x: x, lambda m, x, y, z: operator.is_not(x, z)),
+    "an argument that functions return": (lambda m, x: x, lambda m, x, y, z: of(x) is of(z)),
     "an argument in a region": (
         lambda m, x: x,
         lambda m, x, y, z: float(checkpoint(lambda t: (t * (1 + (x is z))).sum(), x, use_reentrant=False)),
@@ -483,6 +520,7 @@ def test_a_tensor_that_is_there_twice_may_be_compared_with_others(
 ) -> None:
     def sees(m: Seeing, x: Tensor, y: Tensor, z: Tensor) -> float:
         others = [part for part in m.modules() if part is not m.proj and m.sees is sees]
+        others += [of(z) is of(y), operator.is_(y, m.w), type(of(x)) is type(of(z)), is_among(m.w, [x, y])]
         return float(x is y) + (z is None) + (x is not m.w) + len(others) + len({id(m), id(y)})
 
     x = torch.randn(3, 4)
