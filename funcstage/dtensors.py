@@ -23,9 +23,9 @@ def first_dtensor(leaves: Iterable[Any]) -> int | None:
 def unwrapped(leaves: list[Any]) -> tuple[list[Any], Specs]:
     """Return the leaves with what this rank has of DTensors in their places, and the specs of these."""
     kind = _kind()
-    places = [] if kind is None else [i for i, leaf in enumerate(leaves) if isinstance(leaf, kind)]
-    if not places:
+    if kind is None or not any(issubclass(each, kind) for each in {*map(type, leaves)}):
         return leaves, {}
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kind)]
     from funcstage._torch.dtensor import local_of, spec_of
 
     local = list(leaves)

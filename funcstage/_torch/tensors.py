@@ -57,9 +57,8 @@ def memory_key_of(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def users_of(memory: int) -> int:
-    """How many tensors and storages hold a piece of memory."""
-    return torch._C._storage_Use_Count(memory)
+users_of: Callable[[int], int] = torch._C._storage_Use_Count
+"""How many tensors and storages hold a piece of memory."""
 
 
 def is_functional(tensor: Tensor) -> bool:

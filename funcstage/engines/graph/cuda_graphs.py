@@ -8,6 +8,7 @@ and none is overwritten. Parameters and buffers are read where they lie, so upda
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class Slot:
     """Storage and graphs for one microbatch in flight."""
 
     def __init__(self, state: Sequence[Tensor]) -> None:
-        self.state = tuple(tensor.data_ptr() for tensor in state)
+        self.state = _places(state)
         self._pool = torch.cuda.graph_pool_handle()
         self._own = {memory_of(tensor) for tensor in state}
         self._captured: dict[str, tuple[torch.cuda.CUDAGraph, list[Any], list[Tensor | None]]] = {}
@@ -57,7 +58,7 @@ class Slot:
         """Tell whether neither a tape nor a result of the slot is in use."""
         if self._flight is not None and self._flight() is not None:
             return False
-        return all(users_of(storage) <= count for storage, count in self._counts.items())
+        return all(map(operator.le, map(users_of, self._counts), self._counts.values()))
 
     def run(
         self, name: str, program: Run, state: Sequence[Tensor], kept: Sequence[Any], given: Sequence[Tensor]
@@ -119,7 +120,7 @@ class SlotPool:
 
     def claim(self, state: Sequence[Tensor]) -> Flight | None:
         """Take a free slot for these parameters and buffers; `None` when the pool is exhausted."""
-        place = tuple(tensor.data_ptr() for tensor in state)
+        place = _places(state)
         for slot in self._slots:
             if slot.state == place and slot.is_free():
                 return slot.claim()
@@ -129,6 +130,10 @@ class SlotPool:
         self._made += 1
         self._slots.append(Slot(state))
         return self._slots[-1].claim()
+
+
+def _places(state: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, state))
 
 
 def handed_out(results: Sequence[Tensor | None]) -> list[Tensor | None]:

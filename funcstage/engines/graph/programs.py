@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -102,23 +103,25 @@ class Programs:
         Parameters and buffers are held until W is done. Arguments and outputs are not: their residuals go
         with I, or to the host.
         """
-        places, names = self._made["watched"]
+        of_state, rest, names = self._made["watched"]
         captured = self._made["captured"]
-        n_state = sum(i < self.joint.n_state for i in places)
 
         def ordered() -> list[str]:
-            found = names()
+            found, n_state = names(), len(of_state)
             return [*found[:n_state], *captured.values(), *found[n_state:]]
 
-        leaves = [held_by_caller[i] for i in places]
-        # Without their history, which they have where the caller has turned gradients off.
-        state = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves[:n_state]]
-        return Watch([*state, *captured], leaves[n_state:], ordered)
+        state = [*map(held_by_caller.__getitem__, of_state)]
+        if any(map(_REQUIRES_GRAD, state)):  # they have a history where the caller has turned gradients off
+            state = [leaf.detach() if leaf.requires_grad else leaf for leaf in state]
+        return Watch([*state, *captured], [*map(held_by_caller.__getitem__, rest)], ordered)
 
     def _watched(
         self, leaves: Sequence[Any], residuals: Sequence[Tensor]
-    ) -> tuple[list[int], Callable[[], list[str]]]:
-        """Which of the leaves given and returned I and W may read: state, and what residuals lie in."""
+    ) -> tuple[list[int], list[int], Callable[[], list[str]]]:
+        """Which leaves of the state, and which others given and returned, I and W may read, with their names.
+
+        Others are those that residuals lie in the memory of.
+        """
         joint, parts = self.joint, self.partition
         read = {*parts.input_grad.inputs, *parts.weight_grad.inputs}
         memory = {ft.storage_key(residual) for residual in residuals}
@@ -137,7 +140,8 @@ class Programs:
             ]
             return [all_names[i] for i in places]
 
-        return places, names
+        n_state = sum(i < joint.n_state for i in places)
+        return places[:n_state], places[n_state:], names
 
     def _captured(self, residuals: Sequence[Tensor]) -> dict[Tensor, str]:
         """The tensors that the stage has captured and I and W may read, with their names."""
@@ -386,6 +390,9 @@ class Programs:
             parts.linear,
             frozenset(node.name for node in dependents(joint.module.graph, joint.args)) - parts.linear,
         )
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def _constants(program: Program) -> list[Tensor]:
