@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import funcstage as fs
+from funcstage.engines.graph import layers
 
 VOCABULARY = 40
 SIZES = {
@@ -153,6 +154,24 @@ def test_a_model_is_split_whole(name: str, padded: bool, engine: str, table: Cal
     attention = model.config._attn_implementation
     table(library="transformers", model=of_row, stages="whole", attention=attention, engine=engine)
     check_split(model, padded, engine, rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["GPT-NeoX", "Llama", "OPT", "Qwen2", "RoBERTa"])
+def test_one_layer_of_a_model_is_traced(name: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They differ in their numbers, which they read for caches only; some draw dropout in training."""
+    kind, options = {**DECODERS, **ENCODERS}[name]
+    model = build(kind, {**options, "num_hidden_layers": 5}, torch.float32).train(train)
+    copies: list[int] = []
+    forget = layers.Layers.forget
+
+    def forgetting(of: layers.Layers) -> None:
+        copies.append(len(of.copies))
+        forget(of)
+
+    monkeypatch.setattr(layers.Layers, "forget", forgetting)
+    check_split(model, True, "aten", rtol=1e-5)
+    assert copies == [4]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "gradient checkpointing"])

@@ -56,7 +56,8 @@ def copies(nodes: Iterable[Node], instead: Mapping[Node, Node], left_out: Iterab
             kwargs: Any = map_arg(node.kwargs, found.__getitem__)
             copy = graph.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
             copy.meta = {name: note for name, note in node.meta.items() if name not in left_out}
-            copy.meta["val"] = _alike(node.meta["val"], memory)
+            if "val" in node.meta:
+                copy.meta["val"] = _alike(node.meta["val"], memory)
             found[node] = copy
     return found
 

@@ -460,6 +460,19 @@ def the_eager_tape() -> None:
     torch.testing.assert_close(view.detach(), output.detach().flatten())
 
 
+@stands_on("_torch/namespaces.py")
+def attributes_put_aside() -> None:
+    from funcstage._torch.namespaces import noting_reads, tells_reads
+
+    module, read = nn.Linear(4, 3), list[Any]()
+    assert tells_reads(nn.Linear, "in_features")
+    with noting_reads([module], [{"in_features", "out_features"}], lambda i, name: read.append(name)):
+        module(ROWS)
+        assert not read
+        assert module.in_features == 4
+    assert {*read} == {"in_features"}
+
+
 @stands_on("_torch/recorded.py")
 def nodes_recorded_again() -> None:
     """One of three layers is traced, and the others' nodes are copies of its."""

@@ -3,11 +3,14 @@
 Objects are compared by their content (`state/content.py`), but for the layer's own modules and tensors, which
 count by where they are in it, and the tensors that it is given likewise. So two layers that differ in nothing
 but which they are say the same. What cannot be said so that it could be compared makes a layer unlike any.
+
+Numbers and strings in which layers differ, such as which of them one is, are said apart: they do not matter
+unless the layer that is traced reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from funcstage._torch.functorch import saving_hooks
 from funcstage._torch.modes import dispatch_modes, function_modes
 from funcstage._torch.modules import has_hooks
+from funcstage._torch.namespaces import tells_reads
 from funcstage._torch.settings import any_hook_of_all_modules
 from funcstage._torch.tensors import OF_FUNCTIONAL
 from funcstage._torch.tracing import FunctionalTensor
@@ -32,24 +36,65 @@ class Description(NamedTuple):
 
     Attributes:
         said: what two layers must agree in.
+        apart: what attributes say in which they may differ, by their module's number and their names.
         tensors: that it is made of and that it is given, each once.
     """
 
     said: Hashable
+    apart: dict[tuple[int, str], Hashable]
     tensors: list[Tensor]
 
 
-def description(module: nn.Module, arguments: Any) -> Description:
+def description(module: nn.Module, arguments: Any, apart: Sequence[Set[str]]) -> Description:
     """Describe a call of a layer.
+
+    Args:
+        module: the layer.
+        arguments: what it is given.
+        apart: for each of its modules, the attributes that are said apart.
 
     Raises:
         Unlike: if it cannot be described.
     """
     speaker = _Speaker(module, arguments)
-    parts = [(type(part), speaker.said(vars(part))) for part in speaker.parts]
+    parts, own = [], {}
+    for i, (part, names) in enumerate(zip(speaker.parts, apart, strict=True)):
+        parts.append((type(part), speaker.said(_without(names, vars(part)))))
+        own.update({(i, name): _plain(part, name) for name in names})
     given = speaker.said(arguments)
     looks = [speaker.looks(tensor) for tensor in speaker.tensors]
-    return Description((parts, given, looks), speaker.tensors)
+    return Description((parts, given, looks), own, speaker.tensors)
+
+
+def differing(layers: Sequence[nn.Module]) -> list[Set[str]]:
+    """For each module of layers of one structure, the plain attributes in which not all of them agree."""
+    return [_differing(parts) for parts in zip(*(layer.modules() for layer in layers), strict=True)]
+
+
+def _differing(parts: Sequence[nn.Module]) -> Set[str]:
+    spaces = [*map(vars, parts)]
+    found = set()
+    for name in vars(parts[0]).keys() - _OF_EVERY_MODULE:
+        values = [space.get(name, _ABSENT) for space in spaces]
+        plain = all(type(value) in PLAIN for value in values)
+        if plain and len({*map(exactly, values)}) > 1 and tells_reads(type(parts[0]), name):
+            found.add(name)
+    return found
+
+
+def _without(names: Set[str], space: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in space.items() if name not in names} if names else space
+
+
+def _plain(part: nn.Module, name: str) -> Hashable:
+    value = vars(part).get(name, _ABSENT)
+    if type(value) not in PLAIN:
+        raise Unlike("what others have as a number or string is none")
+    return exactly(value)
+
+
+_ABSENT = object()
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def surroundings() -> tuple[Any, ...]:

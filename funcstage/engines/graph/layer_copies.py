@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from operator import getitem
+from types import NoneType
 from typing import Any, NamedTuple
 
 import optree
@@ -21,7 +22,6 @@ from funcstage._torch.recorded import copies, node_of, recorded_since, tensor_of
 from funcstage._torch.tensors import version_of
 from funcstage._torch.tracing import FakeTensor, last_recorded
 from funcstage.engines.graph.alike import Description, Unlike
-from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.regions import GATHERED, REGION
 from funcstage.state.profilers import resume
 
@@ -32,12 +32,14 @@ class Entry(NamedTuple):
     Attributes:
         around: what its trace depends on besides what it says itself.
         said: that.
+        read: what it has read, while it ran, of the attributes that are said apart.
         reads: the nodes of its tensors, where they have one.
         edges: where those that have gradients are on autograd's tape.
     """
 
     around: Any
     said: Hashable
+    read: dict[tuple[int, str], Hashable]
     reads: list[Node | None]
     edges: dict[int, GradientEdge]
 
@@ -75,7 +77,9 @@ class First:
 
     def is_like(self, around: Any, found: Description) -> bool:
         """Tell whether a layer that says so of itself would record the same."""
-        return self.entry.around == around and self.entry.said == found.said and self._unchanged()
+        entry = self.entry
+        alike = entry.around == around and entry.said == found.said
+        return alike and entry.read.items() <= found.apart.items() and self._unchanged()
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """What a layer returns, of its tensors."""
@@ -208,10 +212,12 @@ def _recorded(
 def check_nodes(nodes: Iterable[Node], known: Set[Any]) -> None:
     """See that nodes can be copied, and read nothing but what is known."""
     for node in nodes:
-        if not (isinstance(node.target, OpOverload) or node.target is getitem) or is_random(node):
+        if not (isinstance(node.target, OpOverload) or node.target is getitem):
             raise Unlike(f"{node} cannot be copied")
         if not known >= {*node.all_input_nodes}:
             raise Unlike(f"{node} reads what the layer was not given")
+        if "val" not in node.meta and node.target is getitem:
+            continue  # it is no tensor: on GPUs attention returns lengths, and some that were not given
         if "val" not in node.meta or not all(map(_is_simple, _tensors_of(node.meta["val"]))):
             raise Unlike(f"{node} has another layout")
 
@@ -280,7 +286,7 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
     for each in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(each, Tensor):
             yield each
-        elif each is not None:
+        elif type(each) not in (int, NoneType):
             raise Unlike("a node makes no tensor")
 
 

@@ -2,9 +2,10 @@
 
 The first of them runs as any other module, and what it leaves in the graph and on autograd's tape is noted.
 One that is called later and says the same of itself (`alike.py`) does not run: its nodes are copies of the
-first one's, and on the tape it is a single node, `_Layer`. When the backward comes to such a node first, it
-runs the first layer's tape on the cotangents that came, and lets what that recorded read the other's values;
-further ones are copies again. The joint graph is thus what it would have been.
+first one's, and on the tape it is a single node, `_Layer`. Numbers and strings in which the layers differ are
+put aside while the first one runs: unless it reads them, they do not matter. When the backward comes to such
+a node first, it runs the first layer's tape on the cotangents that came, and lets what that recorded read the
+other's values; further ones are copies again. The joint graph is thus what it would have been.
 
 A layer stands for others only if it does nothing but compute: what it has read, wherever that lies, is
 afterwards as it was before, no tensor was written into, and each node reads the layer's own tensors, those
@@ -15,7 +16,7 @@ is found out too late, all of the stage is traced anew without copies.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from operator import is_
 from typing import Any
@@ -26,11 +27,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import Node
 
 from funcstage._torch.calls import asking_about_calls
+from funcstage._torch.namespaces import noting_reads
 from funcstage._torch.recorded import next_number, node_of, number_of, recorded_since
 from funcstage._torch.tape import is_python
 from funcstage._torch.tensors import OF_FUNCTIONAL, version_of
 from funcstage._torch.tracing import FunctionalTensor, last_recorded
-from funcstage.engines.graph.alike import Description, Unlike, description, surroundings
+from funcstage.engines.graph.alike import Description, Unlike, description, differing, surroundings
 from funcstage.engines.graph.layer_copies import Copy, Entry, First, check_nodes, edges_behind, unseen
 from funcstage.engines.graph.nodes import is_view
 from funcstage.engines.graph.recorder import Recorder, watch
@@ -66,7 +68,8 @@ class Layers:
         self.copies: list[Copy] = []
         self._stage, self._recorder, self._regions = module, recorder, regions
         may_be = () if module is None or recorder is None else _siblings(module)
-        self._siblings = {id(part) for part in may_be}
+        self._siblings = {id(part): part for part in may_be}
+        self._apart: dict[tuple[type, ...], list[Set[str]]] = {}
         self._firsts: defaultdict[type, list[First]] = defaultdict(list)
         self._tried: Counter[type] = Counter()
         self._busy = False
@@ -100,7 +103,8 @@ class Layers:
             return call(module, *args, **kwargs)
         self._busy = True
         try:
-            result = call(module, *args, **kwargs)
+            with before.noting_reads():
+                result = call(module, *args, **kwargs)
         finally:
             self._busy = False
         with unseen(), suppress(Unlike):
@@ -131,16 +135,25 @@ class Layers:
             return None
         try:
             around = *surroundings(), self._regions.is_open
-            found = description(module, arguments)
+            apart = self._apart_of(module)
+            found = description(module, arguments, apart)
             for first in firsts:
                 if first.is_like(around, found):
                     self.copies.append(Copy(first, found.tensors))
                     return self.copies[-1]
             self._tried[kind] += 1
-            return None if spent else _Before(self, module, arguments, around, found)
+            return None if spent else _Before(self, module, arguments, around, apart, found)
         except Unlike:
             self._tried[kind] += 1
             return None
+
+    def _apart_of(self, module: nn.Module) -> list[Set[str]]:
+        """Which attributes are said apart, for each module of a layer: the same for all of its structure."""
+        kinds = _kinds(module)
+        if kinds not in self._apart:
+            layers = [layer for layer in self._siblings.values() if _kinds(layer) == kinds]
+            self._apart[kinds] = differing(layers)
+        return self._apart[kinds]
 
     def state(self) -> Iterator[Any]:
         """What the stage's modules hold, one after the other, and what regions have noted."""
@@ -159,18 +172,32 @@ class _Before:
     """A layer that is about to run, and may stand for others."""
 
     def __init__(
-        self, layers: Layers, module: nn.Module, arguments: Any, around: Any, found: Description
+        self,
+        layers: Layers,
+        module: nn.Module,
+        arguments: Any,
+        around: Any,
+        apart: list[Set[str]],
+        found: Description,
     ) -> None:
         reads = [node_of(tensor) for tensor in found.tensors]
         edges = {i: _edge_of(tensor) for i, tensor in enumerate(found.tensors) if tensor.requires_grad}
-        self._entry = Entry(around, found.said, reads, edges)
-        self._tensors = found.tensors
+        self._entry = Entry(around, found.said, {}, reads, edges)
+        self._tensors, self._apart, self._found_apart = found.tensors, apart, found.apart
         self._layers, self._module, self._arguments = layers, module, arguments
         self._number = next_number()
         self._versions = [*map(version_of, found.tensors)]
         self._state = [*layers.state()]
         self._unchanged = layers.watch()
         self._last = last_recorded()
+
+    def noting_reads(self) -> AbstractContextManager[None]:
+        """Note which attributes it reads of those that are said apart."""
+
+        def read(i: int, name: str) -> None:
+            self._entry.read[i, name] = self._found_apart[i, name]
+
+        return noting_reads([*self._module.modules()], self._apart, read)
 
     def first(self, result: Any) -> First:
         """The layer as one that may stand for others, now that it has run.
@@ -202,7 +229,7 @@ class _Before:
         written = [*map(version_of, self._tensors)] != self._versions
         if not alike or written or state[0] != self._state[0] or not self._unchanged():
             raise Unlike("it changes something")
-        if description(self._module, self._arguments).said != self._entry.said:
+        if description(self._module, self._arguments, self._apart).said != self._entry.said:
             raise Unlike("it changes itself")
 
     def _check_nodes(self, nodes: Sequence[Node]) -> None:
@@ -239,6 +266,10 @@ def _siblings(module: nn.Module) -> Iterator[nn.Module]:
             of_torch = type(child).__module__.startswith("torch.nn.modules.")
             if kinds[type(child)] >= FEWEST_LAYERS and not (of_torch and not any(child.children())):
                 yield child
+
+
+def _kinds(module: nn.Module) -> tuple[type, ...]:
+    return tuple(map(type, module.modules()))
 
 
 def _edge_of(tensor: Tensor) -> GradientEdge:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -143,6 +145,46 @@ class Regions(Stack):
         return x
 
 
+class Drawing(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        F.dropout(h, 0.25, self.training)  # draws, though nobody reads it
+        return F.dropout(h, 0.5, self.training)
+
+
+class ReadingIf(Layer):
+    """It reads its number only where it has none of its arguments."""
+
+    number: int
+
+    def more(self, h: Tensor) -> Tensor:
+        return h * self.number if h is None else h.tanh()
+
+
+def numbered(kind: Callable[[], nn.Module], n: int = 5) -> nn.Module:
+    """Layers that have numbers and names, as those of libraries do."""
+    stack = Stack(kind, n)
+    for i, layer in enumerate(stack.layers):
+        layer.number, layer.up.name = i, f"up {i}"  # type: ignore[assignment, union-attr]
+    return stack
+
+
+class Gradients(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        (grad,) = torch.autograd.grad(y.sum(), self.up.bias, create_graph=True)
+        return y + grad.sum()
+
+
+class OnGPUs(Layer):
+    """Attention as GPUs have it, which returns more than tensors."""
+
+    def more(self, h: Tensor) -> Tensor:
+        qkv = [h.view(1, 1, 3, 4)] * 3
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        result: Tensor = attend(*qkv, 0.5 if self.training else 0.0, True)[0]
+        return result.view(3, 4)
+
+
 def attention() -> nn.Module:
     return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
 
@@ -152,6 +194,11 @@ ALIKE: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "torch's": (lambda: nn.Sequential(*(attention() for _ in range(4))), (X[None],)),
     "many results and arguments": (Returning, (X,)),
     "regions": (Regions, (X,)),
+    "draws": (lambda: Stack(Drawing), (X,)),
+    "draws in regions": (lambda: Regions(Drawing), (X,)),
+    "numbers": (lambda: numbered(ReadingIf), (X,)),
+    "gradients taken inside": (lambda: Stack(Gradients), (X,)),
+    "attention on GPUs": (lambda: Stack(OnGPUs), (X,)),
 }
 
 
@@ -160,6 +207,83 @@ ALIKE: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
 def test_copies_are_what_tracing_each_layer_records(name: str, argnums: tuple[int, ...]) -> None:
     make, args = ALIKE[name]
     assert compared(make(), *args, argnums=argnums) >= 2
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda layer: layer.number,
+    "by its name": lambda layer: getattr(layer, "num" + "ber"),
+    "whether it is there": lambda layer: hasattr(layer, "number"),
+    "by operator": operator.attrgetter("number"),
+    "of its namespace": lambda layer: layer.__dict__["number"],
+    "with its namespace": lambda layer: {**vars(layer)}["number"],
+    "of a copy": lambda layer: copy.copy(layer).number,
+    "of a part": lambda layer: len(layer.up.name),
+    "of its state": lambda layer: layer.__getstate__()["number"],
+}
+
+
+@pytest.mark.parametrize("way", READS)
+def test_a_number_that_is_read_makes_layers_differ(way: str) -> None:
+    class Reading(Layer):
+        def more(self, h: Tensor) -> Tensor:
+            return h * READS[way](self)
+
+    stack = numbered(Reading)
+    assert compared(stack, X) == 0
+    assert [layer.number for layer in stack.layers] == [*range(5)]  # type: ignore[union-attr, attr-defined]
+
+
+class OfTheClass(Layer):
+    """Without its own number it would read the class's."""
+
+    number = 9
+
+    def more(self, h: Tensor) -> Tensor:
+        return h * self.number
+
+
+class Answering(Layer):
+    def __getattr__(self, name: str) -> Any:
+        return 9 if name == "number" else super().__getattr__(name)
+
+    def more(self, h: Tensor) -> Tensor:
+        return h * self.number
+
+
+class WritingItsNumber(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        self.number = 9
+        return h * self.number
+
+
+class WritingBeside(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        self.seen = True
+        return h.tanh()
+
+
+class TakingAway(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return h * vars(self).pop("number")
+
+
+@pytest.mark.filterwarnings("ignore:.*changes")
+@pytest.mark.parametrize("kind", [OfTheClass, Answering, WritingItsNumber, WritingBeside, TakingAway])
+def test_layers_with_numbers_that_answer_or_write_themselves_are_traced(kind: type[Layer]) -> None:
+    assert compared(numbered(kind), X) == 0
+
+
+def test_layers_with_the_number_that_was_read_are_copied() -> None:
+    class Reading(Layer):
+        number: int
+
+        def more(self, h: Tensor) -> Tensor:
+            return h * self.number
+
+    stack = numbered(Reading, 7)
+    for i, layer in enumerate(stack.layers):  # type: ignore[arg-type]
+        layer.number = i % 2
+    assert compared(stack, X) == 5
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -246,11 +370,6 @@ class Logging(Layer):
         return h * len(LOG)
 
 
-class Drawing(Layer):
-    def more(self, h: Tensor) -> Tensor:
-        return F.dropout(h, 0.5, self.training)
-
-
 class ReadingOutside(Layer):
     def more(self, h: Tensor) -> Tensor:
         return h * SHARED["tensor"]
@@ -284,13 +403,6 @@ class WritingArguments(Layer):
         return result
 
 
-class Gradients(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
-        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        return y + grad
-
-
 class View(Layer):
     def forward(self, x: Tensor) -> Tensor:
         super().forward(x)
@@ -306,7 +418,7 @@ class OfTheStage(Layer):
 
 
 NOT_COPIED = (
-    *(Written, Kept, Drawing, ReadingOutside, Hooking, Custom, WritingArguments, Gradients),
+    *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments),
     *(Counting, Logging, View),
 )
 
