@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from funcstage.state.ambient import RandomState, among
+from funcstage.state.caches import Cache, behind
 from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
 from funcstage.state.kept import INERT, differs, refill, replace_in
 
@@ -65,6 +66,7 @@ class Shared:
         containers = [found for value in values if (found := _container(value)) is not None]
         self._contents = [(container, copy.copy(container)) for container in containers]
         found = [*values, *chain.from_iterable(map(_inside, values))]
+        self._caches = Cache.among(values)
         self._generators = RandomState(among(found))
         self.meets_threads = meet_threads(chain(found, *map(_inside, found)))
 
@@ -87,6 +89,8 @@ class Shared:
         for container, contents in self._contents:
             if differs(container, contents):
                 replace_in(container, of)
+        for cache in self._caches:
+            cache.forget(lambda tensor: of(tensor) is not tensor)
 
 
 def shared_by(apply: Callable[..., Any], modules: Iterable[nn.Module]) -> Shared:
@@ -142,7 +146,8 @@ def _search(root: Any) -> Iterator[Name]:
         for name in _names_in(found):
             value = name.value()
             stack += [each for each in (value, *_inside(value)) if isinstance(each, (FunctionType, type))]
-            if name.is_assigned or not (type(value) in INERT or isinstance(value, (*_FIXED, Name))):
+            is_fixed = type(value) in INERT or isinstance(value, (*_FIXED, Name))
+            if name.is_assigned or not is_fixed or behind(value) is not None:
                 yield name
         if isinstance(found, type):
             stack += found.__mro__[1:]

@@ -334,6 +334,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 refuse_notes(call, partial(may_read, recorder))
             except TraceError as refusal:
                 shared.restore()
+                recorder.left_behind.restore()
                 runs_anyway = isinstance(refusal, ReadsValue) and not self.fullgraph
                 is_final = open_dims or runs_anyway
                 error: Exception | None = refusal if is_final else tried_uncompiled(refusal, call)
@@ -344,6 +345,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
                 error = None
             finally:
                 recorder.generators.undo()
+                recorder.left_behind.restore()
         if isinstance(error, TraceError):
             raise error from cause
         if error is not None:

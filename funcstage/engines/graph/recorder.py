@@ -27,6 +27,7 @@ from funcstage._torch.tensors import is_functional, is_functionalized
 from funcstage.engines.graph.classes import refusal_in, refuse
 from funcstage.engines.graph.draws import Noted
 from funcstage.engines.graph.generators import Asked
+from funcstage.engines.graph.left_behind import LeftBehind
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, Watch, reach, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
@@ -68,7 +69,7 @@ class Recorder(TorchFunctionMode):
         self._kept: list[Any] = []
         self._given = [*arguments]
         self._parts = [part for module in modules for part in module.modules()]
-        self.generators = Asked()
+        self.generators, self.left_behind = Asked(), LeftBehind()
         self._noted = Noted(self._explored)
         self._small: list[Tensor] = []
         self._before: Any = None
@@ -317,6 +318,7 @@ class Recorder(TorchFunctionMode):
                 self._reach_class(value)
                 continue
             self._explored[id(value)] = value
+            self.left_behind.reach(value)
             if type(value) is torch.Generator:
                 self.generators.reach(value)
             if isinstance(value, FunctionType):

@@ -127,7 +127,11 @@ def trace(
         finally:
             run.layers.forget()
             run.state.restore()
+            if recorder is not None:
+                recorder.left_behind.empty_caches()
     if traced is None:
+        if recorder is not None:
+            recorder.left_behind.restore()
         options: dict[str, Any] = {"overwritten": overwritten, "open_dims": open_dims, "copied": copied}
         return trace(call, decompositions, recorder=recorder, **options)
     _name_placeholders(traced, run.n_state)
