@@ -252,13 +252,12 @@ def test_saved_tensor_hooks_are_refused_with_the_way_round() -> None:
 )
 @pytest.mark.parametrize("engine", ["closures", "aten"])
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
-def test_nested_tensors_are_refused_with_the_way_round(layout: torch.layout, engine: str) -> None:
+@pytest.mark.parametrize("make", [torch.nested.as_nested_tensor, torch.nested.nested_tensor])
+def test_nested_tensors_are_refused_with_the_way_round(make: Any, layout: torch.layout, engine: str) -> None:
     parts = [torch.randn(2, 3), torch.randn(3, 3)]
 
     def apply(params: Any, buffers: Any, x: Any, **kwargs: Any) -> Any:
-        return (
-            x if x.is_nested else torch.nested.as_nested_tensor([x[:1], x[1:]], layout=layout)
-        ) * params, buffers
+        return (x if x.is_nested else make([x[:1], x[1:]], layout=layout)) * params, buffers
 
     function = apply if engine == "closures" else fs.compile(apply, backend="aten")
     nested = torch.nested.nested_tensor(parts, layout=layout)

@@ -19,6 +19,7 @@ __all__ = [
     "has_hooks",
     "hooks_of",
     "indices_and_values",
+    "is_fake",
     "is_functional",
     "is_functionalized",
     "is_symbolic_zero",
@@ -64,6 +65,11 @@ users_of: Callable[[int], int] = torch._C._storage_Use_Count
 def is_functional(tensor: Tensor) -> bool:
     """Tell whether it is one of a trace, without importing what makes those."""
     return getattr(type(tensor), "_mode_key", None) is torch._C._TorchDispatchModeKey.FUNCTIONAL
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Tell whether it has a shape and no values, likewise."""
+    return getattr(type(tensor), "_mode_key", None) is torch._C._TorchDispatchModeKey.FAKE
 
 
 def is_symbolic_zero(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from funcstage._torch.interception import copied_otherwise
-from funcstage._torch.tensors import IS_PARAMETER, OF_DYNAMO, OF_FUNCTIONAL, is_functional
+from funcstage._torch.tensors import IS_PARAMETER, OF_DYNAMO, OF_FUNCTIONAL, is_fake, is_functional
 from funcstage.errors import PurityError, TraceError
 from funcstage.state.at_once import at_once
 from funcstage.state.content import is_plain
@@ -194,6 +194,8 @@ def notes_on(tensor: Tensor, owner: str) -> dict[str, Any]:
     Raises:
         TraceError: if that may be another in each call.
     """
+    if is_fake(tensor):
+        return {}  # made of tensors from outside of the trace: its attributes are torch's
     notes = {name: value for name, value in vars(tensor).items() if name not in OF_FUNCTIONAL}
     for name, value in notes.items():
         if not is_plain(value):

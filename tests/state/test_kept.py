@@ -427,3 +427,50 @@ def test_a_tensor_that_a_closure_keeps_is_alive_or_refused(engine: str) -> None:
     with pytest.raises(fs.TraceError, match=r"'aux'.* closes over a tensor of the forward"):
         fs.stage_vjp(fs.compile(apply, backend=engine, fullgraph=True), params, buffers, x)
     assert module.aux is None
+
+
+class Counts(nn.Module):
+    """Counts in a tensor of its own that its first call makes, as a buffer or as it is."""
+
+    def __init__(self, as_buffer: bool) -> None:
+        super().__init__()
+        self.proj, self.as_buffer = nn.Linear(4, 4), as_buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "count"):
+            if self.as_buffer:
+                self.register_buffer("count", torch.ones(4))
+            else:
+                self.count = torch.ones(4)
+        if self.as_buffer:
+            self.count += 1
+        else:
+            self.count = self.count + 1
+        y: Tensor = self.proj(x) * self.count
+        return y
+
+
+def test_a_kept_tensor_that_is_made_of_the_one_before_is_refused_in_a_trace_by_its_name() -> None:
+    apply, params, buffers = fs.functionalize(Counts(as_buffer=False))
+    fast, x = fs.compile(apply, backend="aten"), torch.ones(2, 4)
+    fs.stage_vjp(fast, params, buffers, x)
+    with pytest.raises(fs.TraceError, match=r"kept on its module in an earlier call \('count'\)"):
+        fs.stage_vjp(fast, params, buffers, x)
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_buffer_that_the_first_call_registers_is_made_before_functionalize(
+    engine: str,
+) -> None:
+    module, x = Counts(as_buffer=True), torch.ones(2, 4)
+
+    def stage() -> Any:
+        apply, params, buffers = fs.functionalize(module)
+        return apply if engine == "closures" else fs.compile(apply, backend="aten"), params, buffers
+
+    first = stage()
+    with pytest.raises(fs.PurityError, match=r"as a buffer \(in __init__; .* call the module once before"):
+        any(fs.stage_vjp(*first, x) is None for _ in range(2))
+    module(x)
+    output, buffers, _ = fs.stage_vjp(*stage(), x)
+    torch.testing.assert_close((output, buffers["count"]), (module(x).detach(), module.count))

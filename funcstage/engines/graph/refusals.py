@@ -150,7 +150,8 @@ def impure(apply: Callable[..., Any]) -> PurityError:
 def captured(owner: str, which: str) -> PurityError:
     return PurityError(
         f"{owner} writes in place into a tensor that it captured from outside ({which}). A compiled stage "
-        "would not repeat the write. Register the tensor as a buffer, or update a clone of it."
+        "would not repeat the write. Register the tensor as a buffer (in __init__; where the first call does "
+        "so, call the module once before functionalize), or update a clone of it."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import ExitStack
 from typing import Any
 
@@ -120,10 +121,13 @@ def _refusal(error: Exception) -> StageError | None:
     if says(error, torchs.CAPTURED_WRITTEN):
         return PurityError(
             "The stage writes in place into a tensor that it captured from outside (not an argument, a "
-            "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer, or "
-            "update a clone of it."
+            "parameter or a buffer), which a pure function cannot do. Register the tensor as a buffer (in "
+            "__init__; where the first call does so, call the module once before functionalize), or update a "
+            "clone of it."
         )
-    if says(error, torchs.NESTED):
+    frames = traceback.walk_tb(error.__traceback__)
+    of_nested = any(str(frame.f_globals.get("__name__")).startswith("torch.nested") for frame, _ in frames)
+    if says(error, torchs.NESTED) or (of_nested and says(error, torchs.NO_MEMORY)):
         return StageError(
             "The stage makes a nested tensor, which torch.func cannot transform. Compute on padded tensors "
             "with a mask, or on the packed values with their offsets."
