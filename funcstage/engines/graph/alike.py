@@ -172,6 +172,14 @@ class _Speaker:
         return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), *kind, self.said(noted))
 
 
+def all_in(value: Any) -> Iterator[Any]:
+    """What an argument of a layer is and holds, in order."""
+    yield value
+    if type(value) in (tuple, list, dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from all_in(each)
+
+
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

@@ -32,7 +32,7 @@ from funcstage._torch.recorded import next_number, node_of, number_of, recorded_
 from funcstage._torch.tape import is_python
 from funcstage._torch.tensors import OF_FUNCTIONAL, version_of
 from funcstage._torch.tracing import FunctionalTensor, last_recorded
-from funcstage.engines.graph.alike import Description, Unlike, description, differing, surroundings
+from funcstage.engines.graph.alike import Description, Unlike, all_in, description, differing, surroundings
 from funcstage.engines.graph.layer_copies import Copy, Entry, First, check_nodes, edges_behind, unseen
 from funcstage.engines.graph.nodes import is_view
 from funcstage.engines.graph.recorder import Recorder, watch
@@ -186,6 +186,7 @@ class _Before:
         self._tensors, self._apart, self._found_apart = found.tensors, apart, found.apart
         self._layers, self._module, self._arguments = layers, module, arguments
         self._number = next_number()
+        self._held = [*all_in(arguments), *found.tensors]
         self._versions = [*map(version_of, found.tensors)]
         self._state = [*layers.state()]
         self._unchanged = layers.watch()
@@ -225,12 +226,14 @@ class _Before:
     def _check_unchanged(self) -> None:
         """See that the layer has done nothing but compute."""
         state = [*self._layers.state()]
-        alike = len(state) == len(self._state) and all(map(is_, state[1:], self._state[1:]))
+        alike = _are_the_same(state[1:], self._state[1:])
         written = [*map(version_of, self._tensors)] != self._versions
         if not alike or written or state[0] != self._state[0] or not self._unchanged():
             raise Unlike("it changes something")
-        if description(self._module, self._arguments, self._apart).said != self._entry.said:
-            raise Unlike("it changes itself")
+        now = description(self._module, self._arguments, self._apart)
+        held = [*all_in(self._arguments), *now.tensors]
+        if now.said != self._entry.said or not _are_the_same(held, self._held):
+            raise Unlike("it changes itself, or what it was given")
 
     def _check_nodes(self, nodes: Sequence[Node]) -> None:
         """See that all is computed from the layer's tensors."""
@@ -255,6 +258,10 @@ class _Before:
                 counts[at[node, number]] = count
             elif is_python(node) or is_leaf(node) or number_of(node) < self._number:
                 raise Unlike("its tape has nodes of others")
+        nodes = {self._entry.edges[i].node for i in counts}
+        before = [GradientEdge(f, number) for node in nodes for f, number in node.next_functions if f]
+        if not {*edges_behind(before)}.isdisjoint(at):
+            raise Unlike("a tensor is computed from another one, whose gradient would come by it, too")
         return counts
 
 
@@ -270,6 +277,10 @@ def _siblings(module: nn.Module) -> Iterator[nn.Module]:
 
 def _kinds(module: nn.Module) -> tuple[type, ...]:
     return tuple(map(type, module.modules()))
+
+
+def _are_the_same(values: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(values) == len(before) and all(map(is_, values, before))
 
 
 def _edge_of(tensor: Tensor) -> GradientEdge:

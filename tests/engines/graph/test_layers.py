@@ -89,6 +89,12 @@ def nodes_of(joint: Joint) -> list[Any]:
 
 def recorded(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tuple[list[Any], int]:
     """What a trace records, and how many layers were copied in the run that was kept."""
+    found, copies = run_of(module, *args, copied=copied, **options)
+    return found, copies[-1]
+
+
+def run_of(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tuple[list[Any], list[int]]:
+    """What a trace records, and how many layers were copied in each run that it took."""
     found: list[Joint] = []
     copies: list[int] = []
 
@@ -106,7 +112,7 @@ def recorded(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tup
         patch.setattr(layers.Layers, "forget", forgetting)
         apply, params, buffers = fs.functionalize(module)
         fs.compile(apply, backend="aten", fullgraph=True).plan(params, buffers, *args, **options)
-    return nodes_of(found[0]), copies[-1]
+    return nodes_of(found[0]), copies
 
 
 def compared(module: nn.Module, *args: Any, **options: Any) -> int:
@@ -396,6 +402,12 @@ class Custom(Layer):
         return OfItsOwn.apply(h)
 
 
+class RegionInside(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        result: Tensor = checkpoint(torch.tanh, h, use_reentrant=False)
+        return result
+
+
 class WritingArguments(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(2)
@@ -413,14 +425,74 @@ class OfTheStage(Layer):
     """It reads what another module of the stage holds."""
 
     def more(self, h: Tensor) -> Tensor:
-        factor: float = STAGE["stage"].factor
-        return h * factor
+        result: Tensor = h * STAGE["stage"].factor
+        return result
 
 
 NOT_COPIED = (
     *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments),
-    *(Counting, Logging, View),
+    *(RegionInside, Counting, Logging, View),
 )
+
+
+class Handing(Stack):
+    """Layers are given a dict in which they leave something for the next one."""
+
+    class Kind(Layer):
+        leave: Callable[[dict[str, Any]], None]
+
+        def forward(self, x: Tensor, by: dict[str, Any]) -> Tensor:  # type: ignore[override]
+            before = by["last"]
+            self.leave(by)
+            result: Tensor = super().forward(x)
+            return result + before
+
+    def __init__(self, leave: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(Handing.Kind)
+        for layer in self.layers:
+            layer.leave = leave  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Any:
+        by: dict[str, Any] = {"last": x.detach() * 1, "list": [1, 2], "n": 0}
+        lists = []
+        for layer in self.layers:
+            x = layer(x, by)
+            lists.append(by["list"])
+        return x + by["last"] * len({*map(id, lists)}) * by["n"] * getattr(by["last"], "note", 1)
+
+
+def _a_tensor(by: dict[str, Any]) -> None:
+    by["last"] = by["last"] * 2
+
+
+def _a_list(by: dict[str, Any]) -> None:
+    by["list"] = [*by["list"]]
+
+
+def _a_number(by: dict[str, Any]) -> None:
+    by["n"] += 1
+
+
+def _the_same_number(by: dict[str, Any]) -> None:
+    by["n"] = 7
+
+
+def _a_note(by: dict[str, Any]) -> None:
+    by["last"].note = 3
+
+
+def _another_note(by: dict[str, Any]) -> None:
+    by["last"].note = 2 - getattr(by["last"], "note", 0)
+
+
+@pytest.mark.parametrize(
+    ("leave", "copies"),
+    [(_a_tensor, 0), (_a_list, 0), (_a_number, 0), (_the_same_number, 3), (_a_note, 3), (_another_note, 0)],
+)
+def test_layers_that_change_what_they_are_given_are_traced(
+    leave: Callable[[dict[str, Any]], None], copies: int
+) -> None:
+    assert compared(Handing(leave), X) == copies
 
 
 @pytest.mark.filterwarnings("ignore:.*changes")
@@ -434,6 +506,58 @@ def test_a_layer_that_does_more_than_compute_is_traced(kind: type[Layer]) -> Non
         if copied:
             first = found
     assert first == found
+
+
+class FromTheBeginning(Stack):
+    """Each layer adds the same, so that what the next one is given is computed from it."""
+
+    class Kind(Layer):
+        def forward(self, x: Tensor, beginning: Tensor) -> Tensor:  # type: ignore[override]
+            result: Tensor = super().forward(x)
+            return result + beginning
+
+    def __init__(self) -> None:
+        super().__init__(FromTheBeginning.Kind)
+
+    def forward(self, x: Tensor) -> Any:
+        beginning = x * 2
+        for layer in self.layers:
+            x = layer(x, beginning)
+        return x
+
+
+def test_layers_given_what_is_computed_from_something_else_they_are_given_are_traced() -> None:
+    """A gradient would count what comes by another one, too."""
+    assert compared(FromTheBeginning(), X) == 0
+
+
+class MadeByTheStage(Stack):
+    """Layers read what the stage has made in this very call."""
+
+    class Kind(Layer):
+        def more(self, h: Tensor) -> Tensor:
+            return h * SHARED["made"]
+
+    def __init__(self) -> None:
+        super().__init__(MadeByTheStage.Kind)
+
+    def forward(self, x: Tensor) -> Any:
+        SHARED["made"] = x.detach().exp()  # with a gradient it would be seen on the tape
+        result = super().forward(x)
+        del SHARED["made"]
+        return result
+
+
+def test_layers_that_read_what_they_were_not_given_are_traced_at_once() -> None:
+    """A copy would not know what to read, and the stage would be traced once more."""
+    assert run_of(MadeByTheStage(), X, copied=True)[1] == [0]
+
+
+def test_a_hook_that_layers_share_runs_with_each(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = Layer()
+    layer.register_forward_hook(lambda module, args, result: print("a layer"))  # which nothing watches
+    compared(nn.Sequential(*(copy.deepcopy(layer) for _ in range(4))), X)
+    assert capsys.readouterr().out.count("a layer") == 2 * 4
 
 
 class Around(Stack):
