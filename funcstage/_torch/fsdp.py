@@ -95,17 +95,21 @@ class Group(NamedTuple):
     again: bool
 
     def gather(self, shards: Sequence[Any]) -> list[Tensor]:
-        """Make the whole parameters of shards, which are DTensors; one message for each dtype."""
+        """Make the whole parameters of shards, which are DTensors; one message for each dtype.
+
+        Parameters travel side by side, each from where it is to where it is read: FSDP's own copies, into one
+        piece of memory and out of it again, would stand between the products.
+        """
         ranks = 1 if self.gathers is None else self.gathers.size()
         rows = [_padded(local_of(s).to(p.dtype), p.padded, p.dim) for p, s in self._with(shards)]
         whole: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(row.dtype for row in rows):
             places = [i for i, row in enumerate(rows) if row.dtype == dtype]
-            flat = _joined([rows[i].reshape(1, -1) for i in places]).flatten()
+            flat = [rows[i].flatten() for i in places]
             if ranks > 1:
-                flat = _c10d.wait_tensor(_c10d.all_gather_into_tensor(flat, ranks, self.gathers.group_name))
-            parts = flat.view(ranks, -1).split([rows[i].numel() for i in places], 1)
-            whole.update(zip(places, parts, strict=True))
+                pending = _c10d.all_gather_into_tensor_coalesced(flat, ranks, self.gathers.group_name)
+                flat = [*map(_c10d.wait_tensor, pending)]
+            whole.update(zip(places, flat, strict=True))
         made = []
         for i, parameter in enumerate(self.parameters):
             stacked = whole[i].reshape(ranks, *parameter.padded).movedim(0, parameter.dim)

@@ -108,7 +108,8 @@ def test_whole_parameters_are_held_or_gathered_again_as_fsdp_was_told() -> None:
     (of_f, of_i, of_w), held = run(2, collectives_of, False)[0]
     assert (len(of_f), of_i, of_w) == (3, [], ["reduce_scatter_tensor"] * 3)
     (of_f, of_i, of_w), again = run(2, collectives_of, True)[0]
-    assert (len(of_f), of_i, of_w) == (3, ["all_gather_into_tensor"] * 2, ["reduce_scatter_tensor"] * 3)
+    gathers, sums = ["all_gather_into_tensor_coalesced"] * 2, ["reduce_scatter_tensor"] * 3
+    assert (len(of_f), of_i, of_w) == (3, gathers, sums)
     assert again < held
 
 

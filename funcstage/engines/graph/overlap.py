@@ -14,8 +14,10 @@ All ranks run the same program, so they still send the same messages in the same
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -24,8 +26,13 @@ from funcstage.engines.graph.nodes import is_cheap
 
 
 def is_message(node: Node) -> bool:
-    """Tell whether a node's value is there only after another operation, which waits for it."""
+    """Tell whether a node sends something, and what it receives is there only after another, which waits."""
     return _name(node).startswith("_c10d_functional") and not is_wait(node)
+
+
+def is_on_its_way(node: Node) -> bool:
+    """Tell whether a node's value is what a message receives, or one of several things that it does."""
+    return is_message(node) or (node.target is operator.getitem and is_message(node.all_input_nodes[0]))
 
 
 def is_wait(node: Node) -> bool:
@@ -35,11 +42,18 @@ def is_wait(node: Node) -> bool:
 
 def awaits_message(node: Node) -> bool:
     """Tell whether it waits for what a message of the same program brings."""
-    return is_wait(node) and is_message(node.all_input_nodes[0])
+    return is_wait(node) and is_on_its_way(node.all_input_nodes[0])
+
+
+def _message_of(wait: Node) -> Node:
+    source = wait.all_input_nodes[0]
+    return source if is_message(source) else source.all_input_nodes[0]
 
 
 def overlap(graph: Graph) -> None:
     """Order the operations of a program so that others run while its messages travel."""
+    for message in filter(is_message, [*graph.nodes]):
+        _leave_out_unread(graph, message)
     order = [*graph.nodes]
     if not any(map(is_message, order)):
         return
@@ -48,6 +62,20 @@ def overlap(graph: Graph) -> None:
     *others, output = order
     for node in others:
         output.prepend(node)
+
+
+def _leave_out_unread(graph: Graph, message: Node) -> None:
+    """Send only what is read: nobody waits until the rest has left, and its memory might serve again."""
+    parts = message.args[0]
+    if not isinstance(parts, (list, tuple)):
+        return
+    read: dict[Node, Any] = {user: user.args[1] for user in message.users}
+    kept = sorted({*read.values()})
+    if len(kept) < len(parts):
+        message.args = ([parts[i] for i in kept], *message.args[1:])
+        message.meta["val"] = [message.meta["val"][i] for i in kept]
+        for user, i in read.items():
+            user.args = (message, kept.index(i))
 
 
 def _sent_when_computed(order: Sequence[Node]) -> list[Node]:
@@ -76,7 +104,7 @@ def _waited_for_when_read(order: Sequence[Node]) -> list[Node]:
         readers = {user for copy in group for user in copy.users if user not in group}
         first = min(readers, key=place.__getitem__, default=order[-1])
         if first.op == "output":
-            first = following[wait.all_input_nodes[0]]
+            first = following[_message_of(wait)]
         before[first] += group
         moved.update(group)
     return _moved(order, moved, before=before)
@@ -84,7 +112,9 @@ def _waited_for_when_read(order: Sequence[Node]) -> list[Node]:
 
 def _sent_ahead(order: Sequence[Node]) -> list[Node]:
     place = {node: i for i, node in enumerate(order)}
-    waits = {node.all_input_nodes[0]: node for node in order if awaits_message(node)}
+    waits: dict[Node, Node] = {}
+    for wait in filter(awaits_message, order):
+        waits.setdefault(_message_of(wait), wait)  # once one part has come, so have all
     behind: dict[Node, list[Node]] = defaultdict(list)
     moved: set[Node] = set()
     last = [node for node in order if node.op == "placeholder"][-1]
@@ -93,6 +123,7 @@ def _sent_ahead(order: Sequence[Node]) -> list[Node]:
         if any(source.op != "placeholder" for source in sources):
             continue
         group: set[Node] = set()
+        copies |= {user for user in message.users if user.target is operator.getitem}
         for node in sorted(copies - moved, key=place.__getitem__, reverse=True):
             if all(user in group or place[user] > place[last] for user in node.users):
                 group.add(node)  # nobody reads it before

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from funcstage._torch.shapes import SYMBOLIC
 from funcstage.engines.graph.mincut import nbytes
-from funcstage.engines.graph.overlap import is_message
+from funcstage.engines.graph.overlap import is_on_its_way
 
 
 class Least(NamedTuple):
@@ -146,7 +146,7 @@ def _prices(nodes: Sequence[Node]) -> list[float]:
         if last == i:
             continue
         value = node.meta["val"]
-        crossable = isinstance(value, (Tensor, *SYMBOLIC)) and not is_message(node)
+        crossable = isinstance(value, (Tensor, *SYMBOLIC)) and not is_on_its_way(node)
         into = changes if crossable else barred
         amount = nbytes(node) if crossable else 1
         into[i + 1] += amount

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,12 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 def gathered(graph: Graph, value: Node) -> Node:
     sent = graph.call_function(c10d.all_gather_into_tensor.default, (value, 2, "ranks"))
     return graph.call_function(c10d.wait_tensor.default, (sent,))
+
+
+def sent_together(graph: Graph, *values: Node) -> list[Node]:
+    sent = graph.call_function(c10d.all_gather_into_tensor_coalesced.default, (list(values), 2, "ranks"))
+    sent.meta["val"] = [*values]
+    return [graph.call_function(operator.getitem, (sent, i)) for i in range(len(values))]
 
 
 def product(graph: Graph, *values: Node) -> Node:
@@ -68,6 +75,28 @@ def test_sums_travel_while_the_next_are_computed() -> None:
     ]
 
 
+def test_weights_that_travel_together_are_awaited_one_by_one_and_those_that_nobody_reads_stay() -> None:
+    graph = Graph()
+    x, *weights = (graph.placeholder(name) for name in ("x", "a", "b", "c", "d"))
+    for pair in (weights[:2], weights[2:]):
+        first, second = sent_together(graph, *pair)
+        waits = [graph.call_function(c10d.wait_tensor.default, (part,)) for part in (first, second)]
+        x = product(graph, product(graph, x, waits[1]), waits[0]) if pair[0] is weights[0] else x
+    last = product(graph, x, waits[1])
+    graph.erase_node(waits[0])
+    graph.erase_node(first)
+    graph.output((last,))
+    overlap(graph)
+    assert order_of(graph) == [
+        *("all_gather_into_tensor_coalesced", "getitem", "getitem_1", "wait_tensor_1"),
+        *("all_gather_into_tensor_coalesced_1", "getitem_3", "mm", "wait_tensor", "mm_1"),
+        *("wait_tensor_3", "mm_2"),
+    ]
+    both, alone = (node for node in graph.nodes if "gather" in node.name)
+    assert (both.args[0], alone.args[0], alone.meta["val"]) == (weights[:2], weights[3:], weights[3:])
+    assert [node.args[1] for node in graph.nodes if node.target is operator.getitem] == [0, 1, 0]
+
+
 def test_a_program_without_messages_stays_as_it_is() -> None:
     graph = Graph()
     x = graph.placeholder("x")
@@ -76,7 +105,8 @@ def test_a_program_without_messages_stays_as_it_is() -> None:
     assert order_of(graph) == ["clone", "mm"]
 
 
-KINDS = (aten.mm.default, aten.add.Tensor, aten.clone.default, aten.view.default, "message", "wait", "both")
+OPERATIONS = (aten.mm.default, aten.add.Tensor, aten.clone.default, aten.view.default)
+KINDS = (*OPERATIONS, "message", "wait", "both", "several")
 
 
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99), st.integers(0, 99)), max_size=30))
@@ -88,6 +118,8 @@ def test_every_value_is_there_when_it_is_read(steps: Sequence[tuple[object, int,
         left, right = values[first % len(values)], values[second % len(values)]
         if kind in ("message", "both"):
             sent.append(graph.call_function(c10d.all_reduce.default, (left, "sum", "ranks")))
+        if kind == "several":
+            sent += sent_together(graph, left, right)[: 1 + first % 2]
         if kind in ("wait", "both") and sent:
             awaited = sent[second % len(sent)]
             values.append(graph.call_function(c10d.wait_tensor.default, (awaited,)))
@@ -100,7 +132,20 @@ def test_every_value_is_there_when_it_is_read(steps: Sequence[tuple[object, int,
         if first == second:  # a result of a call, too
             values.append(graph.call_function(c10d.wait_tensor.default, (left,)))
     graph.output(tuple(values[2:]))
-    reads = {node: node.all_input_nodes for node in graph.nodes}
+    for node in [*graph.nodes]:
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+    reads = {node: read_of(node) for node in graph.nodes}
     overlap(graph)
     graph.lint()
-    assert {node: node.all_input_nodes for node in graph.nodes} == reads
+    assert {node: read_of(node) for node in graph.nodes} == reads
+
+
+def read_of(node: Node) -> list[Node]:
+    """What a node reads; of several things that travel together those that somebody reads."""
+    if node.target is operator.getitem:
+        message, i = node.args
+        return [message, message.args[0][i]]
+    if node.args and isinstance(node.args[0], list):
+        return [node.args[0][i] for i in sorted({user.args[1] for user in node.users})]
+    return node.all_input_nodes
