@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funcstage._torch import functorch as ft
 from funcstage._torch import operators as ops
+from funcstage.engines.rules.base import Call
 
 _OVERRIDE_CHECKS = (
     *("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"),
@@ -116,6 +117,25 @@ def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy.requires_grad_(requires_grad)
 
 
+def is_mean_over_listed_lengths(call: Call) -> bool:
+    """Tell whether a CTC loss is divided by lengths that are numbers."""
+    given = _of_ctc(*call.args, **call.kwargs)
+    is_listed = not isinstance(given["target_lengths"], Tensor)
+    return not call.traced and is_listed and given.get("reduction") == _MEAN
+
+
+def ctc_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """The eager operations, as in ATen/native/LossCTC.cpp, where the lengths are read by their address."""
+    given = _of_ctc(*args, **kwargs)
+    losses = torch.ctc_loss(**given | {"reduction": 0})
+    lengths = torch.tensor(given["target_lengths"], dtype=losses.dtype, device=losses.device)
+    return (losses / lengths.clamp_min(1)).mean()
+
+
+def _of_ctc(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return {**dict(zip(_CTC, args, strict=False)), **kwargs}
+
+
 def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Pack with lengths and batch sizes free of wrappers, as the kernels read their memory."""
     pack = torch.ops.aten._pack_padded_sequence.default
@@ -142,3 +162,8 @@ def pad_packed_sequence(
         start, offset = start + steps, offset + steps * size
         lengths[:size] = [start] * size
     return padded.transpose(0, 1) if batch_first else padded, torch.tensor(lengths)
+
+
+_CTC = ("log_probs", "targets", "input_lengths", "target_lengths", "blank", "reduction", "zero_infinity")
+_MEAN = 1
+"""What `torch.nn.functional` says for the mean, to operators."""

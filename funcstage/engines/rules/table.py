@@ -32,6 +32,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     torch.meshgrid: (Rule(under_levels, composites.meshgrid),),
     ops.pack_padded_sequence: (Rule(under_levels, composites.pack_padded_sequence),),
     ops.pad_packed_sequence: (Rule(under_levels, composites.pad_packed_sequence),),
+    torch.ctc_loss: (Rule(composites.is_mean_over_listed_lengths, composites.ctc_loss),),
     torch.lstm: recurrent.LSTM,
     torch.gru: recurrent.layers(recurrent.gru_step),
     torch.rnn_tanh: recurrent.layers(recurrent.tanh_step),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -139,3 +140,28 @@ def test_an_operation_that_is_not_in_the_table_runs_as_it_comes() -> None:
     for function in (torch.matmul, Tensor.add, torch.tanh):
         found = known(function)
         assert found._replace(written=NO_WRITES) == Known(None, (), (), NO_WRITES, (), False)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("zero_infinity", [True, False])
+def test_a_ctc_loss_is_eagers(listed: bool, reduction: str, zero_infinity: bool) -> None:
+    def case(s: Any, x: Tensor) -> Tensor:
+        lengths: Any = ((4, 2, 1), (2, 0, 2))  # the last of which is infinite
+        lengths = lengths if listed else [torch.tensor(each) for each in lengths]
+        targets = torch.tensor([[1, 2], [0, 0], [1, 1]])
+        scores = s.linear(x.view(4, 3, 3)).log_softmax(-1)
+        return F.ctc_loss(
+            scores, targets, *lengths, reduction=reduction, zero_infinity=zero_infinity
+        ).nan_to_num(posinf=2.0)
+
+    check_stage(Stage(case), torch.randn(12, 3), engines=("closures",))
+
+
+def test_a_ctc_loss_is_refused_in_a_trace_where_the_uncompiled_stage_works() -> None:
+    stage = Stage(
+        lambda s, x: F.ctc_loss(s.linear(x).log_softmax(-1), torch.tensor([1, 2]), (4,), (2,))  # type: ignore[arg-type]
+    )
+    apply, params, buffers = fs.functionalize(stage)
+    with pytest.raises(fs.TraceError, match=r"_ctc_loss.*The uncompiled `apply` works"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(4, 3))
