@@ -120,9 +120,14 @@ def hidden(rank: int, group: Any) -> list[list[bool]]:
     fs.stage_vjp(compiled, params, buffers, batch(rank))
     found = []
     for program in compiled.programs(params, buffers, batch(rank)):
-        names = [node.name for node in program.graph.nodes]
-        messages = [node for node in program.graph.nodes if node.name.startswith(("all_gather", "reduce_"))]
-        spans = [names[names.index(m.name) : names.index(min(m.users).name)] for m in messages]
+        nodes = [*program.graph.nodes]
+        names = [node.name for node in nodes]
+        messages = [node for node in nodes if node.name.startswith(("all_gather", "reduce_"))]
+        waits = [node for node in nodes if node.name.startswith("wait")]
+        spans = [
+            names[nodes.index(m) : min(nodes.index(w) for w in waits if {w, *w.all_input_nodes} & {*m.users})]
+            for m in messages
+        ]
         found.append([any("mm" in name for name in span) for span in spans])
     return found
 

@@ -88,6 +88,7 @@ def _sent_when_computed(order: Sequence[Node]) -> list[Node]:
         if computed:
             last = max(computed, key=place.__getitem__)
             group = {node for node in copies if place[node] > place[last]} - moved
+            group |= _parts_of(message)
             behind[last] += sorted(group, key=place.__getitem__)
             moved |= group
     return _moved(order, moved, behind=behind)
@@ -123,14 +124,18 @@ def _sent_ahead(order: Sequence[Node]) -> list[Node]:
         if any(source.op != "placeholder" for source in sources):
             continue
         group: set[Node] = set()
-        copies |= {user for user in message.users if user.target is operator.getitem}
-        for node in sorted(copies - moved, key=place.__getitem__, reverse=True):
+        for node in sorted((copies | _parts_of(message)) - moved, key=place.__getitem__, reverse=True):
             if all(user in group or place[user] > place[last] for user in node.users):
                 group.add(node)  # nobody reads it before
         behind[last] += sorted(group, key=place.__getitem__)
         moved |= group
         last = wait
     return _moved(order, moved, behind=behind)
+
+
+def _parts_of(message: Node) -> set[Node]:
+    """The several things that a message receives, which stand directly behind it."""
+    return {user for user in message.users if user.target is operator.getitem}
 
 
 def _made_of(message: Node) -> tuple[set[Node], set[Node]]:
