@@ -17,7 +17,7 @@ from funcstage._torch.messages import is_raised_by_stage
 from funcstage._torch.pipelining import TAKES_GRADS_AND_MESHES, Examples, GradExamples
 from funcstage.dtensors import as_cotangent, groups_of, placement
 from funcstage.engines.graph import compile as compile_stage
-from funcstage.errors import LeafError, StructureError
+from funcstage.errors import LeafError, StageError, StructureError
 from funcstage.gathered import show_shards
 from funcstage.pipelining.binding import Binding, Structure, read, update
 from funcstage.pipelining.examples import (
@@ -247,7 +247,7 @@ class ModuleStage(CarryingStage):
                 ) from error
             output = trees.map_leaves(trainable, self._given.outputs)
         except Exception as error:
-            if is_raised_by_stage(error):
+            if is_raised_by_stage(error) or isinstance(error, StageError):
                 raise
             raise LeafError(
                 f"its forward fails on the inputs that it gets, {looks(received)}: {type(error).__name__}: "

@@ -214,3 +214,23 @@ def test_gradients_of_parameters_that_were_frozen_later_become_what_torchs_stage
             run.step(x, target=target)
         found.append(grads(module))
     torch.testing.assert_close(*found)
+
+
+@ENGINES
+def test_what_a_stage_refuses_in_its_forward_is_refused_as_it_is_when_schedules_prepare(compile: Any) -> None:
+    class Views(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row = nn.Buffer(self.shift[:])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shift += 1
+            return super().forward(x) * self.row
+
+    stage = FunctionalPipelineStage(Views(), 0, 1, "cpu", compile=compile)
+    x = torch.randn(4, 4)
+    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss)
+    with pytest.raises(
+        fs.PurityError, match=r"^Stage 0 of 1 \(Views\): .*its buffer 'shift', with which 'row'"
+    ):
+        schedule.step(x, target=x)
