@@ -228,7 +228,7 @@ def test_what_a_stage_refuses_in_its_forward_is_refused_as_it_is_when_schedules_
             return super().forward(x) * self.row
 
     stage = FunctionalPipelineStage(Views(), 0, 1, "cpu", compile=compile)
-    x = torch.randn(4, 4)
+    x = torch.randn(4, 4, dtype=torch.float64)
     schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss)
     with pytest.raises(
         fs.PurityError, match=r"^Stage 0 of 1 \(Views\): .*its buffer 'shift', with which 'row'"
