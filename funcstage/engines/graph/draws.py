@@ -1,12 +1,13 @@
-"""Random numbers of Python and NumPy, and clocks: what a trace would keep for all calls."""
+"""Random numbers of Python and NumPy, clocks, and files: what a trace would keep for all calls."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import warnings
 from collections.abc import Container
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 from funcstage.errors import TraceError
@@ -18,12 +19,14 @@ class Noted:
     Attributes:
         draws: places, by what was drawn.
         clocks: places, by what was read.
+        opened: where a file was opened or looked for first.
     """
 
     def __init__(self, within_reach: Container[int]) -> None:
         """`within_reach` has the ids of objects that were there before the stage ran."""
         self.draws: dict[str, str] = {}
         self.clocks: dict[str, str] = {}
+        self.opened: str | None = None
         self._within_reach = within_reach
 
     def draw(self, frame: FrameType, caller: FrameType) -> None:
@@ -32,8 +35,21 @@ class Noted:
         if not name.startswith("_") and (owner is None or self._is_shared(owner)):
             self.draws.setdefault(f"{frame.f_globals['__name__']}.{name}", _where(caller))
 
-    def call(self, function: Any, frame: FrameType) -> None:
-        """Note a call of a function in C that answers differently every time."""
+    def call(self, function: Any, frame: FrameType, codes: Container[CodeType]) -> None:
+        """Note a call of a function in C that answers differently every time.
+
+        Args:
+            function: that is called.
+            frame: the function that calls it.
+            codes: of the stage's functions.
+        """
+        if function in OF_FILES:
+            reader: FrameType | None = frame
+            while reader is not None and reader.f_code not in codes and _reads_for_others(reader):
+                reader = reader.f_back
+            if reader is not None and reader.f_code in codes:
+                self.opened = self.opened or _where(reader)
+            return
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", "")
         if isinstance(owner, ModuleType):
@@ -48,15 +64,20 @@ class Noted:
             self.draws.setdefault(f"{type(owner).__module__.partition('.')[0]}'s {name}", _where(frame))
 
     def refuse(self) -> None:
-        """Refuse a stage that draws.
+        """Refuse a stage that draws, or looks at files.
 
         Raises:
-            TraceError: names what was drawn, and where.
+            TraceError: names what, and where.
         """
         for what, where in self.draws.items():
             raise TraceError(
                 f"The stage draws a random number ({what}, at {where}), and a trace would repeat it in every "
                 "call. Draw with torch.rand, or draw outside and pass the number as an argument."
+            )
+        if self.opened is not None:
+            raise TraceError(
+                f"The stage opens a file, or looks for one (at {self.opened}), which a trace would do only "
+                "once. Read it outside and pass what it says as an argument; write what the stage returns."
             )
 
     def warn(self) -> None:
@@ -76,6 +97,20 @@ class Noted:
 
 def _is_generator(value: Any) -> bool:
     return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+
+
+def _reads_for_others(frame: FrameType) -> bool:
+    """Tell whether a function opens files for whoever calls it, and not to show lines of code."""
+    name = str(frame.f_globals.get("__name__"))
+    package = name.partition(".")[0]
+    return name.startswith(_READERS) or (package in sys.stdlib_module_names and package not in _OF_CODE)
+
+
+OF_FILES = frozenset({open, os.stat, os.lstat, os.listdir, os.scandir, os.open})
+"""Functions by which files are opened and looked for."""
+
+_READERS = ("torch.serialization", "numpy.lib.")
+_OF_CODE = ("linecache", "tokenize", "importlib", "inspect", "traceback", "warnings", "logging", "runpy")
 
 
 def _where(frame: FrameType) -> str:

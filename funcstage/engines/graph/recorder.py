@@ -25,7 +25,7 @@ from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional, is_functionalized
 from funcstage.engines.graph.classes import refusal_in, refuse
-from funcstage.engines.graph.draws import Noted
+from funcstage.engines.graph.draws import OF_FILES, Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.left_behind import LeftBehind
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, Watch, reach, said_by
@@ -171,8 +171,8 @@ class Recorder(TorchFunctionMode):
             self._refusal = self._refusal or refusal_in(frame)
         elif event == "c_call":
             self.generators.note(argument, frame)
-            if frame.f_code in self._codes:
-                self._noted.call(argument, frame)
+            if argument in OF_FILES or frame.f_code in self._codes:
+                self._noted.call(argument, frame, self._codes)
         if callable(self._before):
             self._before(frame, event, argument)
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import json
+import logging
 import math
 import os
 import random
 import secrets
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
+import torch
+from torch import Tensor, nn
 
+import funcstage as fs
 from funcstage.engines.graph.draws import Noted
 
 OWN = random.Random(1)
@@ -27,9 +35,9 @@ def noted_of(function: Callable[..., Any], *within_reach: Any) -> tuple[list[str
     """What is noted of a call: draws and clocks, each at the line of the first."""
     noted = Noted({*map(id, within_reach)})
     frame = sys._getframe()
-    noted.call(function, frame)
+    noted.call(function, frame, {frame.f_code})
     first = frame.f_lineno - 1
-    noted.call(function, frame)  # the first place is the one that is said
+    noted.call(function, frame, {frame.f_code})  # the first place is the one that is said
     assert {*noted.draws.values(), *noted.clocks.values()} <= {f"{__file__}:{first}"}
     return [*noted.draws], [*noted.clocks]
 
@@ -120,3 +128,46 @@ def test_without_numpy_there_is_pythons_generator(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "numpy.random")
     assert noted_of(random.random) == (["random's random"], [])
     assert noted_of(numpy.random.rand) == ([], [])
+
+
+def opens(path: Path) -> Any:
+    with open(path) as file:
+        return json.load(file)
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "open": opens,
+    "a path": lambda path: json.loads(path.read_text()),
+    "numpy": lambda path: float(numpy.loadtxt(path)),
+    "whether it is there": lambda path: 1.0 + path.with_suffix(".other").exists(),
+    "of a folder": lambda path: len(os.listdir(path.parent)),
+}
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_a_stage_that_reads_files_is_refused_in_a_trace(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * FILES[how](path)
+
+    module, x = Scaled(4, 4), torch.randn(2, 4)
+    apply, params, buffers = fs.functionalize(module)
+    for scale in ("2.0", "3.0"):
+        path.write_text(scale)
+        torch.testing.assert_close(fs.stage_vjp(apply, params, buffers, x)[0], module(x).detach())
+    with pytest.raises(fs.TraceError, match=r"a file, or looks for one \(at .*test_draws.py:\d+.*works"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
+
+
+def test_a_trace_in_which_lines_of_code_are_read_is_none_that_reads_files() -> None:
+    class Warns(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("scaled", stacklevel=1)
+            logging.getLogger("funcstage.test").warning("scaled by %s", traceback.format_stack(limit=1)[0])
+            return super().forward(x)
+
+    apply, params, buffers = fs.functionalize(Warns(4, 4))
+    with pytest.warns(UserWarning, match="scaled"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(2, 4))
