@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ def compare(size: Size, microbatches: int, mesh: DeviceMesh, repeats: int) -> li
         errors = [relative_error([grads[k]], [expected[k].double()]) for k in grads.keys() & expected.keys()]
         result.relative_error = most(max(errors, default=0.0)) or 0.0
         found.append(result)
+        if dist.get_rank() == 0:
+            print(result, file=sys.stderr, flush=True)  # what follows may fail, or outlast its time
         gc.collect()
         torch.compiler.reset()
         if mesh.device_type == "cuda":
