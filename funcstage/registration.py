@@ -287,6 +287,8 @@ def way_out(leaf: Any) -> str:
     """How what is in some object is looked into."""
     if isinstance(leaf, types.MappingProxyType):
         return "It is a read-only view of a dict: pass on dict(...) of it"
+    if type(leaf).__name__.endswith("Cache"):  # as those of models in transformers
+        return f"Where nobody reads it, call the model with use_cache=False. {WAY_OUT}"
     return "Pass on a list of what is in it" if isinstance(leaf, _IN_LISTS) else WAY_OUT
 
 

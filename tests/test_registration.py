@@ -482,3 +482,27 @@ def test_an_argument_whose_tensors_are_not_seen_is_refused_as_what_it_is() -> No
 
     with pytest.raises(fs.StructureError, match=r"mappingproxy, .* dict\(\.\.\.\)"):
         fs.stage_vjp(stage, torch.ones(2), {}, types.MappingProxyType({"y": torch.ones(2)}))
+
+
+class DynamicCache:
+    """Keeps keys, as those of models in transformers do."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = [keys]
+
+
+@pytest.mark.parametrize("engine", ["uncompiled", "aten"])
+def test_a_cache_in_an_output_is_refused_with_the_argument_that_leaves_it_out(engine: str) -> None:
+    class Decoder(nn.Linear):
+        def forward(self, x: Tensor, use_cache: bool = True) -> Any:
+            y = super().forward(x)
+            return (y, DynamicCache(y)) if use_cache else (y, None)
+
+    apply, params, buffers = fs.functionalize(Decoder(3, 2))
+    if engine == "aten":
+        apply = fs.compile(apply, backend="aten", fullgraph=True)
+    with pytest.raises(
+        fs.StructureError, match=r"output\[1\] is a DynamicCache.* use_cache=False\. Register"
+    ):
+        fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
+    fs.stage_vjp(apply, params, buffers, torch.ones(4, 3), use_cache=False)
