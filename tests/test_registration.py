@@ -501,8 +501,6 @@ def test_a_cache_in_an_output_is_refused_with_the_argument_that_leaves_it_out(en
     apply, params, buffers = fs.functionalize(Decoder(3, 2))
     if engine == "aten":
         apply = fs.compile(apply, backend="aten", fullgraph=True)
-    with pytest.raises(
-        fs.StructureError, match=r"output\[1\] is a DynamicCache.* use_cache=False\. Register"
-    ):
+    with pytest.raises(fs.StructureError, match=r"\[1\] is a DynamicCache.* use_cache=False\. Reg"):
         fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
     fs.stage_vjp(apply, params, buffers, torch.ones(4, 3), use_cache=False)
