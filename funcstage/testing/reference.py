@@ -19,7 +19,7 @@ from funcstage.errors import StructureError
 from funcstage.functional import FunctionalStage, checked_result, functionalize
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.testing.copies import copied, left_alone
-from funcstage.testing.counting import FlopCounter, counted, counted_in_eager
+from funcstage.testing.counting import FlopCounter, UncountableError, counted, counted_in_eager
 from funcstage.testing.prices import Price, Prices
 from funcstage.testing.report import EngineReport, Flops
 from funcstage.testing.seeding import seeded
@@ -235,6 +235,8 @@ class Reference:
                 forward = self.subject.forward(rounding)
             checked_result(self.subject.stage.apply, (forward.output, forward.buffers))
             outputs, cotangents = self.differentiated(forward)
+            # Those of the forward: a checkpointed region that runs again updates them once more.
+            buffers = trees.map_leaves(_kept, forward.buffers)
             if rounding is not None:
                 cotangents = [rounding(cotangent) for cotangent in cotangents]
             found = _grad(outputs, forward.inputs + _trainable(forward.params), cotangents)
@@ -246,7 +248,7 @@ class Reference:
         param_grads = [next(rest) if _requires_grad(leaf) else None for leaf in forward.params]
         return _Eager(
             trees.map_leaves(trees.detached, forward.output),
-            trees.map_leaves(trees.detached, forward.buffers),
+            buffers,
             trees.unflatten(args_spec, input_grads),
             trees.unflatten(trees.flatten(self.subject.stage.params)[1], param_grads),
             dtypes_on_tape(outputs),
@@ -331,8 +333,7 @@ class Reference:
         params = _trainable(forward.params)
         eager_backward = counted_in_eager(lambda: _grad(outputs, forward.inputs + params, cotangents))[1]
         # With nothing to train, rather than by asking for less: a custom autograd.Function knows only that.
-        with self.seeded():
-            frozen = self.subject.forward(trained=False)
+        frozen = self._frozen()
         outputs, cotangents = self.differentiated(frozen)
         eager_input = counted_in_eager(lambda: _grad(outputs, frozen.inputs, cotangents))[1]
         if is_inductor(apply):
@@ -346,6 +347,17 @@ class Reference:
             (_, weight_pullback), of_i = counted(lambda: pullback(grads))
             of_w = counted(weight_pullback)[1]
         return Flops(eager_forward, eager_backward, eager_input, of_f, of_i, of_w)
+
+    def _frozen(self) -> _Forward:
+        """Run the forward with nothing to train, which it may not expect."""
+        try:
+            with self.seeded():
+                return self.subject.forward(trained=False)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise UncountableError(
+                f"without trainable parameters, {type(error).__name__}: {reason}"
+            ) from error
 
     def _prices(self) -> list[Price]:
         """Find the operations of the stage that the README says to cost more."""
@@ -433,6 +445,11 @@ def normal_like(leaf: object, generator: torch.Generator) -> Tensor | None:
         return None
     wide = torch.complex128 if leaf.is_complex() else torch.float64
     return torch.randn(leaf.shape, dtype=wide, generator=generator).to(leaf.device, leaf.dtype)
+
+
+def _kept(leaf: Any) -> Any:
+    """Copy a tensor that is going to be written; pass on everything else."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _twin(leaf: Any) -> Any:

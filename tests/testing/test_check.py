@@ -277,6 +277,31 @@ def test_checkpoints_around_draws_are_counted(engine: str, attention: bool, reen
     assert not any(found.flops.problems())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("engine", BOTH)
+def test_a_checkpoint_around_a_norm_is_no_mismatch(engine: str, reentrant: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=reentrant)
+
+    check_stage(Normed().train(), torch.randn(3, 4), engines=engine)
+
+
+def test_a_forward_that_fails_with_nothing_to_train_is_compared_and_not_counted() -> None:
+    class Hooked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight * 1
+            weight.register_hook(lambda grad: grad * 2)
+            return F.linear(x, weight, self.bias)
+
+    report = check_stage(Hooked(3, 2), torch.randn(4, 3))
+    assert "FLOPs were not counted, as eager does not run while they are (without trainable" in str(report)
+
+
 def test_inductors_flops_are_those_of_its_programs() -> None:
     torch.manual_seed(0)
     report = check_stage(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(3, 4), engines="inductor")
