@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -11,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutation.__main__ import read_accepted, reason_for
-from mutation.operators import Mutant
-from mutation.reach import Reach
+from mutation.__main__ import read_accepted, reason_for, table
+from mutation.operators import Mutant, mutants_of
+from mutation.reach import Reach, moved
 from mutation.targets import concerns
 from mutation.trial import Outcome
 
@@ -38,13 +39,17 @@ def countdown(n):
 def elsewhere():
     return 1
 
+def once():
+    return 1
+
 def unused():
     return 1
 '''
 
 TESTS = """
 import subprocess, sys
-from toy.core import countdown, first_positive
+from pathlib import Path
+from toy.core import countdown, first_positive, once
 
 def test_the_first_positive_value_is_found():
     assert first_positive([-1, 2]) == 2
@@ -55,6 +60,10 @@ def test_a_countdown_ends():
 def test_what_another_process_runs():
     command = "import toy.core; assert toy.core.elsewhere() == 1"
     subprocess.run([sys.executable, "-c", command], check=True)
+
+def test_that_passes_only_once():
+    once()
+    Path(__file__).with_name("ran").touch(exist_ok=False)
 
 def test_that_fails_anyway():
     assert False
@@ -95,6 +104,7 @@ def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
         "test_the_first_positive_value_is_found",
         "test_a_countdown_ends",
         "test_what_another_process_runs",
+        "test_that_passes_only_once",
     ]
     assert found["tests"] == [f"tests/test_core.py::{name}" for name in names]
 
@@ -110,9 +120,10 @@ def test_only_tests_that_pass_without_a_fault_take_part(found: dict) -> None:
         ("first_positive | 0 -> (1)", "survived"),  # either one
         ("first_positive | value -> (None)", "killed"),
         ("countdown | n -> (not (n))", "killed"),
-        ("countdown | n -= 1 -> pass", "timed out"),
+        ("countdown | n -= 1 -> pass", "endless"),
         ("countdown | (n, 'done') -> (n,)", "killed"),
         ("elsewhere | 1 -> (2)", "killed"),
+        ("once | 1 -> (2)", "unclear"),  # its test fails from the second time on
         ("unused | 1 -> (None)", "unreached"),
     ],
 )
@@ -129,6 +140,60 @@ def test_tests_in_files_about_the_mutants_file_come_first_and_the_quickest_of_th
     assert reach.tests_for(mutant, budget=0.3) == [c]
     assert reach.tests_for(replace(mutant, lines=(2, 2)), budget=1.0) == [c, a]
     assert concerns("funcstage/engines/graph/plan.py", "tests/engines/graph/test_budget.py")
+
+
+def test_notes_follow_the_lines_of_a_file_that_has_changed() -> None:
+    old = "a\nb\nc\nd\n"
+    found = {1: 0b001, 2: 0b010, 3: 0b100}
+    assert moved(found, old, old) == found
+    assert moved(found, old, "new\na\nb\nc\n") == {1: 0b001, 2: 0b001, 3: 0b010, 4: 0b100}
+    assert moved(found, old, "a\nc\nd\n") == {1: 0b001, 2: 0b100}
+    assert moved(found, old, "a\nB\nB\nc\nd\n") == {1: 0b001, 2: 0b111, 3: 0b111, 4: 0b100}
+
+
+def test_what_is_noted_anew_of_a_file_of_tests_takes_the_place_of_what_was() -> None:
+    old = Reach(
+        {"t.py::a": 1.0, "u.py::b": 2.0, "t.py::c": 3.0, "v.py::d": 4.0}, {"x": {1: 0b1111, 2: 0b10}}, [], {}
+    )
+    new = Reach({"t.py::c": 5.0, "t.py::e": 6.0}, {"x": {1: 0b10, 3: 0b01}}, [], {})
+    both = old.joined(new)
+    assert both.seconds == {"u.py::b": 2.0, "v.py::d": 4.0, "t.py::c": 5.0, "t.py::e": 6.0}
+    assert both.lines == {"x": {1: 0b1011, 2: 0b0001, 3: 0b0100}}
+
+
+def test_the_tests_of_a_file_may_take_only_so_long_when_they_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "__init__.py").write_text("")
+    (tmp_path / "test_long.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.slow\ndef test_a(): ...\n"
+        "def test_b(): time.sleep(0.3)\n"
+        "def test_c(): ...\n"
+    )
+    (tmp_path / "test_other.py").write_text("def test_d(): ...\n")
+    script = (
+        "from pathlib import Path; from property_tests.mutation.trial import collect\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "collect(root / 'toy', ['toy/__init__.py'], ['test_long.py', 'test_other.py'], root / 'notes', 0.3)"
+    )
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert [*Reach.load(tmp_path / "notes").seconds] == ["test_long.py::test_b", "test_other.py::test_d"]
+
+
+def test_no_fault_is_planted_twice_or_is_none() -> None:
+    code = "def f(x, y):\n    if x == y or x < y:\n        return g(x, x) if x is y else g(x, y)\n"
+    tried = [mutant.source(code) for mutant in mutants_of("a.py", code)]
+    same = {ast.unparse(ast.parse(text)) for text in [code, *tried]}
+    assert len(same) == 1 + len(tried)
+
+
+def test_a_score_counts_what_was_tried_and_is_clear() -> None:
+    mutant = Mutant("a.py", "f", "1", "2", (1, 1), (0, 1))
+    found = [Outcome(mutant, status) for status in ("killed", "endless", "unclear", "survived", "unreached")]
+    assert "| a.py | 1 | 1 | 1 | 1 | 0 | 1 | 50.0% |" in table(found, [])
+    assert "| a.py | 1 | 1 | 0 | 0 | 2 | 1 | 100.0% |" in table(
+        found, read_accepted("a.py | f | *\n    Why.\n")
+    )
 
 
 def test_a_survivor_is_accepted_for_a_reason_that_names_it_or_all_like_it() -> None:

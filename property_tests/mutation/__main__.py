@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -28,7 +29,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
-    parser.add_argument("--collect", action="store_true", help="note anew which tests run which lines")
+    parser.add_argument(
+        "--collect",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="note anew which tests run which lines, those in files whose name has TEXT",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds for the tests of one file when they are noted"
+    )
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # which torch reads when it is imported
     mutants = [m for file in target_files() for m in mutants_of(file, (ROOT / file).read_text())]
@@ -38,11 +48,12 @@ def main() -> None:
     if options.list:
         print(*(mutant.name for mutant in mutants), sep="\n")
         return
-    if options.collect or not NOTES.exists():
-        collect(ROOT / PACKAGE, target_files(), files_of_tests(), NOTES)
+    if options.collect is not None or not NOTES.exists():
+        note([file for file in files_of_tests() if (options.collect or "") in file], options.limit)
     reach = Reach.load(NOTES)
     for file in reach.stale(ROOT):
         print(f"{file} has changed since it was noted which tests run its lines: --collect does it anew.")
+    reach = reach.up_to_date(ROOT)
     accepted = read_accepted(ACCEPTED.read_text())
     found: list[Outcome] = []
     with suppress(KeyboardInterrupt):  # which ends it early
@@ -53,6 +64,18 @@ def main() -> None:
             print(f"{len(found):4} {status:9} {outcome.seconds:5.0f} s  {outcome.mutant.name}", flush=True)
             print(f"{'':24}{reason or outcome.said}", flush=True)
     print(table(found, accepted))
+
+
+def note(tests: list[str], limit: float) -> None:
+    """Note which lines the tests of some files run, and keep what is known of the others."""
+    if not NOTES.exists():
+        tests = files_of_tests()
+    noted = NOTES.with_suffix(".new")
+    collect(ROOT / PACKAGE, target_files(), tests, noted, limit)
+    newer = Reach.load(noted)
+    noted.unlink()
+    known = Reach.load(NOTES).up_to_date(ROOT) if len(tests) < len(files_of_tests()) else newer
+    known.joined(newer).save(NOTES)
 
 
 def read_accepted(text: str) -> Accepted:
@@ -77,7 +100,10 @@ def reason_for(outcome: Outcome, accepted: Accepted) -> str | None:
 
 
 def table(found: Iterable[Outcome], accepted: Accepted) -> str:
-    """The score of each file, and the survivors."""
+    """The score of each file, and the survivors.
+
+    What is accepted or unclear counts neither for nor against it.
+    """
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     survivors: list[Mutant] = []
     for outcome in found:
@@ -86,11 +112,11 @@ def table(found: Iterable[Outcome], accepted: Accepted) -> str:
             counts[file][status] += 1
         if status in ("survived", "unreached"):
             survivors.append(outcome.mutant)
-    columns = ("killed", "timed out", "survived", "unreached", "accepted")
+    columns = ("killed", "endless", "survived", "unreached", "accepted", "unclear")
     lines = [f"| file | {' | '.join(columns)} | score |", "| --- |" + " --- |" * (len(columns) + 1)]
     for file, count in sorted(counts.items(), key=lambda entry: (entry[0] == "all", entry[0])):
-        tried = count.total() - count["accepted"]
-        score = f"{(count['killed'] + count['timed out']) / tried:.1%}" if tried else ""
+        tried = count.total() - count["accepted"] - count["unclear"]
+        score = f"{(count['killed'] + count['endless']) / tried:.1%}" if tried else ""
         lines.append(f"| {file} | {' | '.join(str(count[c]) for c in columns)} | {score} |")
     return "\n".join([*lines, "", *(f"survived: {mutant.name}" for mutant in survivors)])
 

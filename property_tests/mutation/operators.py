@@ -145,14 +145,20 @@ def _negated(node: Any) -> Iterator[Fault]:
     else:
         tests = node.ifs if isinstance(node, ast.comprehension) else []
     for test in tests:
-        if not (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)):
+        if not (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)) and not _has_opposite(test):
             yield _put(test, f"not ({ast.unparse(test)})")
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield _put(node, ast.unparse(node.operand))
 
 
+_BY_SIZE = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _PAIRS = ((ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE))
 _COMPARED = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+
+
+def _has_opposite(test: Any) -> bool:
+    """Whether another comparison, which is a fault of its own, is the same as its negation."""
+    return isinstance(test, ast.Compare) and len(test.ops) == 1 and not isinstance(test.ops[0], _BY_SIZE)
 
 
 def _other_logic(node: Any) -> Iterator[Fault]:
@@ -216,6 +222,8 @@ def _swapped(node: Any) -> Iterator[Fault]:
     ):
         return
     first, second, *rest = node.args
+    if ast.unparse(first) == ast.unparse(second):
+        return
     if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
         yield _put(node, ast.unparse(ast.Call(node.func, [second, first, *rest], node.keywords)))
 

@@ -7,6 +7,7 @@ first on the path, so that processes which tests start run it as well.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,12 @@ from .reach import Notes, Reach
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: `status` is killed, survived, timed out, or unreached by any test."""
+    """What became of a mutant.
+
+    `status` is survived, unreached by any test, killed by one that passes without the fault, or endless: the
+    tests ran out of a time that is enough without the fault. Unclear is what goes wrong without it, too, as
+    on a busy machine, and says nothing about the fault.
+    """
 
     mutant: Mutant
     status: str
@@ -36,10 +42,14 @@ class Outcome(NamedTuple):
 
 
 class _Running(NamedTuple):
+    """A trial, or the run without the fault that `checks` what a trial has found."""
+
     mutant: Mutant
+    tests: list[str]
     copy: Path
     began: float
     limit: float
+    checks: Outcome | None = None
 
 
 def outcomes(
@@ -61,24 +71,37 @@ def outcomes(
     preload(reach.modules)
     running: dict[int, _Running] = {}
     waiting = list(reversed(list(mutants)))
+
+    def start(mutant: Mutant, tests: list[str], checks: Outcome | None = None) -> None:
+        copy = copied(package)
+        if checks is None:
+            (copy / mutant.file).write_text(mutant.source((package.parent / mutant.file).read_text()))
+        limit = grace + 6 * sum(reach.seconds[test] for test in tests)
+        pid = forked(copy, package.parent, tests, _Chosen(tests, copy), "-x", log=copy / "log")
+        running[pid] = _Running(mutant, tests, copy, time.monotonic(), limit, checks)
+
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
             tests = reach.tests_for(mutant, budget)
-            if not tests:
+            if tests:
+                start(mutant, tests)
+            else:
                 yield Outcome(mutant, "unreached")
-                continue
-            copy = copied(package)
-            (copy / mutant.file).write_text(mutant.source((package.parent / mutant.file).read_text()))
-            limit = grace + 6 * sum(reach.seconds[test] for test in tests)
-            pid = forked(copy, package.parent, tests, _Chosen(tests, copy), "-x", log=copy / "log")
-            running[pid] = _Running(mutant, copy, time.monotonic(), limit)
         time.sleep(0.05)
         for pid, trial in list(running.items()):
             outcome = _outcome(pid, trial)
-            if outcome is not None:
-                del running[pid]
+            if outcome is None:
+                continue
+            del running[pid]
+            if trial.checks is not None:
+                seconds = trial.checks.seconds + outcome.seconds
+                status = trial.checks.status if outcome.status == "survived" else "unclear"
+                yield trial.checks._replace(status=status, seconds=seconds)
+            elif outcome.status == "survived":
                 yield outcome
+            else:
+                start(trial.mutant, _to_check(outcome, trial.tests), outcome)
 
 
 def _outcome(pid: int, trial: _Running) -> Outcome | None:
@@ -92,9 +115,15 @@ def _outcome(pid: int, trial: _Running) -> Outcome | None:
         os.waitpid(pid, 0)
     failed = trial.copy / "failed"
     said = failed.read_text() if failed.exists() else f"exit {os.waitstatus_to_exitcode(code)}"
-    status = "timed out" if not ended else "survived" if code == 0 else "killed"
+    status = "endless" if not ended else "survived" if code == 0 else "killed"
     shutil.rmtree(trial.copy, ignore_errors=True)
     return Outcome(trial.mutant, status, said, seconds)
+
+
+def _to_check(outcome: Outcome, tests: list[str]) -> list[str]:
+    """The tests that must pass without the fault: the one that failed, or all where none says so."""
+    failed = outcome.said.partition(": ")[0]
+    return [test for test in tests if test == failed or test.startswith(f"{failed}::")][:1] or tests
 
 
 class _Chosen:
@@ -111,16 +140,26 @@ class _Chosen:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            text = str(crash.message if crash else report.longrepr)
-            self._failed.write_text(f"{report.nodeid}: {' '.join(text.split())[:200]}")
+            self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = str(crash.message if crash else report.longrepr)
+        self._failed.write_text(f"{report.nodeid}: {' '.join(text.split())[:200]}")
 
 
-def collect(package: Path, files: list[str], tests: list[str], path: Path) -> None:
-    """Run tests once, and write to a file which statements of the package's `files` each of them runs."""
+def collect(package: Path, files: list[str], tests: list[str], path: Path, limit: float = math.inf) -> None:
+    """Run tests once, and write to a file which statements of the package's `files` each of them runs.
+
+    The tests of one file may take `limit` seconds.
+    """
     copy = copied(package)
     path.unlink(missing_ok=True)
-    os.waitpid(forked(copy, package.parent, tests, Notes(package.parent, files, path, copy)), 0)
+    os.waitpid(forked(copy, package.parent, tests, Notes(package.parent, files, path, copy, limit)), 0)
     shutil.rmtree(copy, ignore_errors=True)
 
 
