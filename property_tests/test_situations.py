@@ -20,6 +20,9 @@ import torch
 from driven import ORDERS, Script, ambient_kept, verdict
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
+from of_callers import SavedTensorHooks
+from of_questions import Threads
+from of_surroundings import Captured
 from one_process import one_process
 from torch import Tensor, nn
 
@@ -27,7 +30,7 @@ import funcstage as fs
 from funcstage import trees
 from funcstage.checks import differentiated_leaves
 from funcstage.testing import strategies
-from funcstage.testing.stages import Stage
+from funcstage.testing.stages import Stage, use
 from funcstage.testing.tolerances import compare
 
 pytestmark = [
@@ -63,6 +66,13 @@ def test_a_stage_in_a_situation_does_as_eager_does_or_is_refused(
     if engine != "closures":
         split = functools.partial(split, remat=data.draw(st.sampled_from(REMAT)))
     event(f"{kind}: {verdict(script, engine, split)}")
+
+
+def test_hooks_on_what_is_saved_switch_off_the_look_for_writes_on_a_plain_tape_as_in_eager() -> None:
+    stage = Stage(body=(use("linear", out=0, bias=True),), shape=(3,), dtype=torch.float64)
+    around = Captured("a global's attribute", after_verb="F"), SavedTensorHooks(), Threads("a queue")
+    assert verdict(Script(stage, around), "closures", ENGINES["closures"]) == "equal"
+    assert verdict(Script(stage, around[:1] + around[2:]), "closures", ENGINES["closures"]) == "eager raises"
 
 
 class Root(nn.Module):
