@@ -165,10 +165,9 @@ def test_the_tests_of_a_file_may_take_only_so_long_when_they_are_noted(tmp_path:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "__init__.py").write_text("")
     (tmp_path / "test_long.py").write_text(
-        "import time, pytest\n"
-        "@pytest.mark.slow\ndef test_a(): ...\n"
+        "import pytest, time\n"
+        "@pytest.mark.parametrize('case', range(2))\ndef test_a(case): ...\n"
         "def test_b(): time.sleep(0.3)\n"
-        "def test_c(): ...\n"
     )
     (tmp_path / "test_other.py").write_text("def test_d(): ...\n")
     script = (
@@ -177,7 +176,11 @@ def test_the_tests_of_a_file_may_take_only_so_long_when_they_are_noted(tmp_path:
         "collect(root / 'toy', ['toy/__init__.py'], ['test_long.py', 'test_other.py'], root / 'notes', 0.3)"
     )
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    assert [*Reach.load(tmp_path / "notes").seconds] == ["test_long.py::test_b", "test_other.py::test_d"]
+    assert [*Reach.load(tmp_path / "notes").seconds] == [
+        "test_long.py::test_a[0]",
+        "test_long.py::test_b",
+        "test_other.py::test_d",
+    ]
 
 
 def test_no_fault_is_planted_twice_or_is_none() -> None:

@@ -33,8 +33,8 @@ def main() -> None:
         "--collect",
         nargs="?",
         const="",
-        metavar="TEXT",
-        help="note anew which tests run which lines, those in files whose name has TEXT",
+        metavar="REGEX",
+        help="note anew which tests run which lines, those in files whose name matches",
     )
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="seconds for the tests of one file when they are noted"
@@ -49,7 +49,7 @@ def main() -> None:
         print(*(mutant.name for mutant in mutants), sep="\n")
         return
     if options.collect is not None or not NOTES.exists():
-        note([file for file in files_of_tests() if (options.collect or "") in file], options.limit)
+        note([file for file in files_of_tests() if re.search(options.collect or "", file)], options.limit)
     reach = Reach.load(NOTES)
     for file in reach.stale(ROOT):
         print(f"{file} has changed since it was noted which tests run its lines: --collect does it anew.")

@@ -133,7 +133,7 @@ class Notes:
         files: those whose statements are noted, relative to the root.
         path: of the file to write.
         copy: a folder with a copy of the package, whose files will note.
-        limit: seconds for the tests of one file, the quick ones first; those that are left are not noted.
+        limit: seconds for the tests of one file, one case of each first; those that are left are not noted.
     """
 
     def __init__(self, root: Path, files: list[str], path: Path, copy: Path, limit: float) -> None:
@@ -146,9 +146,10 @@ class Notes:
         self._failed: set[str] = set()
         self._not_passed: set[str] = set()
         self._moments: list[tuple[str, bool]] = []
+        [package] = {file.partition("/")[0] for file in files}
         for file, text in self._texts.items():
             (copy / file).write_text(noting(file, text))
-        (copy / "lines_run.py").write_text(LINES_RUN)
+        (copy / package / "lines_run.py").write_text(LINES_RUN)
         (copy / "log").touch()
         (copy / "moment").write_bytes(bytes(8))
         self._moment = mmap.mmap(os.open(copy / "moment", os.O_RDWR), 8)
@@ -160,7 +161,13 @@ class Notes:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         files = {item.path: i for i, item in enumerate(items)}
-        items.sort(key=lambda item: (files[item.path], item.get_closest_marker("slow") is not None))
+        earlier: Counter[tuple[Path, str]] = Counter()  # one case of every test, then another of every test
+        turns = {}
+        for item in items:
+            test = item.path, getattr(item, "originalname", item.name)
+            turns[item] = earlier[test]
+            earlier[test] += 1
+        items.sort(key=lambda item: (files[item.path], turns[item]))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
