@@ -15,7 +15,7 @@ import pytest
 from mutation.__main__ import read_accepted, reason_for, table
 from mutation.operators import Mutant, mutants_of
 from mutation.reach import Reach, moved
-from mutation.targets import concerns
+from mutation.targets import distance
 from mutation.trial import Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,8 @@ def test_tests_in_files_about_the_mutants_file_come_first_and_the_quickest_of_th
     assert reach.tests_for(mutant, budget=1.0) == [c, b, a]
     assert reach.tests_for(mutant, budget=0.3) == [c]
     assert reach.tests_for(replace(mutant, lines=(2, 2)), budget=1.0) == [c, a]
-    assert concerns("funcstage/engines/graph/plan.py", "tests/engines/graph/test_budget.py")
+    tests = [f"tests/engines/graph/test_{name}.py" for name in ("plan", "budget", "split")]
+    assert [distance("funcstage/engines/graph/plan.py", test) for test in tests] == [0, 1, 2]
 
 
 def test_notes_follow_the_lines_of_a_file_that_has_changed() -> None:

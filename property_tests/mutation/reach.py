@@ -20,7 +20,7 @@ import pytest
 
 from .operators import Mutant
 from .statements import LINES_RUN, noting
-from .targets import concerns
+from .targets import distance
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Reach:
     def tests_for(self, mutant: Mutant, budget: float) -> list[str]:
         """The tests that may see a mutant, as many as take `budget`.
 
-        Those of files about the mutant's come first, then those of others; of each file the quickest first.
+        Those of the file of its name come first, then those about it, then others; of each file the quickest.
         """
         lines = self.lines.get(mutant.file, {})
         first, last = mutant.lines
@@ -67,7 +67,7 @@ class Reach:
         for test in chosen:
             turns[test] = earlier[file_of[test]]
             earlier[file_of[test]] += 1
-        chosen.sort(key=lambda test: (not concerns(mutant.file, file_of[test]), turns[test]))
+        chosen.sort(key=lambda test: (distance(mutant.file, file_of[test]), turns[test]))
         spent = 0.0
         for i, test in enumerate(chosen):
             spent += self.seconds[test]

@@ -88,7 +88,7 @@ CONCERNED = {
     "pullback": ("higher_gradients", "refusals"),
     "recorder": ("generators", "reads"),
     "refusals": ("blame", "compile", "stage", "wrappers"),
-    "regions": ("checkpoint", "second_runs"),
+    "regions": ("checkpoint", "second_runs", "trace"),
     "replay": ("budget", "checkpoint"),
     "reverse": ("higher_gradients", "linearize"),
     "runners": ("inductor", "programs"),
@@ -110,10 +110,10 @@ CONCERNED = {
 """Test files that a file concerns beside those of its own name: their tests come first."""
 
 
-def concerns(file: str, test_file: str) -> bool:
-    """Tell whether the tests of a file are about a file of the package."""
+def distance(file: str, test_file: str) -> int:
+    """How far tests are from a file of the package: 0 if theirs has its name, 1 if it is about it, else 2."""
     name, test_name = Path(file).stem, Path(test_file).stem.removeprefix("test_")
-    return test_name == name or test_name in CONCERNED.get(name, ())
+    return 0 if test_name == name else 1 if test_name in CONCERNED.get(name, ()) else 2
 
 
 def target_files(root: Path = ROOT) -> list[str]:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage
+from funcstage.pipelining.binding import Structure
 
 ATEN = {"backend": "aten"}
 OPTIONS = pytest.mark.parametrize("options", [{}, {"compile": ATEN}], ids=["eager", "aten"])
@@ -294,6 +295,25 @@ def net() -> Net:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_between_steps_is_taken_up(change: Change, options: dict[str, Any]) -> None:
     assert_trains_through(net(), [None, change, None], options)
+
+
+READ_AS_BEFORE = {
+    *(parameter_replaced, a_new_parameter_by_setattr_of_data, loaded_by_assignment, loaded_in_place),
+    *(buffer_replaced, in_evaluation_mode),
+}
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES], ids=lambda change: change and change.__name__)
+def test_a_structure_is_equal_until_the_module_is_another_to_read(change: Change | None) -> None:
+    module = net()
+    before = Structure.of(module)
+    new = changed(module, change)
+    after = Structure.of(new)
+    same = change is None or change in READ_AS_BEFORE
+    assert (before == after) is same
+    assert (before != after) is not same
+    assert (hash(before) == hash(after)) is same
+    assert before != before.key
 
 
 @OPTIONS

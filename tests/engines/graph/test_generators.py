@@ -398,3 +398,43 @@ def test_methods_of_generators_that_are_called_are_noted_with_the_first_line() -
         asked.note(generator.initial_seed, frame)
         with pytest.raises(fs.TraceError, match=rf"\({function.__name__}\(\), at .*:{line}\)"):
             asked.refuse()
+
+
+@pytest.mark.parametrize(
+    ("modules", "noted"),
+    [
+        (["of_a_user"], True),
+        (["torch.cuda.random", "of_a_user"], True),
+        (["torch.cuda.random", "torch.cuda", "torch._dynamo.utils"], False),
+        (["torch.cuda.random", "torch._inductor.graph"], False),
+        (["torch._dynamo.utils", "of_a_user"], False),
+        (["of_a_user", "torch._dynamo.utils"], True),
+        (["torch.random"], True),  # whoever looks up another generator than torch's own
+        ([Asked.__module__, "of_a_user"], False),
+    ],
+)
+def test_what_compilers_ask_of_generators_is_none_of_the_stages(modules: list[str], noted: bool) -> None:
+    """`modules` run in each other, the innermost first."""
+    frame: Any = None
+    for module in reversed(modules):
+        code = SimpleNamespace(co_filename="stage.py")
+        frame = SimpleNamespace(f_globals={"__name__": module}, f_back=frame, f_code=code, f_lineno=7)
+    asked = Asked()
+    asked.note(torch.Generator().get_state, frame)
+    if noted:
+        with pytest.raises(fs.TraceError, match=r"\(get_state\(\), at stage.py:7\)"):
+            asked.refuse()
+    else:
+        asked.refuse()
+
+
+def test_torchs_functions_that_look_its_own_generator_up_are_looked_after_elsewhere() -> None:
+    default, asked = torch.default_generator, Asked()
+    code = SimpleNamespace(co_filename="stage.py")
+    frame: Any = SimpleNamespace(f_globals=vars(torch.random), f_back=None, f_code=code, f_lineno=7)
+    asked.note(default.get_state, frame)
+    asked.refuse()
+    frame.f_globals = {**vars(torch.random), "__name__": "of_a_user"}
+    asked.note(default.get_state, frame)
+    with pytest.raises(fs.TraceError, match="get_state"):
+        asked.refuse()

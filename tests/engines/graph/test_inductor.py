@@ -18,6 +18,7 @@ import torch.compiler.config
 from torch import Tensor
 
 import funcstage as fs
+from funcstage.engines.graph.inductor import decompositions
 
 ROOT = Path(__file__).parents[3]
 
@@ -168,3 +169,11 @@ def test_every_program_rounds_to_low_precision_where_eager_does(remat: Any) -> N
     torch.testing.assert_close(output, expected.detach(), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(dx, grads[0], atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(weight_pullback()["weight"], grads[1], atol=1e-2, rtol=1e-2)
+
+
+def test_no_draw_is_taken_apart_before_inductor_sees_it() -> None:
+    """Of its parts, the draws would be others than eager's, for the same seed."""
+    aten, found = torch.ops.aten, decompositions()
+    draws = {aten.native_dropout, aten.uniform, aten.normal_functional, aten.rand_like, aten.exponential}
+    assert {aten.bernoulli.p, *(draw.default for draw in draws)}.isdisjoint(found)
+    assert aten.native_layer_norm.default in found

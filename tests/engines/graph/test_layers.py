@@ -292,6 +292,11 @@ def test_layers_with_the_number_that_was_read_are_copied() -> None:
     assert compared(stack, X) == 5
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_all_but_one_are_copied_where_there_are_three_or_more(n: int) -> None:
+    assert compared(Stack(n=n), X) == (n - 1 if n >= 3 else 0)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_layers_of_a_stage_that_is_only_run_are_copied_too(copied: bool) -> None:
     apply, params, buffers = fs.functionalize(Stack())

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import funcstage as fs
+from funcstage.engines.levels.first_run import _Look
 from tests.support.both_ways import eager, split
 
 WIDTH = 16
+aten = torch.ops.aten
 
 
 class Counting(nn.Module):
@@ -87,3 +89,24 @@ def test_a_second_run_may_find_a_cache_filled() -> None:
     module = Masked()
     x = torch.randn(6, WIDTH)
     torch.testing.assert_close(split(*fs.functionalize(module), x), eager(copy.deepcopy(module), x))
+
+
+LOOK = (torch.Size([2, 3]), (1, 2), torch.float64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "result", "look"),
+    [
+        (aten.mm.default, torch.empty(3, 2, dtype=torch.float64).t(), LOOK),
+        (aten.mul_.Tensor, torch.empty(3, 2), None),
+        (aten.mm.out, torch.empty(3, 2), None),
+        (torch.mm, torch.empty(3, 2), None),
+        (aten.native_layer_norm.default, (torch.empty(3, 2),), None),
+        (aten.to_sparse.default, torch.eye(2).to_sparse(), None),
+        (aten.mm.default, nn.Parameter(torch.empty(3, 2)), None),
+        (aten.item.default, 2.0, None),
+    ],
+)
+def test_memory_stands_for_what_is_a_new_plain_tensor(operation: Any, result: Any, look: Any) -> None:
+    found = _Look.of(operation, result)
+    assert (None if found is None else tuple(found)) == look

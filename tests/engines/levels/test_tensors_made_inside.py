@@ -264,15 +264,26 @@ def test_a_write_into_a_parameter_that_was_made_is_torchs_error_as_in_eager(
     assert type(ours.value) is type(eagers.value)
 
 
-def test_an_activation_written_into_a_parameter_that_was_made_is_eagers_or_refused() -> None:
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda made, value: made.copy_(value), "copy_"),
+        (lambda made, value: made.add_(other=value), "add_"),
+        (lambda made, value: made.addcmul_(value.new_ones(3), tensor2=value), "addcmul_"),
+        (lambda made, value: torch.add(made, made, out=made).mul_(other=value), "mul_"),
+    ],
+)
+def test_an_activation_written_into_a_parameter_that_was_made_is_eagers_or_refused(
+    write: Callable[[Tensor, Tensor], Tensor], name: str
+) -> None:
     def case(s: Layers, x: Tensor) -> Tensor:
-        made = nn.Parameter(torch.empty(3, dtype=x.dtype), requires_grad=False)
-        return s.proj(x) * made.copy_(s.proj(x).sum(0))
+        made = nn.Parameter(torch.ones(3, dtype=x.dtype), requires_grad=False)
+        return s.proj(x) * write(made, s.proj(x).sum(0))
 
     module, x = made(case)
     assert_as_eager(module, x, "aten", None)
     apply, params, buffers = staged(module, "closures")
-    with pytest.raises(fs.PurityError, match=r"a parameter that it made itself \(float64\[3\].*copy_"):
+    with pytest.raises(fs.PurityError, match=rf"a parameter that it made itself \(float64\[3\].*{name}\."):
         fs.stage_vjp(apply, params, buffers, x)
 
 
