@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from funcstage._torch.messages import CHECKPOINT_UNLIKE, SAVED_WRITTEN, says
-from funcstage.errors import StageError
-from funcstage.state.writes import written_error
+from funcstage.errors import StageError, WrittenError
 
 
 def explain(error: BaseException, stage: str, phase: str) -> None:
@@ -22,7 +21,12 @@ def explain(error: BaseException, stage: str, phase: str) -> None:
     if not isinstance(error, RuntimeError):
         return
     if says(error, SAVED_WRITTEN):
-        raise written_error("A tensor that was captured", stage, phase) from error
+        raise WrittenError(
+            f"{phase} of {stage} reads a tensor that was written in place after an operation had saved it "
+            "for its backward: by the forward itself, as in y = x.sigmoid(); y.add_(1), or, if it was captured "
+            "from outside, since F. Let the forward write into a clone, or run I and W before the write. "
+            f"(torch: {str(error).partition(chr(10))[0]})"
+        ) from error
     if says(error, CHECKPOINT_UNLIKE):
         raise StageError(
             f"{phase} of {stage} cannot run a selective checkpoint again "

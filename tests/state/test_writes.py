@@ -541,3 +541,22 @@ def test_a_functionalized_tensor_which_nobody_can_take_the_memory_of_is_an_argum
     (dx,), weight_pullback = pullback(torch.ones(3))
     torch.testing.assert_close(dx, params["w"])
     torch.testing.assert_close(torch._from_functional_tensor(weight_pullback()["w"]), x)
+
+
+@pytest.mark.parametrize("phase", ["I", "W"])
+@pytest.mark.parametrize("argnums", [(), (0,)])
+def test_a_write_by_the_forward_itself_is_refused_as_that(phase: str, argnums: tuple[int, ...]) -> None:
+    class Overwrites(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.sigmoid() if phase == "I" else (self.weight.sigmoid() * 1).exp()
+            z = super().forward(x) * y if phase == "I" else x @ y
+            y.add_(1)
+            return z
+
+    module, x = Overwrites(4, 4), torch.randn(2, 4)
+    leaf = x.clone().requires_grad_(bool(argnums))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        module(leaf).sum().backward()
+    output, _, pullback = fs.stage_vjp(*fs.functionalize(module), x, argnums=argnums)
+    with pytest.raises(fs.WrittenError, match=r"by the forward itself, .* into a clone"):
+        pullback(torch.ones_like(output))[1]()
