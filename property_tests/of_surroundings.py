@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
+import tempfile
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -136,6 +140,9 @@ def _environment(value: float) -> None:
     os.environ["FUNCSTAGE_TEST_SCALE"] = str(value)
 
 
+_FILE = Path(tempfile.mkdtemp()) / "scale"
+
+
 SHARED: dict[str, tuple[Callable[[], Any], Callable[[float], object]]] = {
     "a global dict": (lambda: SETTINGS["plain"], lambda v: SETTINGS.__setitem__("plain", v)),
     "a nested global": (
@@ -172,6 +179,7 @@ SHARED: dict[str, tuple[Callable[[], Any], Callable[[float], object]]] = {
     ),
     "a context variable": (lambda: LEVEL.get(), lambda v: LEVEL.set(v)),
     "the environment": (lambda: float(os.environ["FUNCSTAGE_TEST_SCALE"]), _environment),
+    "a file": (lambda: float(_FILE.read_text()), lambda v: _FILE.write_text(str(v))),
 }
 """Where a program may keep a number for all of its modules, and how it is changed."""
 
@@ -202,3 +210,53 @@ class Shared(Situation):
 
     def between(self, module: nn.Module) -> None:
         SHARED[self.where][1](2.0)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached(n: int) -> Tensor:
+    return torch.full((), 2.0, dtype=torch.float64) * n
+
+
+@functools.cache
+def _cached_in_a_dict(n: int) -> dict[str, list[Tensor]]:
+    return {"all": [torch.full((), 2.0, dtype=torch.float64) * n]}
+
+
+CACHES: dict[str, Any] = {"lru_cache": _cached, "cache": _cached_in_a_dict}
+"""Functions that make a tensor once."""
+
+
+class _Tabled(Around):
+    def __init__(self, inner: nn.Module, how: str) -> None:
+        super().__init__(inner)
+        self.how = how
+
+    def table(self) -> Tensor:
+        return _cached(1) if self.how == "lru_cache" else _cached_in_a_dict(1)["all"][0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        table = self.table()
+        output = super().forward(*args, **kwargs)
+        return map_differentiable(lambda t: t * table, output)
+
+
+@dataclass(frozen=True)
+class Cached(Situation):
+    """The forward computes with a tensor that a function keeps for all calls, made by the stage first."""
+
+    how: str
+
+    def build(self, module: nn.Module) -> nn.Module:
+        return _Tabled(module, self.how)
+
+    @contextmanager
+    def around(self, verb: str) -> Iterator[None]:
+        if verb == "F":
+            CACHES[self.how].cache_clear()
+        yield
+
+    def around_eager(self, verb: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def observed(self, module: nn.Module) -> list[Any]:
+        return [part.table() for part in module.modules() if isinstance(part, _Tabled)]

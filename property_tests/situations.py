@@ -29,7 +29,7 @@ from of_modules import (
     Wrapped,
 )
 from of_questions import QUESTIONS, THREADS, Asked, NodeHook, Threads
-from of_surroundings import CAPTURED, SHARED, Captured, Shared
+from of_surroundings import CACHES, CAPTURED, SHARED, Cached, Captured, Shared
 from of_transforms import KEPT, TRANSFORMS, Transformed
 from situation import VERBS, Situation
 
@@ -55,6 +55,7 @@ SITUATIONS: dict[str, tuple[Situation, ...]] = {
     "remade parameter": tuple(map(Remade, Remade.HOWS)),
     "change": tuple(map(Changed, READS)),
     "shared state": tuple(map(Shared, SHARED)),
+    "cached table": tuple(map(Cached, CACHES)),
     "captured tensor": tuple(
         Captured(where, verb, saved)
         for where in CAPTURED

@@ -23,7 +23,7 @@ def explain(error: BaseException, stage: str, phase: str) -> None:
     if says(error, SAVED_WRITTEN):
         raise WrittenError(
             f"{phase} of {stage} reads a tensor that was written in place after an operation had saved it "
-            "for its backward: by the forward itself, as in y = x.sigmoid(); y.add_(1), or, if it was captured "
+            "for its backward: by the forward itself, as in y = x.sigmoid(); y.add_(1), or, if captured "
             "from outside, since F. Let the forward write into a clone, or run I and W before the write. "
             f"(torch: {str(error).partition(chr(10))[0]})"
         ) from error
