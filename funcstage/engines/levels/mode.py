@@ -155,9 +155,9 @@ class Split(Levels, TorchFunctionMode):
             args, kwargs = trees.map_leaves(self.lower_activation, (args, kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            return self.release(result, args)
+            return self.release(result)
         if isinstance(result, (tuple, list)):
-            return trees.map_leaves(lambda leaf: self.release(leaf, args), result)
+            return trees.map_leaves(self.release, result)
         return result
 
     def undivided(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Any = None) -> Any:

@@ -74,14 +74,14 @@ class Levels:
         """Tell whether a value without its inner wrapper depends on a differentiated input."""
         return value.requires_grad and ft.level_of(value) == self.outer_level
 
-    def release(self, leaf: Any, args: tuple[Any, ...]) -> Any:
+    def release(self, leaf: Any) -> Any:
         """Let a site's output leave the inner level; values made of parameters alone stay."""
         if not isinstance(leaf, Tensor) or ft.level_of(leaf) != self.inner_level:
             return leaf
         value = ft.unwrap(leaf, self.inner_level)
         if not leaf.requires_grad:
             return value
-        if not self.is_activation(value) or any(leaf is operand for operand in args):
+        if not self.is_activation(value):
             return leaf
         if value._is_view() and leaf._is_view():
             self.meet_at_base(value, leaf)
