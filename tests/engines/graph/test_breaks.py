@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.engines.levels.pieces import _units
 from funcstage.testing import check_stage
 
 
@@ -479,6 +480,19 @@ def test_a_pullback_may_be_kept_moved_divided_and_summed_into() -> None:
     torch.testing.assert_close([dx, *(total[name] for name in params)], wanted[1:])
     with pytest.raises(fs.ConsumedError):
         pullback(g)
+
+
+def test_a_part_costs_w_what_it_holds_times_the_rows_of_its_widest_weight() -> None:
+    module, x = made(item)
+    module.second = Block(hidden=32).double()
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(in_parts(apply), params, buffers, x)
+    _, weight_pullback = pullback(torch.ones_like(output))
+    tape: Any = weight_pullback._tape
+    held = [sum(leaf.numel() for leaf in of_region.leaves()) for _, of_region in tape.regions]
+    assert len(held) == 2
+    costs = [unit.cost for unit in _units(tape) if unit.tape.regions]
+    assert sorted(costs) == sorted(n * rows for n, rows in zip(sorted(held), (8, 32), strict=True))
 
 
 def test_sites_of_parts_are_those_of_their_programs() -> None:
