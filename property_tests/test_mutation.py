@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutation.__main__ import read_accepted, reason_for, table
+from mutation.__main__ import ACCEPTED, read_accepted, reason_for, table
 from mutation.operators import Mutant, mutants_of
 from mutation.reach import Reach, moved
-from mutation.targets import distance
+from mutation.targets import distance, target_files
 from mutation.trial import Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -209,3 +209,9 @@ def test_a_survivor_is_accepted_for_a_reason_that_names_it_or_all_like_it() -> N
         reasons[name] = reason_for(Outcome(mutant, "survived"), accepted)
     assert list(reasons.values()) == ["Why.", None, "Why.", None]
     assert reason_for(Outcome(mutant, "killed"), accepted) is None
+
+
+def test_what_is_accepted_is_still_there() -> None:
+    names = [m.name for file in target_files() for m in mutants_of(file, (ROOT / file).read_text())]
+    accepted = read_accepted(ACCEPTED.read_text())
+    assert [name.pattern for name, _ in accepted if not any(map(name.fullmatch, names))] == []
