@@ -80,12 +80,14 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {"columns": by_columns, "se
 
 
 class Lowered(list[GraphModule]):
-    """The programs that are lowered while it is entered, in the order in which they are."""
+    """The programs that are lowered while it is entered, in order; what they return has its names."""
 
     def __enter__(self) -> Lowered:
         self.step = programs.Programs._step
 
         def step(self_: Any, program: Any, *args: Any, **kwargs: Any) -> Any:
+            results = program.module.graph.output_node().args[0]
+            assert [node is None for node in results] == [name is None for name in program.results]
             self.append(program.module)
             return self.step(self_, program, *args, **kwargs)
 
