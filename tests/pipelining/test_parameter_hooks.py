@@ -384,6 +384,17 @@ def test_hooks_that_see_an_unfinished_gradient_are_refused() -> None:
     assert "another stage of this process" in answer.message
 
 
+def test_replicas_of_a_parameter_that_another_stage_has_too_are_refused(alone: Any) -> None:
+    module = layers()
+    other = FunctionalPipelineStage(module, 0, 1, "cpu")
+    with pytest.raises(
+        fs.StructureError, match=r"'0.bias' is also .* another stage .* Leave `data_parallel` out"
+    ):
+        trained(module, FunctionalPipelineStage, data_parallel=alone)
+    del other
+    trained(module, FunctionalPipelineStage, data_parallel=alone)
+
+
 def test_hooks_that_would_see_a_gradient_before_it_is_averaged_are_refused(alone: Any) -> None:
     module = layers()
     module[0].weight.register_post_accumulate_grad_hook(lambda p: None)
