@@ -78,7 +78,7 @@ CONCERNED = {
     "microbatch": ("masks", "stage"),
     "mincut": ("budget", "min_cut", "partition"),
     "mode": ("linearize", "tensors_made_inside", "sites"),
-    "module": ("binding", "contents", "guards"),
+    "module": ("binding", "contents", "guards", "threads"),
     "module_stage": ("binding", "sharded_activations", "stage"),
     "modules_behind": ("guards", "reads"),
     "moves": ("linearize",),
