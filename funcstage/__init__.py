@@ -27,11 +27,18 @@ from funcstage.sites import Site
 from funcstage.weight_pullback import WeightPullback, stage_backward_weight
 
 if TYPE_CHECKING:
+    from funcstage import autograd as autograd
+    from funcstage import pipelining as pipelining
+    from funcstage import schedules as schedules
+    from funcstage import testing as testing
     from funcstage.engines.graph.compile import CompiledStage, compile
 else:
+    from importlib import import_module
 
     def __getattr__(name):
-        """Import the graph engine when it is first asked for: what it needs of torch takes a second."""
+        """Import what is asked for: what the graph engine and pipelines need of torch takes a second."""
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
         if name not in ("CompiledStage", "compile"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from funcstage.engines import graph
@@ -39,8 +46,10 @@ else:
         return getattr(graph, name)
 
     def __dir__():
-        """The public names, and the modules beside them that are imported by name."""
-        return sorted([*__all__, "__version__", "autograd", "pipelining", "schedules", "testing"])
+        """The public names, and the modules beside them."""
+        return sorted([*__all__, "__version__", *_MODULES])
+
+    _MODULES = ("autograd", "pipelining", "schedules", "testing")
 
 
 __version__ = "0.1.0"

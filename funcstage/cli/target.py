@@ -51,6 +51,8 @@ class Target(NamedTuple):
             given = ", ".join(map(describe, self.args))
             meta = _on_meta(self.stage) != any(map(_on_meta, self.args))
             advice = " Put the module and its arguments on the same device." if meta else ""
+            if [type(arg) for arg in self.args] == [tuple]:
+                advice += " A factory returns (module, x), where the call is module(x)."
             raise StageError(
                 f"{arguments.stage} called with {given} raised {_line(error)}{advice}"
             ) from error

@@ -100,6 +100,12 @@ class Subject:
             raise StructureError(
                 f"check_stage expects an nn.Module or a stage function, got {trees.describe(given)}."
             )
+        elif params is None and isinstance(getattr(given, "module", None), nn.Module):
+            name = getattr(given, "__qualname__", "the module")
+            raise StructureError(
+                f"check_stage got a stage function of {name} without its parameters. Pass the module itself, "
+                "or check_stage(apply, x, params=params, buffers=buffers)."
+            )
         else:
             module = None
             stage = FunctionalStage(

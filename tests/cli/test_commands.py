@@ -84,6 +84,10 @@ def raising() -> tuple[Any, ...]:
     raise ValueError("there is no data\n\nand no more to say")
 
 
+def of_a_tuple() -> tuple[Any, ...]:
+    return nn.Linear(3, 2), (torch.ones(4, 3),)
+
+
 def of_a_wrong_shape() -> tuple[Any, ...]:
     return nn.Linear(3, 2), torch.ones(2, 5)
 
@@ -182,6 +186,7 @@ def test_what_is_no_factory_is_refused_with_what_one_is(
         ("raising", "raised ValueError at .*test_commands.py:[0-9]+: there is no data. --traceback"),
         ("of_a_wrong_shape", r"float32\[2, 5\] on cpu raised RuntimeError: (addmm: )?mat1 and mat2"),
         ("half_on_meta", "Put the module and its arguments on the same device"),
+        ("of_a_tuple", r"A factory returns \(module, x\), where the call is module\(x\)"),
     ],
 )
 def test_an_error_of_the_stages_own_is_one_line_unless_the_traceback_is_wanted(
@@ -190,7 +195,7 @@ def test_an_error_of_the_stages_own_is_one_line_unless_the_traceback_is_wanted(
     status, out, err = printed(capsys, command, f"test_commands:{factory}")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert re.search(says, err)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
         main([command, f"test_commands:{factory}", "--traceback"])
 
 

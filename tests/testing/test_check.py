@@ -325,6 +325,15 @@ def test_arguments_that_are_not_the_modules_come_with_advice(args: Any, kwargs: 
     assert "check_stage(module, x, mask=mask) runs module(x, mask=mask)" in str(caught.value)
 
 
+def test_a_stage_function_without_its_parameters_comes_with_advice() -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(3, 2))
+    x = torch.ones(4, 3)
+    for args in ((), (x,), (params, buffers, x)):
+        with pytest.raises(fs.StructureError, match=r"without its parameters.*apply, x, params=params"):
+            check_stage(apply, *args)
+    assert check_stage(apply, x, params=params, buffers=buffers, engines="closures").engines
+
+
 class Cache:
     """As caches of keys and values are: an object that a forward writes into and reads."""
 

@@ -124,7 +124,10 @@ def test_importing_funcstage_leaves_tracing_and_compilers_for_when_they_are_aske
 
 def test_what_is_imported_late_is_found_by_all_the_usual_ways() -> None:
     then = """
-assert {"compile", "CompiledStage"} <= set(dir(fs))
+assert {"compile", "CompiledStage", "testing", "schedules"} <= set(dir(fs))
+assert all(getattr(fs, name) is not None for name in dir(fs))
+import funcstage.testing
+assert fs.testing is funcstage.testing
 from funcstage import CompiledStage, compile
 import funcstage.engines.graph
 assert compile is fs.compile is funcstage.engines.graph.compile
