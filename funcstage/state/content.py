@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from funcstage._torch.modes import dispatch_modes
 from funcstage._torch.tensors import is_functional
@@ -187,7 +188,8 @@ def _tensor(value: Tensor) -> Parts:
             "stage would do in its first call alone. Return it, or keep it in an attribute, a list or a dict "
             "of the module."
         )
-    return (Same(value), value.shape, value.dtype, value.requires_grad), ()
+    sizes = None if value.is_nested or is_lazy(value) else value.shape
+    return (Same(value), sizes, value.dtype, value.requires_grad), ()
 
 
 def _key(key: Any) -> Hashable:

@@ -26,8 +26,9 @@ import numpy
 import optree
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import funcstage as fs
 from funcstage.state.content import MARK, content, is_one_of_its_kind, is_opaque, is_plain, parts_of
 
 
@@ -426,3 +427,32 @@ def test_what_can_change_is_not_plain(value: Any) -> None:
 def test_what_is_compared_by_which_one_it_is(value: Any, one_of_its_kind: bool, opaque: bool) -> None:
     assert is_one_of_its_kind(value) is one_of_its_kind
     assert is_opaque(value) is opaque
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+        lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
+        lambda: nn.LazyLinear(3).weight,
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    ],
+)
+def test_tensors_of_any_layout_may_lie_within_a_stages_reach(make: Callable[[], Tensor]) -> None:
+    table = {"kept": make()}
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * len(table)
+
+    module, x = Scaled(3, 3), torch.ones(2, 3)
+    apply, params, buffers = fs.functionalize(module)
+    fast = fs.compile(apply, backend="aten", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(fs.stage_vjp(fast, params, buffers, x)[0], module(x).detach())
+    table["kept"] = make()
+    table["more"] = make()
+    torch.testing.assert_close(fs.stage_vjp(fast, params, buffers, x)[0], module(x).detach())
