@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_pullbacks import assert_bitwise_equal, cotangents
 
 import funcstage as fs
+from funcstage import trees
 from funcstage.engines.graph import chain
 from funcstage.testing import strategies
 from funcstage.testing.stages import Block, Node, Stage, after, inner_place
@@ -53,10 +54,13 @@ def _fits(layer: Block, stage: Stage) -> bool:
 
 
 def _runs(layer: Block, stage: Stage) -> bool:
-    """Tell whether eager can run the stage: its layers were drawn for other places than those they have."""
+    """Tell whether eager can train the stage: its layers were drawn for other places than those they have."""
     try:
         module, args, kwargs = replace(stage, body=(layer, *stage.body)).build()
-        module(*args, **kwargs)
+        leaves = trees.flatten(module(*args, **kwargs))[0]
+        losses = [leaf.abs().sum() for leaf in leaves if trees.is_differentiable(leaf) and leaf.requires_grad]
+        if losses:
+            torch.autograd.backward(losses)
     except Exception:
         return False
     return True
