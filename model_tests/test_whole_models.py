@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from copied_layers import counted_copies
 from torch import Tensor, nn
 
 import funcstage as fs
-from funcstage.engines.graph import layers
 
 VOCABULARY = 40
 SIZES = {
@@ -162,14 +162,7 @@ def test_one_layer_of_a_model_is_traced(name: str, train: bool, monkeypatch: pyt
     """They differ in their numbers, which they read for caches only; some draw dropout in training."""
     kind, options = {**DECODERS, **ENCODERS}[name]
     model = build(kind, {**options, "num_hidden_layers": 5}, torch.float32).train(train)
-    copies: list[int] = []
-    forget = layers.Layers.forget
-
-    def forgetting(of: layers.Layers) -> None:
-        copies.append(len(of.copies))
-        forget(of)
-
-    monkeypatch.setattr(layers.Layers, "forget", forgetting)
+    copies = counted_copies(monkeypatch)
     check_split(model, True, "aten", rtol=1e-5)
     assert copies == [4]
 

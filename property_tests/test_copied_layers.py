@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from copied_layers import counted_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pullbacks import assert_bitwise_equal, cotangents
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.engines.graph import layers as of_graph
 from funcstage.testing import check_stage, strategies
 
 SHARE = settings(max_examples=settings.default.max_examples // 4)
@@ -170,14 +170,7 @@ def test_copied_layers_give_what_eager_gives(module: Deep) -> None:
 
 def test_layers_of_generated_stages_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The properties above would hold of nothing otherwise."""
-    copies: list[int] = []
-    forget = of_graph.Layers.forget
-
-    def forgetting(of: of_graph.Layers) -> None:
-        copies.append(len(of.copies))
-        forget(of)
-
-    monkeypatch.setattr(of_graph.Layers, "forget", forgetting)
+    copies = counted_copies(monkeypatch)
 
     @settings(max_examples=20, database=None, derandomize=True)
     @given(module=deep())

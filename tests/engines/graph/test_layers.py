@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from copied_layers import counted_copies
 from torch import Tensor, nn
 from torch.fx import map_arg
 from torch.fx.node import map_aggregate
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.engines.graph import layers
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint
 
 compiling = importlib.import_module("funcstage.engines.graph.compile")
@@ -96,20 +96,15 @@ def recorded(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tup
 def run_of(module: nn.Module, *args: Any, copied: bool, **options: Any) -> tuple[list[Any], list[int]]:
     """What a trace records, and how many layers were copied in each run that it took."""
     found: list[Joint] = []
-    copies: list[int] = []
 
     def noting(*args: Any, **kwargs: Any) -> Joint:
         found.append(trace(*args, **{**kwargs, "copied": copied}))
         return found[-1]
 
-    def forgetting(of: layers.Layers) -> None:
-        copies.append(len(of.copies))
-        forget(of)
-
-    trace, forget = compiling.trace, layers.Layers.forget
+    trace = compiling.trace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "trace", noting)
-        patch.setattr(layers.Layers, "forget", forgetting)
+        copies = counted_copies(patch)
         apply, params, buffers = fs.functionalize(module)
         fs.compile(apply, backend="aten", fullgraph=True).plan(params, buffers, *args, **options)
     return nodes_of(found[0]), copies
