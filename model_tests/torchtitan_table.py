@@ -45,8 +45,6 @@ activation that has just been gathered by TP, and loses its gradient by that
 off by 0.3 of its largest magnitude, on torch's stages and on ours uncompiled. Compiled, nothing was lost.
 Experts compute in bfloat16, which rounds to 4e-3: with them, sums in another order show.
 
-Rows are missing that have not been trained yet.
-
 What was not tried: torchtitan's trainer, which insists on a GPU, and with it FlexAttention's kernels,
 bfloat16 and Inductor on torchtitan's models.
 
