@@ -12,7 +12,7 @@ from torch import Tensor
 from funcstage import trees
 from funcstage.checks import UNKNOWN, Meta, checked_accumulators, checked_parts, what_was_added
 from funcstage.dtensors import unwrapped
-from funcstage.engines.base import Place, Summed, WeightTape
+from funcstage.engines.base import AddedDirectly, Place, Summed, WeightTape
 from funcstage.errors import ConsumedError, StageError, StructureError
 from funcstage.linear import Linear, register
 from funcstage.sites import Site
@@ -159,8 +159,8 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         Raises:
             ConsumedError: if the weight pullback was used or split.
             WrittenError: if something that it reads was written in place after F or I.
-            StageError: if the stage runs on DTensors or takes gradients inside itself, or if it is compiled
-                and I has summed gradients already.
+            StageError: if the stage runs on DTensors, if it is compiled and I has summed gradients already,
+                or if its own backward calls backward(), which adds some of them.
         """
         tape = self._live()
         self._check_ready(tape)
@@ -175,10 +175,17 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
                 f"I of {self.stage} has already summed the gradients of {params}, to save memory until W, so "
                 "their sites are gone. fs.compile(apply, sites=True) leaves all sums to W."
             ) from None
+        except AddedDirectly as added:
+            params = ", ".join(names[i] for i in added.reached)
+            raise StageError(
+                f"The backward of an operation in {self.stage} calls backward(), which has added to the "
+                f"gradients of {params} past their sites. Let it call torch.autograd.grad and return what "
+                "that yields."
+            ) from None
         if places is None:
             raise StageError(
-                f"The sites of {self.stage} cannot be told apart: it runs on DTensors, or takes gradients "
-                "inside itself. Give stage_vjp plain tensors, or compile a stage that takes gradients."
+                f"The sites of {self.stage} cannot be told apart: it runs on DTensors. Give stage_vjp plain "
+                "tensors: the sites of a stage before parallelize_module or fully_shard."
             )
 
         def site(place: Place) -> Site:

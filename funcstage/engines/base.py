@@ -195,6 +195,14 @@ class Summed(Exception):
         self.reached = reached
 
 
+class AddedDirectly(Exception):
+    """A backward() within the stage's own backward has added gradients, of which no site knows."""
+
+    def __init__(self, reached: Sequence[int]) -> None:
+        super().__init__()
+        self.reached = reached
+
+
 class WeightTape(Tape, Protocol):
     """An engine's W.
 
@@ -216,6 +224,7 @@ class WeightTape(Tape, Protocol):
 
         Raises:
             Summed: if I has summed some of it.
+            AddedDirectly: if the stage's own backward has.
         """
 
     def reached(self) -> Iterable[int]:

@@ -90,8 +90,12 @@ def _by_product(behind: dict[int, list[Node]], read: set[Node]) -> list[list[int
     products = {i: {node for node in nodes if _is_product(node, read)} for i, nodes in behind.items()}
     of_products = [i for i in behind if products[i]]
     groups = [[of_products[k] for k in group] for group in connected([products[i] for i in of_products])]
-    alone = [i for i in behind if not products[i]]  # sums of the cotangent, a bias's
-    return [sorted([*alone, *groups[0]]), *groups[1:]] if groups else [alone]
+    alone = [i for i in behind if not products[i]]  # sums of the cotangent: a bias's
+    if not alone or not groups:
+        return groups or [alone]
+    if all(node.target in _LOOK_UPS for i in groups[0] for node in products[i]):
+        return [alone, *groups]  # what is added to an embedding
+    return [sorted([*alone, *groups[0]]), *groups[1:]]
 
 
 def _is_product(node: Node, read: set[Node]) -> bool:
@@ -241,6 +245,13 @@ def _order(node: Node, dim: int) -> list[int]:
 
 
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.convolution_backward.default}
+_LOOK_UPS = {
+    aten.embedding_dense_backward.default,
+    aten._embedding_bag_dense_backward.default,
+    aten.index_put.default,
+    aten._unsafe_index_put.default,
+}
+"""Backwards of operations that have no bias."""
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _RESHAPES = {
     aten.view.default,

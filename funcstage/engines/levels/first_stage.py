@@ -86,12 +86,12 @@ class SitesTape(WeightsOnNodes):
         """What is saved for the site's gradients, without parameters and buffers."""
         excluded = {ft.storage_key(tensor) for tensor in self.origin.state}
         with self.origin.reading(self.home):
-            saved = saved_in(_nodes_of(site), self.origin.switchboard, self.home)
+            saved = saved_in(nodes_of(site), self.origin.switchboard, self.home)
         kept = {ft.storage_key(t): t for t in reversed(saved) if ft.storage_key(t) not in excluded}
         return [*kept.values()][::-1]
 
     def _reached(self, site: Site) -> set[int]:
-        ends = {id(end) for node in _nodes_of(site) if (end := getattr(node, "variable", None)) is not None}
+        ends = {id(end) for node in nodes_of(site) if (end := getattr(node, "variable", None)) is not None}
         return {i for i, leaf in self.origin.params if id(leaf) in ends}
 
     def reached(self) -> set[int]:
@@ -100,7 +100,7 @@ class SitesTape(WeightsOnNodes):
 
     def split(self, parts: int) -> list[SitesTape]:
         """Divide the sites, so that all that reach a parameter are in one piece."""
-        groups = connected([_nodes_of(site) for site, _ in self.arrived])
+        groups = connected([nodes_of(site) for site, _ in self.arrived])
         costs = [sum(self._cost(*self.arrived[k]) for k in group) for group in groups]
         tapes = []
         for run in balanced(costs, parts):
@@ -119,7 +119,7 @@ class SitesTape(WeightsOnNodes):
 
     def reads(self) -> list[Tensor]:
         """What W reads: what the nodes that it runs have saved, and the cotangents."""
-        nodes = {node for site, _ in self.arrived for node in _nodes_of(site)}
+        nodes = {node for site, _ in self.arrived for node in nodes_of(site)}
         return [*saved_in(nodes, self.origin.switchboard, self.home), *self._cotangents()]
 
     def _cotangents(self) -> list[Tensor]:
@@ -141,12 +141,31 @@ class SitesTape(WeightsOnNodes):
 def by_site(tape: WeightTape) -> SitesTape:
     """Run the chain of cotangents of a W that is a whole backward; its tape stays as it is."""
     origin = tape.origin
-    order = {node: i for i, node in enumerate(walk([edge for edge, _ in tape.seeds], set())[0])}
-    first_reads = first_among(tape.first_reads, order)
-    leaves = {id(leaf) for _, leaf in origin.params}
-    weights = [node for node in order if id(getattr(node, "variable", None)) in leaves]
     with origin.reading(tape.home), origin.switchboard.rerunning(retain=True):
-        grads, groups = autograd.divided(tape.seeds, first_reads, weights)
+        arrived = arrived_at_sites(tape.seeds, tape.first_reads, [leaf for _, leaf in origin.params])
+    return SitesTape(origin, arrived, tape.shared, tape.home)
+
+
+def arrived_at_sites(
+    seeds: Sequence[tuple[GradientEdge, Tensor]],
+    first_reads: Sequence[GradientEdge],
+    params: Sequence[Tensor],
+) -> list[Arrived]:
+    """Run the chain of cotangents.
+
+    Args:
+        seeds: the outputs, with their cotangents.
+        first_reads: where data meets parameters, as `FirstReads` notes it.
+        params: the leaves where the tape ends.
+
+    Returns:
+        The sites, from the output on.
+    """
+    order = {node: i for i, node in enumerate(walk([edge for edge, _ in seeds], set())[0])}
+    first_reads = first_among(first_reads, order)
+    leaves = {id(leaf) for leaf in params}
+    weights = [node for node in order if id(getattr(node, "variable", None)) in leaves]
+    grads, groups = autograd.divided(seeds, first_reads, weights)
     arrived: list[Arrived] = [
         (site, cotangents)
         for group in groups
@@ -161,10 +180,10 @@ def by_site(tape: WeightTape) -> SitesTape:
             if any(grad is not None for grad in of_first_reads[site.node]):
                 arrived.append((site, tuple(of_first_reads[site.node])))
     arrived.sort(key=lambda each: order[each[0].node])
-    return SitesTape(origin, arrived, tape.shared, tape.home)
+    return arrived
 
 
-def _nodes_of(site: Site) -> set[Node]:
+def nodes_of(site: Site) -> set[Node]:
     """The nodes that W runs for a site."""
     if not site.weight_edges:
         return {*nodes_behind([GradientEdge(site.node, 0)])}

@@ -26,13 +26,15 @@ from funcstage._torch.dynamo import uncompiled
 from funcstage._torch.interception import intercepting
 from funcstage._torch.messages import LEAF_WRITTEN, says
 from funcstage.engines import on_nodes
-from funcstage.engines.base import Linearized, StageCall
+from funcstage.engines.base import Linearized, Place, StageCall
 from funcstage.engines.levels.checkpoint import Call
+from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.levels.inner_gradients import BACKWARD_CALLED
 from funcstage.engines.node_hooks import Allowed, checked_hooks, is_leaf
 from funcstage.engines.on_nodes import InputsOnNodes, WeightsOnNodes
 from funcstage.engines.pieces import balanced
 from funcstage.engines.tape.reentrant import Leftovers, OneTape
+from funcstage.engines.tape.sites import by_site, places
 from funcstage.engines.tape.watched_writes import WatchedWrites
 from funcstage.errors import PurityError, StageError
 from funcstage.functional import checked_result
@@ -89,6 +91,7 @@ class WeightTape(WeightsOnNodes):
         direct: gradients that are there already, by parameter.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
+        first_reads: where data meets parameters first, if W is the whole backward of a stage.
     """
 
     origin: Origin
@@ -96,9 +99,11 @@ class WeightTape(WeightsOnNodes):
     direct: dict[int, Tensor]
     shared: bool
     home: Home
+    first_reads: Sequence[GradientEdge] = ()
 
-    def sites(self) -> None:
-        return None
+    def sites(self) -> Iterator[Place] | None:
+        """The sites, each as a W of its own; nothing is used up."""
+        return places(by_site(self) if self.first_reads else self)
 
     def reached(self) -> Iterable[int]:
         """Any: a backward of the stage's own may add to whichever it likes."""
@@ -106,6 +111,8 @@ class WeightTape(WeightsOnNodes):
 
     def split(self, parts: int) -> list[WeightTape]:
         """Deal out the groups, which have no weight and no site in common."""
+        if self.first_reads and parts > 1:
+            return by_site(self).split(parts)
         params = {get_gradient_edge(leaf).node: i for i, leaf in self.origin.params.items()}
         of_group = [{params[node] for node in group["params"]} for group in self.groups]
         alone = [{i} for i in self.direct if not any(i in reached for reached in of_group)]
@@ -182,6 +189,7 @@ class InputTape(InputsOnNodes):
         inputs: the leaves of the tape that stand for differentiated arguments, by number.
         shared: whether other tapes still need the same nodes.
         home: residuals that were taken out of the nodes.
+        first_reads: where data meets parameters first, if no argument is differentiated.
     """
 
     origin: Origin
@@ -189,6 +197,7 @@ class InputTape(InputsOnNodes):
     inputs: dict[int, Tensor]
     shared: bool
     home: Home
+    first_reads: Sequence[GradientEdge] = ()
     higher: ClassVar = False
     captured: ClassVar = ()
 
@@ -212,7 +221,7 @@ class InputTape(InputsOnNodes):
             for leaf in inputs:
                 leaf.grad = None
         shared = self.shared or retain
-        weight_tape = WeightTape(origin, groups, direct, shared, self.home)
+        weight_tape = WeightTape(origin, groups, direct, shared, self.home, self.first_reads)
         return grads, weight_tape, replace(self, shared=True) if retain else None
 
     @property
@@ -254,13 +263,14 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     kwarg_leaves, kwargs_spec = call.of_kwargs
     lent = [(param_leaves[i], stand_in) for i, stand_in in trained.items()]
     watch = watching_identity(call.name, call.twins, [*stage_args, *kwarg_leaves], lent)
-    stage_args = trees.unflatten(args_spec, stage_args)
+    stage_leaves, stage_args = stage_args, trees.unflatten(args_spec, stage_args)
     stage_kwargs, containers = call.kwargs, None
     if are_among(args_spec) or are_among(kwargs_spec):
         stage_kwargs = trees.unflatten(kwargs_spec, kwarg_leaves)
         containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
     regions = _AsTheyCome()
-    modes = WatchedWrites(call.given), OneTape(regions.leftovers)
+    first_reads = None if inputs else FirstReads([*stage_leaves, *kwarg_leaves])
+    modes = WatchedWrites(call.given), OneTape(regions.leftovers, first_reads)
     keeping = kept.detached(call.module, kept.objects_among((*arg_leaves, *kwarg_leaves)))
     running = torch.enable_grad(), intercepting(regions), uncompiled(), looks, *modes, watch
     try:
@@ -294,7 +304,8 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     captured.refuse_trainable((leaf for leaf in others if captured.was_there(leaf, made, apply)), apply)
     if modes[1].reads_nodes:
         _check_nodes(call.name, *(map(get_gradient_edge, x.values()) for x in (wanted, inputs, trained)))
-    tape = InputTape(origin, wanted, inputs, shared=False, home={})
+    reads = [] if first_reads is None or modes[1].hooked else [*first_reads.edges]
+    tape = InputTape(origin, wanted, inputs, shared=False, home={}, first_reads=reads)
     return Linearized(
         trees.unflatten(spec, map(trees.detached, leaves)),
         trees.map_leaves(trees.detached, new_buffers),

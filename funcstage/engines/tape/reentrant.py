@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
+from funcstage._torch import functorch as ft
 from funcstage.effects import MARKS, refuse_effects
+from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.node_hooks import READS_NODE
 from funcstage.engines.rules.base import Call
 from funcstage.engines.rules.group_norm import GROUP_NORMS, SURVIVES, contiguous_group_norm, crashes
@@ -45,14 +47,21 @@ class Leftovers:
 class OneTape(TorchFunctionMode):
     """The mode of a run on one tape, plain or recorded: cuts leftovers off, and refuses effects.
 
+    Args:
+        leftovers: of the reentrant regions.
+        first_reads: where data meets parameters, if anybody asks.
+
     Attributes:
+        hooked: whether the stage has put hooks on tensors.
         reads_nodes: whether the stage has asked for nodes of the tape, which it may put hooks on.
         leaves: what it was seen to mark as requiring grad, or to make so, as `nn.Parameter` is not.
     """
 
-    def __init__(self, leftovers: Leftovers) -> None:
+    def __init__(self, leftovers: Leftovers, first_reads: FirstReads | None = None) -> None:
         super().__init__()
         self._leftovers = leftovers
+        self._first_reads = first_reads
+        self.hooked = False
         self.reads_nodes = False
         self.leaves: list[Tensor] = []
 
@@ -62,7 +71,10 @@ class OneTape(TorchFunctionMode):
         args, kwargs = self._leftovers.cut((args, kwargs or {}))
         refuse_effects(func, args, kwargs)
         self.reads_nodes = self.reads_nodes or func == READS_NODE
+        self.hooked = self.hooked or func in _HOOKS
         result = self.run(func, args, kwargs)
+        if self._first_reads is not None and not ft.current_level():
+            self._first_reads.note(args, kwargs, result)
         if func in MARKS or func is Tensor.__deepcopy__ or kwargs.get("requires_grad"):
             self.leaves.append(args[0] if func in MARKS else result)
         return result
@@ -88,3 +100,6 @@ class _Noting(TorchFunctionMode):
             if isinstance(leaf, Tensor) and not leaf.is_leaf and id(leaf) not in given:
                 self._made[id(leaf)] = leaf
         return result
+
+
+_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
