@@ -1,9 +1,7 @@
 """Budgets: how many bytes F may hand on -> what is saved within them, so that the least is computed again.
 
 Candidates are the values that the minimum cut holds, beyond which nothing costly runs twice. Each saves the
-operations between it and the others. They are taken by how much that is for each byte, those that do not fit
-left out: the greedy way to fill a knapsack. A larger budget then holds no less and saves no less: the first
-value that it takes and a smaller one does not is larger than the room which that had left, and worth more.
+operations between it and the others: a knapsack. A larger budget holds no less and saves no less.
 """
 
 from __future__ import annotations
@@ -13,9 +11,11 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from funcstage.engines.graph import knapsack
 from funcstage.engines.graph.cost import cost
 from funcstage.engines.graph.crossing import Choice, Division, crossing
 from funcstage.engines.graph.joint import is_random
+from funcstage.engines.graph.knapsack import Item
 from funcstage.engines.graph.mincut import nbytes_together
 from funcstage.engines.graph.nodes import is_view
 
@@ -35,18 +35,15 @@ def within(division: Division, share: float) -> tuple[int, Choice]:
     best = crossing(division, "min_cut").after_forward
     if nbytes_together(best) <= budget:
         return budget, "min_cut"
-    saved: set[Node] = set()
-    left = budget - least  # what is held for "full" and what is saved suffice, so no more is held than these
-    for group in _ranked(best):
-        size = nbytes_together(group)
-        if size <= left:
-            saved.update(group)
-            left -= size
+    groups = _groups(best)
+    items = [Item(nbytes_together(group), worth) for group, worth in groups]
+    room = budget - least  # what is held for "full" and what is saved suffice, so no more is held than these
+    saved = {node for i in knapsack.best(items, room) for node in groups[i][0]}
     return budget, saved.__contains__
 
 
-def _ranked(values: Iterable[Node]) -> list[list[Node]]:
-    """Group values by the operation that makes them, the most costly for a byte first."""
+def _groups(values: Iterable[Node]) -> list[tuple[list[Node], float]]:
+    """Group values by the operation that makes them, with what it costs to make them again."""
     groups: dict[Node, list[Node]] = {}
     for node in values:
         if node.op == "call_function" and not is_random(node):
@@ -61,9 +58,9 @@ def _ranked(values: Iterable[Node]) -> list[list[Node]]:
                 if source not in between and source not in saved and _maker(source) not in saved:
                     between.add(source)
                     stack.append(source)
-        return sum(map(cost, between)) / max(nbytes_together(groups[maker]), 1)
+        return sum(map(cost, between))
 
-    return [groups[maker] for maker in sorted(groups, key=worth, reverse=True)]
+    return [(group, worth(maker)) for maker, group in groups.items()]
 
 
 def _maker(node: Node) -> Node:

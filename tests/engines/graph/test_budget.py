@@ -54,7 +54,7 @@ def test_budgets_lie_between_full_and_none_and_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_no_choice_that_leaves_room_for_one_more_value_recomputes_less() -> None:
+def test_no_choice_within_a_budget_recomputes_less() -> None:
     case = narrow_and_wide()
     apply, params, buffers, x = case
     graph = fs.compile(apply, backend="aten").programs(params, buffers, x).forward.graph
@@ -64,11 +64,10 @@ def test_no_choice_that_leaves_room_for_one_more_value_recomputes_less() -> None
         for saved in itertools.combinations(names, n):
             plan = planned(case, lambda node, saved=saved: node.name in saved)
             choices.append((plan.held_after_forward, plan.recomputed_flops))
-    largest = 32 * 512 * 4
     assert len(choices) == 32
     for budget in BUDGETS:
         plan = planned(case, budget)
-        best = min((flops for held, flops in choices if held <= plan.budget - largest), default=None)
+        best = min((flops for held, flops in choices if held <= plan.budget), default=None)
         assert best is None or plan.recomputed_flops <= best
 
 
