@@ -269,6 +269,15 @@ def test_nested_tensors_are_refused_with_the_way_round(make: Any, layout: torch.
         fs.stage_vjp(function, torch.ones(3), (), parts[0])
 
 
+def test_what_else_torch_says_of_nested_tensors_comes_through_unchanged() -> None:
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        return torch.nested.nested_tensor([x * params], layout=torch.sparse_coo), buffers
+
+    with pytest.raises(RuntimeError, match="layout") as error:
+        fs.stage_vjp(apply, torch.ones(3), (), torch.ones(2, 3))
+    assert not isinstance(error.value, fs.StageError)
+
+
 def weight_pullback(apply: Any, params: Any) -> fs.WeightPullback:
     output, _, pullback = fs.stage_vjp(apply, params, (), torch.ones(2, 3))
     return pullback(torch.ones_like(output))[1]

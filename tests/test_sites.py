@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage import trees
+from funcstage.engines.levels.first_stage import by_site
 from funcstage.testing import strategies
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -308,6 +309,38 @@ def test_pieces_of_a_first_stage_are_its_sites_of_some_parameters(engine: str) -
             torch.testing.assert_close(found[name], grad)
     assert len(pieces) == 3
     assert sorted(had) == sorted(name for name, _ in module.named_parameters())
+
+
+def test_a_site_of_a_first_stage_costs_its_cotangent_times_the_rows_of_its_widest_weight() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4))
+    apply, params, buffers = fs.functionalize(module)
+    _, _, pullback = fs.stage_vjp(apply, params, buffers, torch.randn(6, 3), argnums=())
+    tape = by_site(pullback(torch.randn(6, 4))[1]._tape)  # type: ignore[arg-type]
+    costs = {tuple(sorted(tape._reached(site))): tape._cost(site, grads) for site, grads in tape.arrived}
+    assert costs == {(0, 1): 6 * 5 * 3, (2, 3): 6 * 4 * 5, (4, 5): 6 * 4}
+    cut = [sorted(piece.reached()) for piece in tape.split(2)]
+    assert cut == [[0, 1], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("engine", ["uncompiled", "plain tape"])
+def test_a_first_stage_with_a_number_and_an_empty_weight_among_its_parameters_is_divided(engine: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.gate, self.none = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(0, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x) * self.gate) + self.none.sum()
+
+    module = Gated()
+    whole, pieces = (
+        first_stage_of(module, torch.ones(4, 3), engine)[1](torch.ones(4, 2))[1] for _ in range(2)
+    )
+    total: dict[str, Tensor] = {}
+    for piece in pieces.split(3):
+        total |= {name: grad for name, grad in piece().items() if grad is not None}
+    torch.testing.assert_close(total, whole())
 
 
 @pytest.mark.parametrize("engine", ["uncompiled", "plain tape"])

@@ -18,6 +18,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.tape import output_shapes
 from funcstage.engines.base import Place
 from funcstage.engines.levels.first_reads import first_among
+from funcstage.engines.levels.pieces import row
 from funcstage.engines.levels.reverse import Origin, reverse, unshared
 from funcstage.engines.on_nodes import WeightsOnNodes, operation_of
 from funcstage.engines.pieces import balanced, connected
@@ -110,7 +111,7 @@ class SitesTape(WeightsOnNodes):
 
     def _cost(self, site: Site, cotangents: Sequence[Tensor | None]) -> float:
         leaves = dict(self.origin.params)
-        rows = [leaf.numel() // len(leaf) for i in self._reached(site) if len(leaf := leaves[i])]
+        rows = [row(leaves[i]) for i in self._reached(site)]
         return sum(c.numel() for c in cotangents if c is not None) * max(rows, default=1)
 
     @property

@@ -55,11 +55,11 @@ def _units(tape: WeightTape) -> Iterable[_Unit]:
         ends = [getattr(node, "variable", None) for node in nodes]
         reached = [leaf for _, leaf in tape.origin.params if any(end is leaf for end in ends)]
         alone = replace(tape, seeds=[(edge, cotangent)], regions=[])
-        yield _Unit(alone, nodes, cotangent.numel() * max(map(_row, reached), default=1))
+        yield _Unit(alone, nodes, cotangent.numel() * max(map(row, reached), default=1))
     for i, (places, of_region) in enumerate(tape.regions):
         if not hasattr(of_region, "seeds"):  # another engine's
             behind = {*nodes_behind([places[k] for k in of_region.reached()])}
-            rows = [_row(leaf) for _, leaf in tape.origin.params if any(_ends_at(leaf, behind))]
+            rows = [row(leaf) for _, leaf in tape.origin.params if any(_ends_at(leaf, behind))]
             held = sum(leaf.numel() for leaf in of_region.leaves())
             alone = replace(tape, seeds=[], regions=[tape.regions[i]])
             yield _Unit(alone, behind, held * max(rows, default=1))
@@ -76,7 +76,7 @@ def _ends_at(leaf: Tensor, nodes: Iterable[Node]) -> Iterator[bool]:
     return (getattr(node, "variable", None) is leaf for node in nodes)
 
 
-def _row(weight: Tensor) -> int:
+def row(weight: Tensor) -> int:
     """How many entries of a weight every entry of a cotangent is multiplied for."""
     return weight.numel() // len(weight) if weight.dim() > 1 and len(weight) else 1
 
