@@ -292,6 +292,20 @@ def test_all_but_one_are_copied_where_there_are_three_or_more(n: int) -> None:
     assert compared(Stack(n=n), X) == (n - 1 if n >= 3 else 0)
 
 
+def test_layers_around_which_the_stage_adds_their_inputs_are_copied() -> None:
+    class Inner(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(self.norm(x))))
+
+    class Residual(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    assert compared(Residual(Inner), X) == 4
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_layers_of_a_stage_that_is_only_run_are_copied_too(copied: bool) -> None:
     apply, params, buffers = fs.functionalize(Stack())
@@ -610,6 +624,25 @@ def test_what_happens_between_layers_is_noticed(what: str, monkeypatch: pytest.M
     stage = Around(what)
     monkeypatch.setitem(STAGE, "stage", stage)
     compared(stage, X)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_write_into_what_a_layer_needs_for_its_backward_is_refused(place: int) -> None:
+    class Tanh(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(self.norm(x)))).tanh()
+
+    class Writing(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for i, layer in enumerate(self.layers):
+                x = layer(x)
+                if i == place:
+                    x.add_(1.0)
+            return x
+
+    apply, params, buffers = fs.functionalize(Writing(Tanh))
+    with pytest.raises(fs.TraceError, match="overwrites in place what it has read before"):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, X)
 
 
 @pytest.mark.parametrize("place", range(5))
