@@ -70,12 +70,13 @@ def note(tests: list[str], limit: float) -> None:
     """Note which lines the tests of some files run, and keep what is known of the others."""
     if not NOTES.exists():
         tests = files_of_tests()
+    is_part = len(tests) < len(files_of_tests())  # now, as there may be more when they have run
     noted = NOTES.with_suffix(".new")
     collect(ROOT / PACKAGE, target_files(), tests, noted, limit)
     newer = Reach.load(noted)
-    noted.unlink()
-    known = Reach.load(NOTES).up_to_date(ROOT) if len(tests) < len(files_of_tests()) else newer
+    known = Reach.load(NOTES).up_to_date(ROOT) if is_part else newer
     known.joined(newer).save(NOTES)
+    noted.unlink()
 
 
 def read_accepted(text: str) -> Accepted:
