@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from funcstage._torch import tracing as tt
 from funcstage._torch.operators import OpOverload, arguments_of
 from funcstage.dtensors import Specs
+from funcstage.engines.graph.asserted import Asserted
 from funcstage.engines.graph.sizes import Sizes
 from funcstage.state.kept import Changes
 
@@ -55,7 +56,7 @@ class Joint:
         output_spec: the structure of the output.
         buffers_spec: the structure of the new buffers.
         constants: leaves of output and new buffers that are no tensors, by position among both.
-        changes: what F does to the module, if anything; the new buffers are then a pair, of which the second
+        changes: what F asserts, and does to the module, if anything; the new buffers are then a pair, of which the second
             part is the tensors that stay on the module.
         given: what the placeholders of state and arguments are called by those who gave them.
         captured: tensors that the graph reads and are no placeholders, with their names.
@@ -73,7 +74,7 @@ class Joint:
     buffers_spec: optree.PyTreeSpec
     constants: dict[int, Any]
     given: tuple[str, ...]
-    changes: Changes | None = None
+    changes: Changes | Asserted | None = None
     captured: dict[Tensor, str] = field(default_factory=dict)
     sharding: Sharding | None = None
     sizes: Sizes | None = None

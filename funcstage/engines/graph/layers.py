@@ -72,14 +72,16 @@ class Layers:
         self._apart: dict[tuple[type, ...], list[Set[str]]] = {}
         self._firsts: defaultdict[type, list[First]] = defaultdict(list)
         self._tried: Counter[type] = Counter()
+        self._effects: Sequence[Any] = ()
         self._busy = False
 
     @property
     def is_used(self) -> bool:
         return any(self._firsts.values())
 
-    def asked(self) -> AbstractContextManager[Any]:
-        """Be asked, if there may be any that are alike."""
+    def asked(self, effects: Sequence[Any]) -> AbstractContextManager[Any]:
+        """Be asked, if there may be any that are alike; `effects` is a list of what no copy would do."""
+        self._effects = effects
         return asking_about_calls(self.called) if self._siblings else nullcontext()
 
     def forget(self) -> None:
@@ -157,7 +159,7 @@ class Layers:
 
     def state(self) -> Iterator[Any]:
         """What the stage's modules hold, one after the other, and what regions have noted."""
-        yield self._regions.count
+        yield self._regions.count, len(self._effects)
         for holder in holders(self._stage):
             yield holder
             yield from holder.values() if isinstance(holder, dict) else holder

@@ -28,8 +28,7 @@ from funcstage.state.guise import own_of
 class Separable(OneTape):
     """Replaces what would be recorded as one operation that cannot be separated or replayed.
 
-    Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Linear
-    algebra is traced without its checks, so that of a singular matrix the results are not finite. Batch
+    Recurrent layers are traced step by step, as their fused kernels yield all gradients at once. Batch
     norm is traced without cuDNN, whose operation writes the running statistics and does not say so. A linear
     layer keeps the dtype that eager gives it, also inside of attention.
     """

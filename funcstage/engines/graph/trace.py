@@ -29,6 +29,7 @@ from funcstage._torch.messages import LEAF_WRITTEN, NOT_ENTERED, says, with_cont
 from funcstage._torch.shapes import enable_python_dispatcher
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
+from funcstage.engines.graph.asserted import Asserted, Functionalization
 from funcstage.engines.graph.cumulative import averaged_in_tensors
 from funcstage.engines.graph.joint import A_SIZE, Joint, Sharding
 from funcstage.engines.graph.layers import Layers
@@ -198,7 +199,7 @@ class _Run:
         """Run the stage and its backward."""
         unsay()
         call, owner = self._call, stage_name(self._call.apply)
-        with _Functionalization(), Separable(owner, self.regions.leftovers) as separable:
+        with Functionalization() as asserting, Separable(owner, self.regions.leftovers) as separable:
             given = [tt.to_functional(tensor) for tensor in tensors]
             values = list(self._leaves)
             for i, tensor in zip(self._places, given, strict=True):
@@ -223,7 +224,7 @@ class _Run:
             with (
                 telling(self.regions.gathers),
                 intercepting(self.regions),
-                self.layers.asked(),
+                self.layers.asked(asserting.checks),
                 uncompiled(),
                 averaged_in_tensors(call.module),
                 looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
@@ -239,7 +240,7 @@ class _Run:
             refuse_of_levels(owner, result)
             if any(leaf.grad is not None for leaf in marked.values()):
                 raise PurityError(BACKWARD_CALLED)
-            changes = self.state.changes(owner)
+            changes = asserting.with_checks(self.state.changes(owner))
             outputs, output_spec = trees.flatten(output)
             fresh, buffers_spec = trees.flatten(new_buffers if changes is None else (new_buffers, changes[1]))
             roots = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -343,7 +344,7 @@ class _Found(NamedTuple):
 
     output_spec: optree.PyTreeSpec
     buffers_spec: optree.PyTreeSpec
-    changes: Changes | None
+    changes: Changes | Asserted | None
     roots: list[int]
     constants: dict[int, Any]
 
@@ -432,22 +433,6 @@ def _open_cotangents(apply: Callable[..., Any], module: GraphModule) -> set[Node
     for stand_in in stand_ins:
         graph.erase_node(stand_in)
     return forward
-
-
-class _Functionalization(tt.FunctionalTensorMode):
-    """Without the checks that raise where a matrix is singular, an effect that a graph of functions lacks."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._linalg_check_errors.default:
-            return None
-        if isinstance(func, tt.HigherOrderOperator):
-            # Their rules are looked up by the very type of the mode.
-            return func.python_key_table[tt.FunctionalTensorMode](self, *args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _drop_aliases(graph: Graph) -> None:

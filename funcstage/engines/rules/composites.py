@@ -167,3 +167,13 @@ def pad_packed_sequence(
 _CTC = ("log_probs", "targets", "input_lengths", "target_lengths", "blank", "reduction", "zero_infinity")
 _MEAN = 1
 """What `torch.nn.functional` says for the mean, to operators."""
+
+
+def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """As `torch.nn.functional.one_hot`, whose checks of what it is given a trace leaves out."""
+    encoded: Tensor = torch.nn.functional.one_hot(tensor, num_classes)
+    if num_classes > 0:
+        check = torch.ops.aten._assert_async.msg
+        check((tensor >= 0).all(), "Class values must be non-negative.")
+        check((tensor < num_classes).all(), "Class values must be smaller than num_classes.")
+    return encoded

@@ -65,6 +65,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     ops.cdist: autocast.first(torch.ops.aten.cdist.default),
     # Fake tensors get another dtype than real ones.
     F.linear: (Rule(traced, dtypes.linear, whole=True),),
+    F.one_hot: (Rule(traced, composites.one_hot, whole=True),),
     # Python functions around those above, which a trace does not open otherwise.
     **{
         function: (Rule(traced, composites.opened_body(function)),)

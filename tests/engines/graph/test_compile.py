@@ -488,7 +488,6 @@ class Inverse(nn.Module):
         return torch.linalg.solve(self.weight, x @ torch.linalg.inv(self.weight), left=False)
 
 
-@pytest.mark.supports("linear algebra (a singular matrix raises)", compiled="without the check")
 def test_inverses_and_kernels_with_other_strides_than_their_traces_are_compiled() -> None:
     torch.manual_seed(0)
     module = Inverse().double()
