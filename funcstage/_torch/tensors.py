@@ -67,6 +67,11 @@ def is_functional(tensor: Tensor) -> bool:
     return getattr(type(tensor), "_mode_key", None) is torch._C._TorchDispatchModeKey.FUNCTIONAL
 
 
+def was_written(tensor: Any) -> bool:
+    """Tell whether an in-place operation changed one of a trace."""
+    return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Tell whether it has a shape and no values, likewise."""
     return getattr(type(tensor), "_mode_key", None) is torch._C._TorchDispatchModeKey.FAKE

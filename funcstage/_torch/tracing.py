@@ -61,7 +61,6 @@ __all__ = [
     "one_at_a_time",
     "policy_of",
     "to_functional",
-    "was_written",
     "without_modes",
 ]
 
@@ -173,9 +172,3 @@ _OF_WRAPPERS = [
     torch._C.DispatchKey.FuncTorchGradWrapper,
     torch._C.DispatchKey.FuncTorchBatched,
 ]
-
-
-def was_written(tensor: Tensor) -> bool:
-    """Tell whether an in-place operation changed a functional tensor."""
-    assert isinstance(tensor, FunctionalTensor)
-    return bool(torch._functionalize_has_data_mutation(tensor.elem))  # type: ignore[attr-defined]

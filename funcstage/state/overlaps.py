@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
-from funcstage._torch.tensors import is_functional, memory_of
+from funcstage._torch.tensors import is_functional, memory_of, was_written
 from funcstage.errors import PurityError
 from funcstage.state.writes import local_part, memory_key, versions
 from funcstage.trees import PyTree, describe, flatten
@@ -128,8 +128,12 @@ def refuse_written_buffers(
     Raises:
         PurityError: names the buffer.
     """
-    names = [*copies]
-    written = [name for name, count in zip(names, versions([*copies.values()]), strict=True) if count]
+    counts = versions([*copies.values()])
+    written = [name for name, count in zip(copies, counts, strict=True) if count]
+    unsure = {name: copy for name, copy in copies.items() if copy.dim() == 1 and name not in written}
+    leaves = flatten(given)[0] if unsure or written else []
+    if unsure:
+        written += _written_statistics(unsure, buffers, held, leaves)
     if not written:
         return
     if (name := next(filter(twins.get, written), None)) is not None:
@@ -141,11 +145,33 @@ def refuse_written_buffers(
     if any(is_functional(buffers[name]) for name in written):
         _current.noted += [buffers[name] for name in written]
         return
-    of_module, leaves = held(), flatten(given)[0]
+    of_module = held()
     for name in written:
         own = [tensor for tensor in (buffers[name], of_module.get(name)) if isinstance(tensor, Tensor)]
         if (found := sharing(own, leaves)) is not None:
             raise refusal(owner, f"its buffer {name!r}", found[1])
+
+
+def _written_statistics(
+    copies: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    held: Callable[[], Mapping[str, Any]],
+    leaves: Sequence[Any],
+) -> list[str]:
+    """Names of statistics of norms that were written, which the kernels of norms do not count.
+
+    In a trace all that were; otherwise of those alone that have memory in common with other leaves.
+    """
+    if any(is_functional(buffer) for buffer in buffers.values()):
+        return [name for name, copy in copies.items() if is_functional(copy) and was_written(copy)]
+    with without_torch_function():
+        keys = {memory_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        of_module = held() if keys else {}
+        lying = (tensor for name in copies for tensor in (buffers[name], of_module.get(name)))
+        if keys.isdisjoint(memory_key(tensor) for tensor in lying if isinstance(tensor, Tensor)):
+            return []
+        pairs = {name: (ft.innermost(copy), ft.innermost(buffers[name])) for name, copy in copies.items()}
+        return [name for name, (now, before) in pairs.items() if not torch.equal(now, before)]
 
 
 def refuse_written(

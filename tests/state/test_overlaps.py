@@ -124,3 +124,46 @@ def test_a_buffer_that_is_written_has_no_other_as_its_view(engine: str) -> None:
         apply, params, buffers = staged(Cache(of), engine)
         with pytest.raises(fs.PurityError, match="its buffer 'keys', with which 'others' shares memory"):
             fs.stage_vjp(apply, params, {name: b.clone() for name, b in buffers.items()}, x)
+
+
+class Normed(nn.Module):
+    """Adds statistics that its norm has updated."""
+
+    def __init__(self, norm: nn.Module, *, takes_gradients: bool) -> None:
+        super().__init__()
+        self.norm, self.proj, self.takes_gradients = norm, nn.Linear(3, 3), takes_gradients
+
+    def forward(self, x: Tensor, statistics: Tensor) -> Tensor:
+        if self.takes_gradients:
+            leaf = torch.ones(3, 1, requires_grad=True)
+            (x,) = torch.autograd.grad((leaf * x).sum(), [leaf], create_graph=True)
+            x = x.expand(4, 3, 5)
+        return self.proj(self.norm(x).mT) + statistics
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: nn.BatchNorm1d(3),
+    "batch norm, cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
+    "instance norm": lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("view", [lambda b: b, lambda b: b.detach()[:], Tensor.clone])
+@pytest.mark.parametrize("engine", [*ENGINES, "tape"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_statistics_of_a_norm_that_updates_them_are_no_argument(
+    norm: str, engine: str, view: Callable[[Tensor], Tensor]
+) -> None:
+    module, x = Normed(NORMS[norm](), takes_gradients=engine == "tape"), torch.randn(4, 3, 5)
+    apply, params, buffers = staged(module, engine)
+    for of in (module.norm.running_mean, buffers["norm.running_var"]):
+        given = view(of)
+        if given.untyped_storage().data_ptr() != of.untyped_storage().data_ptr():
+            fs.stage_vjp(apply, params, buffers, x, given)
+            continue
+        with pytest.raises(fs.PurityError, match=r"norm\.running_.*handed as another argument"):
+            fs.stage_vjp(apply, params, buffers, x, given)
+        module.eval()  # in which they are not updated
+        output = fs.stage_vjp(apply, params, buffers, x, given)[0]
+        torch.testing.assert_close(output, module(x, given).detach())
+        module.train()

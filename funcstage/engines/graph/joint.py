@@ -56,8 +56,8 @@ class Joint:
         output_spec: the structure of the output.
         buffers_spec: the structure of the new buffers.
         constants: leaves of output and new buffers that are no tensors, by position among both.
-        changes: what F asserts, and does to the module, if anything; the new buffers are then a pair, of which the second
-            part is the tensors that stay on the module.
+        changes: what F asserts, and does to the module, if anything; the new buffers are then a pair, of
+            which the second part is the tensors to look at, and those that stay on the module.
         given: what the placeholders of state and arguments are called by those who gave them.
         captured: tensors that the graph reads and are no placeholders, with their names.
         sharding: of DTensors; None where there are none.

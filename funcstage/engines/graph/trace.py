@@ -27,6 +27,7 @@ from funcstage._torch.fx import recording, unsay
 from funcstage._torch.interception import intercepting
 from funcstage._torch.messages import LEAF_WRITTEN, NOT_ENTERED, says, with_contexts
 from funcstage._torch.shapes import enable_python_dispatcher
+from funcstage._torch.tensors import was_written
 from funcstage.engines.base import StageCall
 from funcstage.engines.graph import generators
 from funcstage.engines.graph.asserted import Asserted, Functionalization
@@ -267,7 +268,7 @@ class _Run:
                 for i, grad in zip(wanted, found, strict=True):
                     direct = marked[i].grad  # what custom functions add to it themselves
                     grads[i] = direct if grad is None else grad if direct is None else grad + direct
-            if any(map(tt.was_written, given[: self.n_state])):
+            if any(map(was_written, given[: self.n_state])):
                 raise impure(call.apply)
             of_args = grads[self._n_leaves : self._n_leaves + len(call.arg_leaves)]
             of_params = dtensors.placed_alike(grads[: self._n_params], self._specs)
@@ -282,7 +283,7 @@ class _Run:
             is_written = id(values[i]) in of_copies
             if i >= self._n_leaves and not is_written:
                 itself = [values[i]] if isinstance(values[i], tt.FunctionalTensor) else []
-                is_written = any(map(tt.was_written, (tensor, *itself)))
+                is_written = any(map(was_written, (tensor, *itself)))
             if is_written:
                 self.written[place] = [k for k, j in enumerate(self._places) if values[j] is values[i]]
 
