@@ -18,7 +18,8 @@ from torch import Tensor
 from funcstage._torch import functorch as ft
 from funcstage.errors import PurityError
 from funcstage.registration import LEAVES, NAMESPACE
-from funcstage.state.kept import holders, replace_in
+from funcstage.state.kept import replace_in
+from funcstage.state.reach import holders
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from funcstage._torch import functorch as ft
 from funcstage.state.ambient import RandomState, among, of_process, of_torch
 from funcstage.state.contents import Contents, Held
-from funcstage.state.kept import State, objects_among, reached
+from funcstage.state.kept import State, objects_among
+from funcstage.state.reach import reached
 from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
 
 

@@ -19,7 +19,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch.tensors import version_of
 from funcstage.errors import StageError, stage_name
 from funcstage.residuals import SavedAndWritten
-from funcstage.state.kept import holders
+from funcstage.state.reach import holders
 
 
 class Captured:

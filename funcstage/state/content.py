@@ -346,5 +346,6 @@ slots: Callable[[Any], tuple[tuple[str, Any], ...]] = functools.lru_cache(maxsiz
 _STANDARD = sys.stdlib_module_names
 _OF_NO_CONSEQUENCE = frozenset(
     {"logging", "threading", "_thread", "typing", "re", "_io", "abc", "_abc", "operator", "_operator"}
+    | {"funcstage.state.contents"}  # what a stage function remembers of its module, with globals by name
 )
-"""Modules of the standard library whose objects a result does not depend on, or that never change."""
+"""Modules whose objects a result does not depend on, or that never change."""

@@ -21,18 +21,10 @@ from torch import Tensor, nn
 
 from funcstage.registration import holds_tensor
 from funcstage.state.ambient import RandomState, among
+from funcstage.state.caches import Cache, behind
 from funcstage.state.cells import held_by
-from funcstage.state.kept import (
-    INERT,
-    differs,
-    has_slots,
-    holders,
-    in_slot,
-    put_in_slot,
-    refill,
-    replace_in,
-    slots_of,
-)
+from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
+from funcstage.state.reach import INERT, holders, put_in_slot, slots_of, with_slots
 from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
 
 
@@ -100,16 +92,16 @@ class Held:
         self._generators = RandomState(walk.generators)
         self._shared = Shared(walk.names) if walk.names else NOTHING_SHARED
         self._slots = slots_of(walk.slotted) if walk.slotted else []
+        self._caches = Cache.among(walk.cached)
         self._left = [length_hint(each, -1) for each in walk.iterators]
 
     def replace_changed(self, of: Callable[[Any], Any]) -> None:
         """Replace tensors, and tuples of them, in what has changed since."""
         self._contents.replace_changed(of, self)
         self._shared.replace_changed(of)
-        for holder, slot, before in self._slots:
-            value = in_slot(holder, slot)
-            if value is not before and (new := of(value)) is not value:
-                slot.__set__(holder, new)
+        replace_in_slots(self._slots, of)
+        for cache in self._caches:
+            cache.forget(lambda tensor: of(tensor) is not tensor)
 
     @property
     def meets_threads(self) -> bool:
@@ -147,7 +139,8 @@ class _Walk:
         filled: the others, dicts first.
         generators: random generators on the way.
         iterators: iterators on the way, which cannot be put back.
-        slotted: objects with slots on the way.
+        slotted: objects with slots on the way, and the cells of functions.
+        cached: functions on the way that cache their results.
         names: what the code of its modules can get at besides.
         meets_threads: whether something is on the way by which threads meet.
     """
@@ -160,7 +153,8 @@ class _Walk:
         self.generators = [*among(self._passed)]
         self.iterators = [each for each in self._passed if isinstance(each, Iterator) and not _is_file(each)]
         self.meets_threads = meet_threads(self._passed)
-        self.slotted = [*filter(has_slots, self._passed)]
+        self.slotted = with_slots(self._passed)
+        self.cached = [each for each in map(behind, self._passed) if each is not None]
         self.names = names_of({*map(type, self._parts)})
         own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]
         of_partials = [each.keywords for each in self._passed if isinstance(each, functools.partial)]

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional
 from funcstage.errors import TraceError
-from funcstage.state.cells import closed_over, refuse_closures
-from funcstage.state.code import is_library
-from funcstage.state.content import MARK, slots
+from funcstage.state.cells import refuse_closures
+from funcstage.state.content import MARK
 from funcstage.state.guise import noted_alike, notes_on
 from funcstage.state.module import locked
+from funcstage.state.reach import INERT, described, holders, in_slot, put_in_slot, slots_of, with_slots
 
 if TYPE_CHECKING:
     from funcstage.state.contents import Held
@@ -77,8 +75,7 @@ def taken_out(module: nn.Module | None, handed: Sequence[Any], held: Held | None
         finally:
             with without_torch_function():
                 for root in (*handed, *(() if module is None or held is not None else (module,))):
-                    for holder in holders(root):
-                        replace_in(holder, _alive)
+                    replace_within(root, _alive)
                 if held is not None:
                     held.replace_changed(_alive)
 
@@ -91,7 +88,9 @@ def detached(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[N
         yield
         return
     with locked(module):
-        there = [value for root in roots for holder in holders(root) for value in _tensors_of(holder)]
+        passed: list[Any] = []
+        there = [value for root in roots for holder in holders(root, passed) for value in _tensors_of(holder)]
+        there += _tensors_of([value for _, _, value in slots_of(with_slots(passed))])
         known = {*map(id, there)}  # which `there` keeps from being given anew
 
         def off_tape(value: Any) -> Any:
@@ -106,8 +105,7 @@ def detached(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[N
             yield
         finally:
             for root in roots:
-                for holder in holders(root):
-                    replace_in(holder, off_tape)
+                replace_within(root, off_tape)
 
 
 def _tensors_of(holder: Any) -> Iterator[Tensor]:
@@ -141,6 +139,22 @@ def _in_tuples(of: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
+def replace_within(root: Any, of: Callable[[Any], Any]) -> None:
+    """Put other tensors in place of those that lie within reach, by themselves or in tuples."""
+    passed: list[Any] = []
+    for holder in [*holders(root, passed)]:
+        replace_in(holder, of)
+    replace_in_slots(((holder, slot, None) for holder, slot, _ in slots_of(with_slots(passed))), of)
+
+
+def replace_in_slots(noted: Iterable[tuple[Any, Any, Any]], of: Callable[[Any], Any]) -> None:
+    """Do that in slots, where these hold something else than what was noted."""
+    for holder, slot, before in noted:
+        value = in_slot(holder, slot)
+        if value is not before and (new := of(value)) is not value:
+            put_in_slot(holder, slot, new)
+
+
 def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
     """Put other tensors in place of those that a dict, list or set holds, by itself or in tuples."""
     if isinstance(holder, dict):
@@ -159,100 +173,6 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
 
 
 _OF_TENSORS = (Tensor, tuple, frozenset, functools.partial)
-
-
-# What is between threads is none of a stage's: another may be waiting there by the time that a run is undone.
-_CLOSED = ("torch", "threading", "queue", "concurrent", "multiprocessing")
-
-
-def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = _CLOSED) -> Iterator[Any]:
-    """The dicts (attributes of modules and of plain objects among them), lists and sets it reaches.
-
-    What it goes through on the way, modules and objects, functions and tuples, is added to `passed`. It does
-    not look into objects of the libraries that are `closed`.
-    """
-    stack, seen = [root], {id(root)}
-
-    def push(values: Any) -> None:
-        for value in values:
-            if type(value) not in INERT and id(value) not in seen:
-                seen.add(id(value))
-                stack.append(value)
-
-    while stack:
-        found = stack.pop()
-        if passed is not None:
-            passed.append(found)
-        if isinstance(found, nn.Module):
-            own = vars(found)
-            yield own
-            push(value for name, value in own.items() if name not in _OF_EVERY_MODULE)
-            push((own["_buffers"], *own["_modules"].values()))
-            for kind in _HOOKS:
-                if own.get(kind):
-                    push(own[kind].values())
-        elif isinstance(found, dict):
-            yield found
-            push(found.values())
-        elif isinstance(found, (list, set, deque)):
-            yield found
-            push(found)
-        elif isinstance(found, (tuple, frozenset)):
-            push(found)
-        elif isinstance(found, types.FunctionType):
-            push(closed_over(found))
-        elif isinstance(found, types.MethodType):
-            push((found.__self__, found.__func__))
-        elif isinstance(found, functools.partial):
-            push((found.func, *found.args, *found.keywords.values()))
-        elif not isinstance(found, (Tensor, type, types.ModuleType)) and not _is_of(closed, found):
-            inside = getattr(found, "__dict__", None)
-            if type(inside) is dict and inside is not found:
-                push((inside,))
-
-
-def has_slots(value: Any) -> bool:
-    """Tell whether an object of the user's keeps something in slots."""
-    return bool(slots(type(value))) and not is_library(type(value).__module__)
-
-
-def slots_of(values: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
-    """The slots of objects that have them, and what is there."""
-    return [(value, slot, in_slot(value, slot)) for value in values for _, slot in slots(type(value))]
-
-
-def in_slot(value: Any, slot: Any) -> Any:
-    """What is in a slot of an object."""
-    try:
-        return slot.__get__(value)
-    except AttributeError:
-        return _NOTHING
-
-
-def put_in_slot(value: Any, slot: Any, content: Any) -> None:
-    """Let a slot of an object hold something, or nothing."""
-    if content is not _NOTHING:
-        slot.__set__(value, content)
-    elif in_slot(value, slot) is not _NOTHING:
-        slot.__delete__(value)
-
-
-def reached(roots: Iterable[Any]) -> list[Any]:
-    """The same, and all that lies on the way."""
-    passed: list[Any] = []
-    for root in roots:
-        deque(holders(root, passed), maxlen=0)
-    return passed
-
-
-def _is_of(libraries: Sequence[str], value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] in libraries
-
-
-_NOTHING = object()
-INERT = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type))
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Result(NamedTuple):
@@ -348,7 +268,7 @@ class State:
         spaces = [part._modules for part in self._modules]  # what a forward puts there is made in it, too
         passed: list[Any] = []
         self._holders = [] if module is None else [*holders(module, passed), *spaces]
-        self._slots = slots_of(filter(has_slots, passed))
+        self._slots = slots_of(with_slots(passed))
         own = {*map(id, self._holders)}
         others = [holder for root in handed for holder in holders(root) if id(holder) not in own]
         self._handed = [(holder, copy.copy(holder)) for holder in others]
@@ -359,6 +279,10 @@ class State:
         for holder, contents in (*zip(self._holders, self._contents, strict=True), *self._handed):
             if differs(holder, contents) and not (tensors_only and _has_none(holder, contents)):
                 refill(holder, contents)
+        for holder, slot, before in self._slots:
+            value = in_slot(holder, slot)
+            if value is not before and _tensors_in([value], {}):
+                put_in_slot(holder, slot, before)
 
     def changed(self) -> list[tuple[Any, Any]]:
         """The containers that hold something else now, each with what it held."""
@@ -379,11 +303,10 @@ class State:
         for holder, slot, before in self._slots:
             value = in_slot(holder, slot)
             if value is not before and _tensors_in([value], {}):
-                put_in_slot(holder, slot, before)
                 raise TraceError(
-                    f"{owner} leaves a tensor in a slot of its module's {type(holder).__qualname__} "
-                    f"({slot.__name__!r}), which a compiled stage cannot make again in each call. Keep it in "
-                    "an object without __slots__, or return it."
+                    f"{owner} leaves a tensor in {described(holder, slot)}, which a compiled stage cannot "
+                    "make again in each call. Keep it in an attribute, a list or a dict of the module, or "
+                    "return it."
                 )
         pairs = [*zip(self._holders, self._contents, strict=True)]
         changed = [i for i, pair in enumerate(pairs) if differs(*pair)]

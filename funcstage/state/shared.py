@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.caches import Cache, behind
+from funcstage.state.cells import closed_over
 from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
-from funcstage.state.kept import INERT, differs, refill, replace_in
+from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
+from funcstage.state.reach import INERT, put_in_slot, slots_of, with_slots
 
 
 class Name(NamedTuple):
@@ -46,7 +48,10 @@ class Name(NamedTuple):
     def assign(self, value: Any) -> None:
         """Let it stand for something else, or for nothing if that is itself."""
         if isinstance(self.owner, type):
-            setattr(self.owner, self.key, value)
+            if value is self:
+                delattr(self.owner, self.key)
+            else:
+                setattr(self.owner, self.key, value)
         elif value is self:
             del self.owner[self.key]
         else:
@@ -63,7 +68,10 @@ class Shared:
     def __init__(self, names: Sequence[Name]) -> None:
         values = [name.value() for name in names]
         self._assigned = [pair for pair in zip(names, values, strict=True) if pair[0].is_assigned]
+        functions = [*_functions(values)]
         containers = [found for value in values if (found := _container(value)) is not None]
+        containers += chain.from_iterable(map(_kept_by, functions))
+        self._slots = slots_of(with_slots(functions))
         self._contents = [(container, copy.copy(container)) for container in containers]
         found = [*values, *chain.from_iterable(map(_inside, values))]
         self._caches = Cache.among(values)
@@ -78,6 +86,8 @@ class Shared:
         for container, contents in self._contents:
             if differs(container, contents):
                 refill(container, contents)
+        for holder, slot, content in self._slots:
+            put_in_slot(holder, slot, content)
         self._generators.restore()
 
     def replace_changed(self, of: Callable[[Any], Any]) -> None:
@@ -89,6 +99,7 @@ class Shared:
         for container, contents in self._contents:
             if differs(container, contents):
                 replace_in(container, of)
+        replace_in_slots(self._slots, of)
         for cache in self._caches:
             cache.forget(lambda tensor: of(tensor) is not tensor)
 
@@ -119,6 +130,34 @@ def _container(value: Any) -> Any:
     return inside
 
 
+def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
+    """Functions of the user's, and those that they close over."""
+    stack, seen = [*values], set[int]()
+    while stack:
+        value = stack.pop()
+        new = isinstance(value, FunctionType) and id(value) not in seen
+        if new and not is_torchs_or_library(value.__module__):
+            seen.add(id(value))
+            stack += closed_over(value)
+            yield value
+
+
+def _kept_by(function: FunctionType) -> list[Any]:
+    """In what a function keeps what can be changed: its attributes, its defaults, what it closes over."""
+    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+    values = *defaults, *closed_over(function)
+    found = [_container(value) for value in values if not isinstance(value, FunctionType)]
+    return [function.__dict__, *(each for each in found if each is not None)]
+
+
+def _keeps(value: Any) -> bool:
+    """Tell whether a value is a function of the user's that keeps something, or may."""
+    if not isinstance(value, FunctionType) or is_torchs_or_library(value.__module__):
+        return False
+    attributes = value.__dict__ or _stored("STORE_ATTR", value.__code__)
+    return bool(attributes or value.__closure__) or len(_kept_by(value)) > 1
+
+
 def _inside(value: Any) -> Iterable[Any]:
     """What is in a container, or in a user's object: functions in tables are called, too."""
     found = _container(value)
@@ -147,7 +186,7 @@ def _search(root: Any) -> Iterator[Name]:
             value = name.value()
             stack += [each for each in (value, *_inside(value)) if isinstance(each, (FunctionType, type))]
             is_fixed = type(value) in INERT or isinstance(value, (*_FIXED, Name))
-            if name.is_assigned or not is_fixed or behind(value) is not None:
+            if name.is_assigned or not is_fixed or behind(value) is not None or _keeps(value):
                 yield name
         if isinstance(found, type):
             stack += found.__mro__[1:]
@@ -155,9 +194,16 @@ def _search(root: Any) -> Iterator[Name]:
 
 def _names_in(found: Any) -> Iterator[Name]:
     if isinstance(found, type):
-        methods = [method for method in vars(found).values() if isinstance(method, FunctionType)]
-        assigned = {key for method in methods for key in _stored("STORE_ATTR", method.__code__)}
-        yield from (Name(found, key, key in assigned) for key in vars(found) if not key.startswith("__"))
+        values = [(value, getattr(value, "__func__", value)) for value in vars(found).values()]
+        methods = [(value, method) for value, method in values if isinstance(method, FunctionType)]
+        assigned, made = set(), set()
+        for value, method in methods:
+            names = _stored("STORE_ATTR", method.__code__)
+            assigned |= names
+            if value is not method or not {found.__name__, *_OF_CLASS}.isdisjoint(method.__code__.co_names):
+                made |= names  # on the class itself, which may not have them yet
+        keys = [key for key in dict.fromkeys((*vars(found), *made)) if not key.startswith("__")]
+        yield from (Name(found, key, key in assigned) for key in keys)
     elif isinstance(found, FunctionType):
         space = found.__globals__
         for code in codes_within(found.__code__):
@@ -177,6 +223,7 @@ NOTHING_SHARED = Shared(())
 _FIXED = (FunctionType, MethodType, type, ModuleType, property, classmethod, staticmethod, Tensor, nn.Module)
 _KNOWN: WeakKeyDictionary[Any, list[Name]] = WeakKeyDictionary()
 _LONG = 1000
+_OF_CLASS = "type", "__class__"
 _MEETING = (
     *(queue.Queue, queue.SimpleQueue),
     *(threading.Event, threading.Condition, threading.Semaphore, threading.Barrier),

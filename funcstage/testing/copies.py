@@ -20,7 +20,8 @@ from funcstage import trees
 from funcstage.errors import StageError, StructureError
 from funcstage.gathered import is_sharded
 from funcstage.state.ambient import RandomState, among
-from funcstage.state.kept import holders, objects_among
+from funcstage.state.kept import objects_among
+from funcstage.state.reach import holders
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.state.kept import holders, untouched
+from funcstage.state.kept import untouched
+from funcstage.state.reach import holders
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten", "inductor"])
 

@@ -39,7 +39,7 @@ from funcstage.engines.graph.recorder import Recorder, watch
 from funcstage.engines.graph.regions import Regions
 from funcstage.engines.node_hooks import is_leaf
 from funcstage.state.content import is_plain
-from funcstage.state.kept import holders
+from funcstage.state.reach import holders
 
 FEWEST_LAYERS = 3
 """How many siblings of one class there must be for any of them to be copied."""

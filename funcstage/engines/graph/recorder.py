@@ -144,6 +144,8 @@ class Recorder(TorchFunctionMode):
         """
         self._find_functions()
         self._look_at_tensors()
+        for space in [*self._spaces.values()]:
+            self._look_up(space, space.names & space.entries.keys())  # some were not there before
         self._refuse()
         said = [self._said[key] for key in self._places]
         reads = Reads(self._places, said, self._spaces.values(), self.known)

@@ -37,8 +37,8 @@ from funcstage.state.ambient import AmbientState, RandomState, among, of_process
 from funcstage.state.at_once import at_once
 from funcstage.state.before import undone
 from funcstage.state.cells import closed_over
-from funcstage.state.kept import reached
 from funcstage.state.module import locked, state_of, steps_to, swapped
+from funcstage.state.reach import reached
 
 
 class Place(NamedTuple):

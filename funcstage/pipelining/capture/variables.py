@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from funcstage.state.cells import held_by
 from funcstage.state.code import codes_within, is_torchs_or_library, loads_of
 from funcstage.state.content import is_plain
-from funcstage.state.kept import holders
+from funcstage.state.reach import holders
 
 
 class Cells:

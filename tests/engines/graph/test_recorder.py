@@ -620,3 +620,23 @@ def test_a_trace_of_another_thread_is_not_disturbed_by_what_is_collected_there()
         thread.join()
         helper()
     assert f"'NUMBER' in module {HERE}" in {place.label for place in recorder.finish()[0].places}
+
+
+class Naming(nn.Module):
+    """Names a global that can be changed, which its stage function remembers together with all globals."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * TABLE["a"][0]
+
+
+def test_what_a_stage_function_remembers_of_its_module_is_not_searched() -> None:
+    module = Naming()
+    apply, params, buffers = fs.functionalize(module)
+    fs.stage_vjp(apply, params, buffers, VECTOR)
+    recorder = Recorder(apply, [module], ())
+    with recorder:
+        apply(params, buffers, VECTOR)
+    recorder.finish()
+    assert id(TABLE) in recorder._explored
+    others = [vars(sys.modules[HERE]), PAIR, settings, inner, Base, json]
+    assert not [each for each in others if id(each) in recorder._explored]
