@@ -53,7 +53,7 @@ class _Constant(NamedTuple):
     value: Any
 
 
-class _Attribute(NamedTuple):
+class Attribute(NamedTuple):
     holder: Any
     name: str
 
@@ -63,7 +63,7 @@ class _Entry(NamedTuple):
     key: Any
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
     """What a call returns, by its place in the code."""
 
     offset: int
@@ -119,7 +119,7 @@ def read(code: CodeType) -> Code:
     ]
     compared = [operand for use in uses for operand in use.operands if use.kind is Kind.COMPARED]
     compared += [operand for operands in reader.calls.values() for operand in operands]
-    results = frozenset(operand.offset for operand in compared if isinstance(operand, _Result))
+    results = frozenset(operand.offset for operand in compared if isinstance(operand, Result))
     return Code(tuple(uses), reader.calls, results)
 
 
@@ -171,7 +171,7 @@ class _Reader:
             if not (_is_namespace(holder) and argument == "get"):
                 self._leave(holder)
             of_method = operation == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1)
-            stack.append(UNKNOWN if of_method else _Attribute(holder, argument))
+            stack.append(UNKNOWN if of_method else Attribute(holder, argument))
         elif operation == "BINARY_SUBSCR" or (operation == "BINARY_OP" and step.argrepr == "[]"):
             key, holder = self._pop(), self._pop()
             if not isinstance(key, _Constant):
@@ -204,11 +204,11 @@ class _Reader:
         elif function == _ID and operands:
             self._find(Kind.IDENTIFIED, operands[0])
         if function == _VARS and operands:
-            self._stack.append(_Attribute(operands[0], "__dict__"))
+            self._stack.append(Attribute(operands[0], "__dict__"))
             return
         self._leave(*operands)
         self.calls[self._place] = tuple(operands)
-        self._stack.append(_Result(self._place))
+        self._stack.append(Result(self._place))
 
     def _find(self, kind: Kind, *operands: Any) -> None:
         self.found.append((self._place, Use(kind, operands, self.line)))
@@ -228,7 +228,7 @@ class _Reader:
 
 
 def _is_namespace(expression: Any) -> bool:
-    return isinstance(expression, _Attribute) and expression.name == "__dict__"
+    return isinstance(expression, Attribute) and expression.name == "__dict__"
 
 
 def value_of(expression: Any, frame: FrameType, results: Mapping[int, Any] = MappingProxyType({})) -> Any:
@@ -238,14 +238,14 @@ def value_of(expression: Any, frame: FrameType, results: Mapping[int, Any] = Map
     """
     if expression is ANY:
         return next((value for value in frame.f_locals.values() if isinstance(value, Tensor)), UNKNOWN)
-    if isinstance(expression, _Result):
+    if isinstance(expression, Result):
         return results.get(expression.offset, UNKNOWN)
     if isinstance(expression, _Constant):
         return expression.value
     if isinstance(expression, _Name):
         spaces = frame.f_locals, frame.f_globals, frame.f_builtins
         return next((space[expression.name] for space in spaces if expression.name in space), UNKNOWN)
-    if isinstance(expression, _Attribute):
+    if isinstance(expression, Attribute):
         return _attribute(value_of(expression.holder, frame), expression.name)
     if isinstance(expression, _Entry):
         holder, key = value_of(expression.holder, frame), value_of(expression.key, frame)

@@ -4,8 +4,9 @@ A tensor that is handed in twice, or that is a parameter or buffer besides, has 
 place, as it has a gradient for each. That `a is b` is then False, where eager says True, is seen by no mode.
 A call with such tensors is therefore watched: the byte code of each function that runs tells what it compares
 by identity, and what its variables hold when it returns, or what the functions that it calls have returned,
-tells whether those were stand-ins of one tensor. What only the interpreter's stack has held is not seen: two
-results of functions that are written in C, compared with each other (`next(a) is next(b)`).
+tells whether those were stand-ins of one tensor. What only the interpreter's stack has held is not seen: the
+results of functions that are written in C, and what is in those. Two of these (`next(a) is next(b)`) are not
+compared in such a call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from torch import Tensor, nn
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import StageError
 from funcstage.state.code import is_torchs_or_library
-from funcstage.state.expressions import UNKNOWN, Changing, Code, Kind, Use, read, value_of
+from funcstage.state.expressions import (
+    UNKNOWN,
+    Attribute,
+    Changing,
+    Code,
+    Kind,
+    Result,
+    Use,
+    read,
+    value_of,
+)
 from funcstage.state.guise import own_of
 from funcstage.state.profilers import resume
 from funcstage.trees import describe
@@ -108,6 +119,14 @@ def watching_identity(
         resume(before)
     if watch.found is not None:
         tensor, where = watch.found
+        if tensor is None:
+            raise StageError(
+                f"{owner} compares by identity (at {where}) what two functions or containers have just "
+                "returned, and was handed a tensor twice, or one that is its parameter or buffer too. That "
+                "has a gradient in each place, and so is another object in each, and nobody sees whether it "
+                "is compared. Assign both to variables first, which are seen, or say by an argument (a flag) "
+                "which tensors are one."
+            )
         raise StageError(
             f"{owner} compares a tensor by identity (at {where}) that it was handed twice, or that is its "
             f"parameter or buffer too ({describe(tensor)}). It is one tensor to the caller, but has a "
@@ -121,7 +140,7 @@ class _Watch:
 
     Attributes:
         before: who else is told.
-        found: a tensor that was compared, and where.
+        found: a tensor that was compared, or None if that may have been one, and where.
     """
 
     def __init__(self, twins: Twins, stand_ins: Sequence[Any], params: Sequence[tuple[Any, Any]]) -> None:
@@ -139,17 +158,22 @@ class _Watch:
         given = {own.get(id(leaf), id(leaf)) for leaf in twins.given if isinstance(leaf, Tensor)}
         self._doubles = {one for one in given if len(objects[one]) > 1}
         self.before: Any = None
-        self.found: tuple[Tensor, str] | None = None
+        self.found: tuple[Tensor | None, str] | None = None
         self._results: dict[int, dict[int, Any]] = {}
+        self._of_c: dict[int, set[int]] = {}  # calls of functions that are written in C
 
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.found is None:
             if event == "return":
                 self._returns(frame, argument)
-            elif event == "c_call" and _is_comparing(argument) and _is_users(frame):
-                operands = read(frame.f_code).call_at(frame.f_lasti) or (UNKNOWN, UNKNOWN)
-                with without_torch_function():
-                    self._look_at(frame, Use(Kind.COMPARED, operands, frame.f_lineno))
+            elif event == "c_call" and _is_users(frame):
+                place = read(frame.f_code).result_at(frame.f_lasti)
+                if place is not None and argument not in _ANSWERING:
+                    self._of_c.setdefault(id(frame), set()).add(place)
+                if _is_comparing(argument):
+                    operands = read(frame.f_code).call_at(frame.f_lasti) or (UNKNOWN, UNKNOWN)
+                    with without_torch_function():
+                        self._look_at(frame, Use(Kind.COMPARED, operands, frame.f_lineno))
             elif event == "call" and frame.f_code is _HASH and frame.f_back and _is_users(frame.f_back):
                 with without_torch_function():
                     self._note(frame.f_locals["self"], frame.f_back, frame.f_back.f_lineno)
@@ -166,7 +190,8 @@ class _Watch:
                 if _PASSED.intersection(frame.f_code.co_names):
                     self._look_for_passed(frame, code)
         self._results.pop(id(frame), None)
-        if caller is not None and isinstance(returned, Tensor):
+        self._of_c.pop(id(frame), None)
+        if caller is not None:
             place = read(caller.f_code).result_at(caller.f_lasti)
             if place is not None:
                 self._results.setdefault(id(caller), {})[place] = returned
@@ -181,6 +206,10 @@ class _Watch:
                 if all(isinstance(value, Tensor) for value in values):
                     self.found = values[0], _line(frame, use.line)  # others have been there
                 return
+            if all(value is UNKNOWN for value in values):
+                if self._doubles and all(self._may_be_tensor(frame, each) for each in use.operands):
+                    self.found = None, _line(frame, use.line)
+                return
             if not any(value is UNKNOWN for value in values):
                 first, second = values
                 same = first is second or not isinstance(first, Tensor) or not isinstance(second, Tensor)
@@ -188,6 +217,15 @@ class _Watch:
                     return
         if doubles:
             self._note(doubles[0], frame, use.line)
+
+    def _may_be_tensor(self, frame: FrameType, operand: Any) -> bool:
+        """Tell whether what could not be followed may be a tensor; what a class returns is new."""
+        if isinstance(operand, Result):
+            return operand.offset in self._of_c.get(id(frame), ())
+        if isinstance(operand, Attribute):
+            holder = value_of(operand.holder, frame)
+            return isinstance(getattr(type(holder), operand.name, None), property)
+        return True
 
     def _look_for_passed(self, frame: FrameType, code: Code) -> None:
         """Look for a function that compares, handed to another that calls it, such as `map`."""
@@ -226,5 +264,7 @@ def _line(frame: FrameType, line: int | None) -> str:
 
 
 _COMPARING = operator.is_, operator.is_not
+_ANSWERING = frozenset({len, hash, isinstance, issubclass, hasattr, callable})
+"""Functions whose results are no tensors."""
 _PASSED = frozenset(function.__name__ for function in _COMPARING)
 _HASH: CodeType = nn.Parameter.__hash__.__code__

@@ -198,12 +198,12 @@ def _names_in(found: Any) -> Iterator[Name]:
         methods = [(value, method) for value, method in values if isinstance(method, FunctionType)]
         assigned, made = set(), set()
         for value, method in methods:
-            names = _stored("STORE_ATTR", method.__code__)
-            assigned |= names
+            stored = _stored("STORE_ATTR", method.__code__)
+            assigned |= stored
             if value is not method or not {found.__name__, *_OF_CLASS}.isdisjoint(method.__code__.co_names):
-                made |= names  # on the class itself, which may not have them yet
-        keys = [key for key in dict.fromkeys((*vars(found), *made)) if not key.startswith("__")]
-        yield from (Name(found, key, key in assigned) for key in keys)
+                made |= stored  # on the class itself, which may not have them yet
+        own = dict.fromkeys((*vars(found), *made))
+        yield from (Name(found, key, key in assigned) for key in own if not key.startswith("__"))
     elif isinstance(found, FunctionType):
         space = found.__globals__
         for code in codes_within(found.__code__):

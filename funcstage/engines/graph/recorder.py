@@ -469,17 +469,13 @@ def _is_data(value: Any, most: int = 1000) -> bool:
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
-
 _NAMELESS = (*_CONTAINERS, partial, weakref.ref, ContextVar, CellType)
 """Types of what is entered without naming what is in it."""
-
 
 _BY_NAME = frozenset({"modules", "__import__", "import_module"})
 """Ways to a module by its name as a string."""
 
-
 _DRAWING = ("random", "secrets", "uuid")
-
 
 _READERS_OF_VALUES = frozenset(
     {"item", "tolist", "numpy", "equal", "is_nonzero", "allclose"}
