@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -20,18 +21,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     """Print a table; its first column is aligned to the left, the others to the right."""
     if is_rich():
         from rich.console import Console
-        from rich.table import Table
 
-        # Where there is too little room, the words of a header are broken over lines, and no figure is cut.
-        drawn = Table(show_edge=False, pad_edge=False)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0] * len(header)
-        for i, (name, width) in enumerate(zip(header, widths, strict=True)):
-            drawn.add_column(name, justify="right" if i else "left", min_width=width)
-        for row in rows:
-            drawn.add_row(*row)
         console = Console()
         console.print(title, style="bold", highlight=False)
-        console.print(drawn)
+        for part in _drawn(header, rows, console.width):
+            console.print(part)
         return
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     print(title)
@@ -40,6 +34,41 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
             cell.rjust(n) if i else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join([first, *others]).rstrip())
+
+
+def _drawn(header: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[Any]:
+    """A table for rich in which no figure is cut, however little room there is.
+
+    Headers are broken over lines first. Then the rules between the columns go. Where that is not enough, each
+    row is a list of its own.
+    """
+    from rich.box import HEAVY_HEAD
+    from rich.table import Table
+
+    cells = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0] * len(header)
+    broken = [_broken(name, width) for name, width in zip(header, cells, strict=True)]
+    for names, box, gap in ((header, HEAVY_HEAD, 3), (broken, HEAVY_HEAD, 3), (broken, None, 2)):
+        lines = [max(map(len, name.split("\n"))) for name in names]
+        if sum(map(max, cells, lines)) + gap * (len(cells) - 1) <= room:
+            drawn = Table(show_edge=False, pad_edge=False, box=box)
+            for i, name in enumerate(names):
+                drawn.add_column(name, justify="right" if i else "left", no_wrap=True)
+            for row in rows:
+                drawn.add_row(*row)
+            return [drawn]
+    lists = []
+    for row in rows:
+        drawn = Table(show_edge=False, pad_edge=False, show_header=False, box=None)
+        for pair in zip(header, row, strict=True):
+            drawn.add_row(*pair)
+        lists.append(drawn)
+    return lists
+
+
+def _broken(name: str, width: int) -> str:
+    """A header in lines that are as long as what is below, or as its longest word."""
+    longest = max([width, 1, *map(len, name.split())])
+    return "\n".join(textwrap.wrap(name, longest)) or name
 
 
 def working(what: str) -> AbstractContextManager[Any]:

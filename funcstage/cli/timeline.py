@@ -77,7 +77,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--held",
-        type=int,
+        type=_bytes,
         nargs=2,
         default=(2, 1),
         metavar=("AFTER_F", "AFTER_I"),
@@ -87,7 +87,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--comm", type=float, default=0.0, metavar="S", help="seconds between ranks (default: 0)"
     )
     parser.add_argument(
-        "--memory-limit", type=int, metavar="BYTES", help=f"of a rank, with --schedule {_FOUND}"
+        "--memory-limit", type=_bytes, metavar="BYTES", help=f"of a rank, with --schedule {_FOUND}"
     )
     parser.add_argument(
         "-o",
@@ -199,6 +199,13 @@ def _costs(arguments: argparse.Namespace, num_stages: int, share: int) -> list[C
     seconds = [cost / share for cost in arguments.costs]
     held = [size / share if size % share else size // share for size in arguments.held]
     return [Costs(*seconds, *held)] * num_stages
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 2e9, got {text!r}") from None
 
 
 def _as_json(timeline: Timeline) -> dict[str, Any]:

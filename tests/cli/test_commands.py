@@ -263,6 +263,25 @@ def test_a_table_fits_into_80_columns_on_a_terminal_and_off(
     assert [figure for figure in figures if figure not in drawn] == []
 
 
+@pytest.mark.parametrize("columns", [200, 84, 83, 80, 79, 74, 73, 40])
+def test_no_figure_is_cut_however_narrow_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = ("engine", "verdict", "bitwise", "FLOP: F + I + W", "eager", "before I", "before W")
+    rows = [
+        ("closures", "equal", "6 of 6", "2.1 M + 2.1 M + 2.1 M", "6.29 M", "72 KiB", "80 KiB"),
+        ("inductor", "equal", "0 of 6", "22.1 M + 2.1 M + 2.1 M", "6.29 M", "40 KiB", "80 KiB"),
+    ]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(show, "is_rich", lambda: True)
+    show.table("Sequential", header, rows)
+    drawn = capsys.readouterr().out
+    assert max(map(len, drawn.splitlines())) <= columns
+    assert [cell for row in rows for cell in row if drawn.count(cell) < sum(cell in r for r in rows)] == []
+    assert all(word in drawn for name in header for word in name.split())
+    assert ("┃" in drawn) == (columns >= 80)
+
+
 @pytest.mark.parametrize("command", [[], ["plan"], ["check"], ["timeline"], ["demo"]], ids=" ".join)
 def test_help_fits_into_80_columns(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -283,6 +302,15 @@ def test_a_timeline_says_what_the_simulation_does(capsys: pytest.CaptureFixture[
     assert (found["seconds"], found["bubble_fraction"]) == (timeline.makespan, timeline.bubble_fraction)
     assert found["peak_memory"] == timeline.peak_memory
     assert found["critical_path"][0] == "0F0"
+
+
+def test_bytes_may_be_written_with_an_exponent(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["timeline", "--schedule", "GPipe", "--ranks", 2, "--microbatches", 2]
+    _, out, _ = printed(capsys, *options, "--held", "2e9", "1e9", "--json")
+    assert json.loads(out)["peak_memory"] == [4_000_000_000] * 2
+    with pytest.raises(SystemExit):
+        printed(capsys, *options, "--held", "much", 1)
+    assert "--held: must be a number of bytes, such as 2e9, got 'much'" in capsys.readouterr().err
 
 
 def test_a_found_schedule_is_written_for_torch_for_perfetto_and_for_the_eye(
