@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import optree
 import torch
@@ -21,6 +22,9 @@ from funcstage.trees import describe
 
 if TYPE_CHECKING:
     from funcstage.weight_pullback import WeightPullback
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Meta(NamedTuple):
@@ -130,6 +134,18 @@ def checked_parts(parts: object) -> int:
     raise StructureError(
         f"split takes the number of pieces, a whole number of 1 or more; got {got}. Pass 1 for W as a whole."
     )
+
+
+def asking_for_stage_functions(function: Function) -> Function:
+    """Say what a module is to be made into, before Python says that arguments are missing."""
+
+    @wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if 0 < len(args) < 3:  # the stage function, its parameters and its buffers
+            check_callable(args[0])
+        return function(*args, **kwargs)
+
+    return ask  # type: ignore[return-value]  # with the same parameters
 
 
 def check_callable(apply: object) -> None:

@@ -12,6 +12,7 @@ from funcstage import residuals, trees
 from funcstage._torch.pytree import register_pytree_node
 from funcstage.away import Away
 from funcstage.copies import CopiedByLeaves
+from funcstage.described import Described, over
 from funcstage.engines.base import Tape
 from funcstage.errors import ConsumedError, StageError
 from funcstage.report import size, table
@@ -61,6 +62,8 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
                 f"{what} {type(self).__name__} of {self.stage} {how}, which freed its residuals. To use it "
                 "again, call it with retain=True the first time."
             )
+        if isinstance(self._tape, Described):
+            raise self._tape.refusal(f"{type(self).__name__} of {self.stage}")
         return self._tape
 
     def _at_hand(self, phase: str) -> AnyTape:
@@ -98,6 +101,9 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
     def __repr__(self) -> str:
         if self._tape is None:
             return f"<{type(self).__name__} of {self.stage}, consumed>"
+        if isinstance(self._tape, Described):
+            leaves = self._tape.share()
+            return f"<{type(self).__name__} of {self.stage}, {len(leaves)} residuals replaced: {leaves}>"
         leaves = self._tape.leaves()
         return (
             f"<{type(self).__name__} of {self.stage}, {self._signature()}, {len(leaves)} residuals, "
@@ -132,7 +138,7 @@ def _flatten(pullback: Linear[Any]) -> tuple[list[Tensor], _Metadata]:
 
 def _unflatten(metadata: _Metadata, leaves: Iterable[Tensor]) -> Linear[Any]:
     pullback, tape, away = metadata
-    rebuilt = pullback._rebuilt(None if tape is None else tape.with_leaves(tuple(leaves)))
+    rebuilt = pullback._rebuilt(None if tape is None else over(tape, tuple(leaves)))
     rebuilt._away = None if away is None else away.again()
     return rebuilt
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from funcstage import trees
 from funcstage.checks import (
     Meta,
+    asking_for_stage_functions,
     check_callable,
     chosen,
     every_differentiable,
@@ -213,6 +214,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         )
 
 
+@asking_for_stage_functions
 @undone_if_interrupted
 @in_ordinary_mode
 def stage_vjp(

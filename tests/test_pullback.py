@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import optree
@@ -83,6 +84,39 @@ def test_any_pytree_goes_in_and_comes_out() -> None:
     assert grads["w"][1:] == (None, None)
     for got, want in zip([dbatch.tokens, dbatch.extra, grads["w"][0]], expected, strict=True):
         assert torch.allclose(got, want, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "tree_map", [torch.utils._pytree.tree_map, lambda f, tree: optree.tree_map(f, tree, namespace=NAMESPACE)]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_residuals_may_be_mapped_to_what_is_no_tensor_and_back(
+    linear: Any, tree_map: Any, compiled: bool
+) -> None:
+    _, (apply, params, buffers), x = linear
+    apply = fs.compile(apply, backend="aten") if compiled else apply
+    _, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    for value in (pullback, pullback(torch.ones(4, 2, dtype=torch.float64), retain=True)[1]):
+        shapes = tree_map(lambda leaf: SimpleNamespace(shape=leaf.shape), value)
+        assert "residuals replaced: [namespace(shape=torch.Size([4, " in repr(shapes)
+        assert shapes.nbytes == 0
+        assert "residuals replaced" in shapes._repr_html_()
+        with pytest.raises(
+            fs.StructureError, match=r"no tensor, such as SimpleNamespace\. Call the one that tree_map"
+        ):
+            shapes()
+    zeros = tree_map(lambda like: torch.zeros(like.shape, dtype=torch.float64), shapes)
+    assert torch.equal(zeros()["weight"], torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(value()["weight"], torch.ones(2, 4, dtype=torch.float64) @ x)
+
+
+def test_a_module_is_no_stage_function_however_it_is_called(linear: Any) -> None:
+    module, stage, x = linear
+    for arguments in ((module,), (module, x), (module, stage.params, stage.buffers, x)):
+        with pytest.raises(fs.StructureError, match="got the module Linear: take apply, params, buffers = "):
+            fs.stage_vjp(*arguments)
+    with pytest.raises(fs.StructureError, match="a whole FunctionalStage: unpack it"):
+        fs.stage_vjp(stage, x)  # type: ignore[call-arg]
 
 
 def test_a_none_cotangent_is_zero_and_what_hangs_on_it_alone_gets_none() -> None:
