@@ -23,7 +23,7 @@ from funcstage._torch.operators import without_torch_function
 from funcstage.errors import LeafError, StageError, StructureError, stage_name
 from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import holds_tensor, is_consumed_by_looking, way_out
-from funcstage.report import table
+from funcstage.report import size, table
 from funcstage.state.contents import Contents
 from funcstage.state.module import locked, look_over
 from funcstage.state.overlaps import names_that_share, refuse_written_buffers
@@ -45,6 +45,13 @@ class FunctionalStage(NamedTuple):
     apply: Callable[..., tuple[PyTree, Tensors]]
     params: Tensors
     buffers: Tensors
+
+    def __repr__(self) -> str:
+        held = []
+        for kind, tree in (("parameters", self.params), ("buffers", self.buffers)):
+            tensors = [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+            held.append(f"{len(tensors)} {kind} ({size(sum(tensor.nbytes for tensor in tensors))})")
+        return f"<FunctionalStage of {stage_name(self.apply)}: {', '.join(held)}>"
 
     def _repr_html_(self) -> str:
         name = getattr(self.apply, "__qualname__", type(self.apply).__name__)

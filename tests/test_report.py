@@ -32,6 +32,11 @@ def test_a_stage_is_shown_with_its_tensors(stage: fs.FunctionalStage) -> None:
     assert rows[0] == ["0.weight", "parameter", "float64[5, 3] on cpu", "120 B"]
 
 
+def test_a_stage_is_one_line_whatever_its_size(stage: fs.FunctionalStage) -> None:
+    assert repr(stage) == "<FunctionalStage of Sequential: 4 parameters (240 B), 3 buffers (88 B)>"
+    assert "0 buffers (0 B)" in repr(stage._replace(params=(torch.ones(2), 3), buffers=None))
+
+
 def test_pullbacks_are_shown_with_what_they_hold_until_they_are_used(stage: fs.FunctionalStage) -> None:
     output, _, pullback = fs.stage_vjp(stage.apply, stage.params, stage.buffers, torch.ones(4, 3).double())
     _, *rows = cells(pullback)

@@ -49,7 +49,7 @@ class Action(NamedTuple):
                 yield self._replace(kind="I", stage=self.stage + 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Order:
     """A schedule as a table: `ranks[r]` is what rank `r` does, one action after the other.
 
@@ -69,6 +69,12 @@ class Order:
 
     def __post_init__(self) -> None:
         check_count("pieces", self.pieces)
+
+    def __repr__(self) -> str:
+        size = f"{self.num_ranks} ranks, {self.num_stages} stages, {self.num_microbatches} microbatches"
+        is_short = sum(map(len, self.ranks)) <= _SHORT
+        actions = " | ".join(" ".join(map(str, actions)) for actions in self.ranks)
+        return f"<Order {self.schedule}, {size}{f': {actions}' if is_short else ''}>"
 
     @property
     def num_ranks(self) -> int:
@@ -237,3 +243,7 @@ def numbered_in_turn(actions: list[Action]) -> list[Action]:
     """
     numbers = iter(range(len(actions)))
     return [a._replace(microbatch=next(numbers)) if a.kind == "F" else a for a in actions]
+
+
+_SHORT = 32
+"""Actions of an order that are shown as they are."""

@@ -10,7 +10,7 @@ import itertools
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from funcstage.report import frame, size, table
@@ -26,7 +26,7 @@ class Span(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Timeline:
     """An order with times.
 
@@ -41,8 +41,8 @@ class Timeline:
     order: Order
     costs: tuple[Costs, ...]
     comm: float
-    starts: tuple[array[float], ...] = field(repr=False)
-    ends: tuple[array[float], ...] = field(repr=False)
+    starts: tuple[array[float], ...]
+    ends: tuple[array[float], ...]
 
     @property
     def ranks(self) -> tuple[tuple[Span, ...], ...]:
@@ -77,6 +77,9 @@ class Timeline:
             idle = 1 - busy / self.makespan if self.makespan else 0.0
             rows.append((str(rank), stages, f"{busy:,.4g} s", f"{idle:.1%}", size(peak)))
         return rows
+
+    def __repr__(self) -> str:
+        return f"<Timeline {self}, on {len(self.ends)} ranks>"
 
     def __str__(self) -> str:
         return (

@@ -314,3 +314,14 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(fs.StageError, match=r"pip install 'funcstage\[demo\]'"):
         plot_timeline(simulate(pipeline_order("GPipe", 1, 1), [EQUAL]), "never.png")
+
+
+def test_orders_and_timelines_show_themselves_in_a_line() -> None:
+    order = pipeline_order("1F1B", 2, 2)
+    assert repr(order) == (
+        "<Order 1F1B, 2 ranks, 2 stages, 2 microbatches: 0F0 0F1 0B0 0B1 | 1F0 1B0 1F1 1B1>"
+    )
+    large = pipeline_order("ZBVZeroBubble", 8, 8)
+    assert repr(large) == "<Order ZBVZeroBubble, 4 ranks, 8 stages, 8 microbatches>"
+    timeline = simulate(large, [Costs(1, 1, 1, 2, 1)] * 8)
+    assert repr(timeline) == "<Timeline ZBVZeroBubble: 51 s for 8 microbatches, bubble 5.9%, on 4 ranks>"
