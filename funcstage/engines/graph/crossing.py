@@ -111,12 +111,14 @@ def crossing(division: Division, remat: Choice) -> Crossing:
             node for node in nodes if node.op == "call_function" and not is_random(node) and not save(node)
         }
         again_in_input = set()
-        again_in_weight = cheap & unsaved
+        again_in_weight = cheap & (unsaved | late)
     free = _free(nodes, division.state, cheap)
     held = {node for node in nodes if node.meta.get(CHECKPOINTED) is False}
     again_in_input = (again_in_input | unsaved) - held
-    # What I has to compute again is at hand for W; the rest is computed again in W alone.
-    for_weight_alone = unsaved - late - behind(_reads(urgent, input_grads), again_in_input)
+    # What I has to compute again is at hand for W, with what is cheap to make of it; the rest is computed
+    # again in W alone.
+    at_hand = behind(_reads(urgent, input_grads), again_in_input)
+    for_weight_alone = unsaved - late - at_hand - _made_of(at_hand, unsaved, division)
     again_in_weight = (again_in_weight | division.movable | for_weight_alone) - held
 
     demand = _reads(division.deferred - division.movable, param_grads)
@@ -126,6 +128,17 @@ def crossing(division: Division, remat: Choice) -> Crossing:
     after_forward = _cut([node for node in reads if node not in late], again_in_input, free, unsaved)
     from_input = [node for node in for_weight if node not in set(after_forward)]
     return Crossing(after_forward, from_input, for_weight)
+
+
+def _made_of(at_hand: set[Node], unsaved: set[Node], division: Division) -> set[Node]:
+    """What I can make for W of values that are saved or `at_hand`, at little cost."""
+    found: set[Node] = set()
+    for node in division.joint.module.graph.nodes if unsaved else ():
+        if node in unsaved & division.cheap and all(
+            read in at_hand or read in found or read not in unsaved for read in node.all_input_nodes
+        ):
+            found.add(node)
+    return found
 
 
 def _free(nodes: Iterable[Node], state: set[Node], cheap: set[Node]) -> set[Node]:

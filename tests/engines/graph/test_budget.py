@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -146,3 +147,28 @@ def test_plans_and_stages_say_their_budget() -> None:
     assert f"budget after F {size(plan.budget)}" in " ".join(str(plan).split())
     assert "remat=0.5" in repr(fast)
     assert "budget" not in str(planned((apply, params, buffers, x), "min_cut"))
+
+
+class Gated(nn.Module):
+    """A norm, a gated unit and a residual, as in the blocks of language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(16), nn.Linear(16, 96), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("remat", [0.0, 0.2, 0.4, "full", lambda node: "mm" in str(node.target)])
+def test_w_leaves_to_i_what_i_has_at_hand(remat: Any) -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(Gated(), Gated()))
+    case = apply, params, buffers, torch.randn(64, 16)
+
+    def weight_grad(remat: Any) -> Counter[str]:
+        graph = fs.compile(apply, backend="aten", remat=remat).programs(*case[1:]).weight_grad.graph
+        return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+    assert weight_grad(remat) == weight_grad("min_cut")
+    assert planned(case, remat).held_after_input <= planned(case, "min_cut").held_after_input
