@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import array
 import contextvars
+import ctypes
 import dataclasses
 import functools
 import hashlib
+import mmap
 import os
 import queue
 import sys
@@ -112,7 +114,11 @@ def _reader_of(kind: Any) -> Callable[[Any], Parts]:
         if issubclass(kind, base):
             return reader
     owner = kind.__module__.partition(".")[0]
-    if owner == "torch" and not issubclass(kind, nn.Module) and "distributions" not in kind.__module__:
+    if (
+        owner == "torch"
+        and not issubclass(kind, nn.Module)
+        and _LOOKED_INTO.isdisjoint(kind.__module__.split("."))
+    ):
         return _same
     if kind.__module__ in _OF_NO_CONSEQUENCE or owner in ("triton", "numba"):
         return _same
@@ -171,6 +177,21 @@ def _dict(value: dict[Any, Any]) -> Parts:
 def _proxy(value: Mapping[Any, Any]) -> Parts:
     items = [*value.items()]
     return (type(value), *[_key(key) for key, _ in items]), items
+
+
+def _view(value: Any) -> Parts:
+    return type(value), (("mapping", value.mapping),)
+
+
+def _memory(value: Any) -> Parts:
+    return (type(value), bytes(value)), ()
+
+
+def _optimizer(value: torch.optim.Optimizer) -> Parts:
+    """Its settings, a learning rate for one, without what it keeps of parameters."""
+    groups = [[pair for pair in group.items() if pair[0] != "params"] for group in value.param_groups]
+    own = [pair for pair in _attributes(value) if pair[0] not in ("state", "param_groups")]
+    return Same(value), [*enumerate(map(dict, groups)), *own]
 
 
 def _set(value: Any) -> Parts:
@@ -327,14 +348,17 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     deque: _deque,
     dict: _dict,
     types.MappingProxyType: _proxy,
+    **dict.fromkeys(map(type, ({}.keys(), {}.values(), {}.items())), _view),
     **dict.fromkeys((set, frozenset), _set),
+    ctypes.Structure.__base__: _memory,  # of all that lies in memory as in C
+    torch.optim.Optimizer: _optimizer,
     **dict.fromkeys((array.array, bytearray, memoryview), _bytes),
     weakref.ref: _reference,
     contextvars.ContextVar: _variable,
     threading.local: _local,
     type(os.environ): _environment,
     types.CellType: _cell,
-    **dict.fromkeys((types.CoroutineType, types.AsyncGeneratorType, queue.SimpleQueue), _opaque),
+    **dict.fromkeys((types.CoroutineType, types.AsyncGeneratorType, queue.SimpleQueue, mmap.mmap), _opaque),
 }
 if "numpy" in sys.modules:
     import numpy
@@ -343,6 +367,9 @@ if "numpy" in sys.modules:
 
 reader_of: Callable[[Any], Callable[[Any], Parts]] = functools.lru_cache(maxsize=4096)(_reader_of)
 slots: Callable[[Any], tuple[tuple[str, Any], ...]] = functools.lru_cache(maxsize=4096)(_slots_of)
+_LOOKED_INTO = frozenset({"distributions", "lr_scheduler", "amp"})
+"""Parts of torch whose objects have a state of their own that a forward may read."""
+
 _STANDARD = sys.stdlib_module_names
 _OF_NO_CONSEQUENCE = frozenset(
     {"logging", "threading", "_thread", "typing", "re", "_io", "abc", "_abc", "operator", "_operator"}

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import logging
+import mmap
 import os
 import pathlib
 import re
@@ -421,6 +422,8 @@ def test_what_can_change_is_not_plain(value: Any) -> None:
         ((x for x in ()), True, True),
         (numpy.random.default_rng(), True, True),
         (hashlib.sha256(), True, False),
+        (mmap.mmap(-1, 8), True, True),
+        ({}.keys(), False, False),
         (asynchronous(), True, True),
     ],
 )

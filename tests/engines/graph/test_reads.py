@@ -10,6 +10,7 @@ import array
 import colorsys
 import contextvars
 import cProfile
+import ctypes
 import dataclasses
 import datetime
 import enum
@@ -18,6 +19,7 @@ import gc
 import importlib
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import re
@@ -210,6 +212,14 @@ def first(values: Any) -> Any:
     return next(iter(values))
 
 
+class Viewed:
+    """A dict, and a view of it."""
+
+    def __init__(self) -> None:
+        self.of = {"a": 1.0}
+        self.view = self.of.values()
+
+
 VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("variable", default=1.0)
 VALUES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     # how it is made, the number that a stage makes of it, how it is changed inside
@@ -234,6 +244,28 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any],
         lambda: np.array([[1.0], None], dtype=object),
         lambda v: v[0][0],
         lambda v: v[0].insert(0, 5.0),
+    ),
+    "a view of a dict": (Viewed, lambda v: sum(v.view), lambda v: v.of.update(a=5.0)),
+    "a number of C": (lambda: ctypes.c_double(1.0), lambda v: v.value, lambda v: setattr(v, "value", 5.0)),
+    "an array of C": (
+        lambda: (ctypes.c_double * 2)(1.0, 2.0),
+        lambda v: v[1],
+        lambda v: v.__setitem__(1, 5.0),
+    ),
+    "a number of all processes": (
+        lambda: multiprocessing.Value("d", 1.0),
+        lambda v: v.value,
+        lambda v: setattr(v, "value", 5.0),
+    ),
+    "a learning rate": (
+        lambda: torch.optim.SGD([torch.ones(1)], lr=1.0),
+        lambda v: v.param_groups[0]["lr"],
+        lambda v: v.param_groups[0].update(lr=5.0),
+    ),
+    "a learning rate's schedule": (
+        lambda: torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.ones(1)], lr=1.0), lambda n: 1 + n),
+        lambda v: v.get_last_lr()[0],
+        lambda v: (v.optimizer.step(), v.step()),
     ),
     "an array.array": (lambda: array.array("d", [1.0]), lambda v: v[0], lambda v: v.__setitem__(0, 5.0)),
     "a bytearray": (lambda: bytearray(b"\1"), lambda v: float(v[0]), lambda v: v.__setitem__(0, 5)),
