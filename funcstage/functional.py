@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from funcstage._torch import functorch as ft
 from funcstage._torch.modules import weight_names
 from funcstage._torch.operators import without_torch_function
+from funcstage._torch.tensors import is_functional
 from funcstage.errors import LeafError, StageError, StructureError, stage_name
 from funcstage.gathered import Gathering, show_shards
 from funcstage.registration import holds_tensor, is_consumed_by_looking, way_out
 from funcstage.report import size, table
+from funcstage.state.cells import held_by_callable
 from funcstage.state.contents import Contents
 from funcstage.state.module import locked, look_over
 from funcstage.state.overlaps import names_that_share, refuse_written_buffers
@@ -242,6 +245,14 @@ def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buff
                 f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}. It holds tensors, "
                 f"but no engine looks into it. {way_out(leaf)}."
             )
+        held = () if isinstance(leaf, Tensor) else held_by_callable(leaf)
+        for tensor in held:
+            if ft.innermost(tensor) is not tensor or is_functional(tensor):
+                raise StructureError(
+                    f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__} that holds a "
+                    f"tensor of the forward ({describe(tensor)}), which would be dead when somebody reads it "
+                    "there. Return the tensor itself, and make of it outside what is to be made."
+                )
         if is_consumed_by_looking(leaf):
             raise StructureError(
                 f"{name}: {leaf_names(spec, 'output')[i]} is a {type(leaf).__qualname__}. Nobody sees "

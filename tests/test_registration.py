@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
 import threading
 import types
+import weakref
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -455,6 +457,11 @@ HIDDEN: dict[str, Callable[[Tensor], Any]] = {
     "a generator": lambda y: (each for each in [y]),
     "a map": lambda y: map(torch.sin, [y]),
     "an iterator": lambda y: iter([y]),
+    "a function": lambda y: lambda: y * 2,
+    "a function in a table": lambda y: {"f": functools.partial(torch.add, [y])},
+    "a method": lambda y: y.sum,
+    "a weak reference": weakref.ref,
+    "an error": lambda y: ValueError("too large", {"y": y}),
 }
 
 
@@ -472,8 +479,22 @@ def test_an_output_whose_tensors_are_not_seen_is_refused_as_what_it_is(
     apply, params, buffers = fs.functionalize(Hiding(3, 2))
     if engine == "aten":
         apply = fs.compile(apply, backend="aten", fullgraph=True)
-    with pytest.raises(fs.StructureError, match=r"(Pass on|Return) (dict|a list)|read-only view"):
+    with pytest.raises(fs.StructureError, match=r"(Pass on|Return) (dict|a list|the tensor)|read-only view"):
         fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("engine", ["uncompiled", "aten"])
+def test_a_function_among_the_outputs_may_hold_what_the_forward_has_not_made(engine: str) -> None:
+    constant = torch.ones(2)
+
+    class Scaling(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), functools.partial(torch.mul, constant)
+
+    apply, params, buffers = fs.functionalize(Scaling(3, 2))
+    apply = apply if engine == "uncompiled" else fs.compile(apply, backend="aten", fullgraph=True)
+    (output, scale), _, _ = fs.stage_vjp(apply, params, buffers, torch.ones(4, 3))
+    assert torch.equal(scale(output), output)
 
 
 def test_an_argument_whose_tensors_are_not_seen_is_refused_as_what_it_is() -> None:

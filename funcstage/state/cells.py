@@ -1,11 +1,14 @@
-"""Functions: what they close over, and which of them a callback is."""
+"""Functions: what they close over, what callables hold, and which function a callback is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType
 from typing import Any
+from weakref import ref
+
+from torch import Tensor
 
 
 def held_by(cell: CellType) -> Any:
@@ -19,6 +22,32 @@ def held_by(cell: CellType) -> Any:
 def closed_over(function: FunctionType) -> list[Any]:
     """What a function closes over, as far as its cells hold anything."""
     return [value for cell in function.__closure__ or () if (value := held_by(cell)) is not cell]
+
+
+def held_by_callable(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors that a function or method holds, or a weak reference or an exception; nobody sees them."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inside: tuple[Any, ...] = ()
+    if isinstance(value, FunctionType):
+        inside = (*closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    elif isinstance(value, partial):
+        inside = value.func, *value.args, *value.keywords.values()
+    elif isinstance(value, (MethodType, BuiltinMethodType)):
+        inside = (value.__self__,)
+    elif isinstance(value, ref):
+        inside = (value(),)
+    elif isinstance(value, BaseException):
+        inside = value.args
+    elif isinstance(value, (list, tuple, set, dict)) and len(value) <= _LONG:
+        inside = tuple(value.values() if isinstance(value, dict) else value)
+    if depth:
+        for each in inside:
+            yield from held_by_callable(each, depth - 1)
+
+
+_LONG = 100
 
 
 def refuse_closures(values: Iterable[Any], of_trace: Callable[[Any], bool]) -> None:

@@ -350,7 +350,7 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     types.MappingProxyType: _proxy,
     **dict.fromkeys(map(type, ({}.keys(), {}.values(), {}.items())), _view),
     **dict.fromkeys((set, frozenset), _set),
-    ctypes.Structure.__base__: _memory,  # of all that lies in memory as in C
+    ctypes.Structure.__mro__[1]: _memory,  # of all that lies in memory as in C
     torch.optim.Optimizer: _optimizer,
     **dict.fromkeys((array.array, bytearray, memoryview), _bytes),
     weakref.ref: _reference,

@@ -140,10 +140,10 @@ def warn_of_parts(refusal: ReadsValue) -> None:
     )
 
 
-def impure(apply: Callable[..., Any]) -> PurityError:
+def impure(apply: Callable[..., Any], which: str = "a tensor that it was given") -> PurityError:
     return PurityError(
-        f"{stage_name(apply)} writes in place into a tensor that it was given. A stage function mutates "
-        "nothing: work on a clone, or return the new value as a buffer."
+        f"{stage_name(apply)} writes in place into {which}. A stage function mutates nothing that it is "
+        "given: work on a clone, or return the new value as a buffer."
     )
 
 

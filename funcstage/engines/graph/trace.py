@@ -268,8 +268,9 @@ class _Run:
                 for i, grad in zip(wanted, found, strict=True):
                     direct = marked[i].grad  # what custom functions add to it themselves
                     grads[i] = direct if grad is None else grad if direct is None else grad + direct
-            if any(map(was_written, given[: self.n_state])):
-                raise impure(call.apply)
+            written = next((i for i in range(self.n_state) if was_written(given[i])), None)
+            if written is not None:
+                raise impure(call.apply, f"{self._names()[written]} ({trees.describe(self.fakes[written])})")
             of_args = grads[self._n_leaves : self._n_leaves + len(call.arg_leaves)]
             of_params = dtensors.placed_alike(grads[: self._n_params], self._specs)
             parts = outputs, fresh, of_args, of_params
