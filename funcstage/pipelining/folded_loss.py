@@ -1,16 +1,17 @@
-"""The loss as a part of the last stage: it runs inside of that stage's programs."""
+"""The loss of the last stage: as a part of its programs, or as the schedule computes it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.pipelining import (
     without_memory,
 )
-from funcstage.errors import LeafError
+from funcstage.errors import LeafError, StructureError
 from funcstage.pipelining.examples import LossFunction, StageFunction, requires_grad
 from funcstage.pipelining.microbatch import Call
 from funcstage.trees import Buffers, Params, PyTree, describe
@@ -163,3 +164,25 @@ KNOWN_BEFORE = {
     Tensor.numel,
 }
 """What of an output is known before it is computed."""
+
+
+def backward_of(stage: str, loss: Any, trains: bool) -> None:
+    """Run the backward of what a schedule has computed with the output of its last stage.
+
+    Args:
+        stage: the stage's name.
+        loss: of a microbatch.
+        trains: whether the stage has anything that is trained; otherwise there may be no backward.
+
+    Raises:
+        StructureError: if the loss is no tensor, or has no gradient although something is trained.
+    """
+    if not isinstance(loss, Tensor):
+        raise StructureError(f"{stage}: the schedule's loss must be a tensor, got {describe(loss)}.")
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
+    elif trains:
+        raise StructureError(
+            f"{stage}: the schedule's loss does not require grad, so that nothing would be trained. "
+            "Compute it from the stage's output, without detach() and outside of no_grad()."
+        )

@@ -22,7 +22,7 @@ from funcstage.pipelining import constructors, failed_steps, failures, plans
 from funcstage.pipelining.accumulating_stage import AccumulatingStage
 from funcstage.pipelining.binding import Binding
 from funcstage.pipelining.examples import LossFunction, StageFunction, any_requires_grad, as_tuple, sent_grad
-from funcstage.pipelining.folded_loss import FoldedLoss, Pending
+from funcstage.pipelining.folded_loss import FoldedLoss, Pending, backward_of
 from funcstage.pipelining.given import GetMesh, Given, Position
 from funcstage.pipelining.microbatch import Call, Forward
 from funcstage.pipelining.over_order import pieces_of
@@ -46,7 +46,7 @@ from funcstage.report import size, table
 from funcstage.schedules.orders import Action
 from funcstage.state.parameter_hooks import with_hooks_on_accumulators
 from funcstage.state.undone import undone_if_interrupted
-from funcstage.trees import PyTree, describe
+from funcstage.trees import PyTree
 from funcstage.weight_pullback import WeightPullback
 
 
@@ -390,11 +390,10 @@ class FunctionalPipelineStage(AccumulatingStage):
 
     def _backward_of_loss(self, chunk: int, loss: Tensor | None) -> None:
         """Take the gradients of the output from what the schedule computed with it."""
-        if not isinstance(loss, Tensor):
-            raise StructureError(f"{self._name}: the schedule's loss must be a tensor, got {describe(loss)}.")
-        if chunk in self._pending:  # the loss did not read the output
+        if isinstance(loss, Tensor) and chunk in self._pending:  # the loss did not read the output
             self._pending[chunk].output()
-        torch.autograd.backward(loss)
+        inputs = self._forwards[chunk].args if self.is_first else self._input_examples
+        backward_of(self._name, loss, bool(self._params) or any_requires_grad(inputs))
 
     def all_groups(self) -> set[dist.ProcessGroup | None]:
         """The process groups that messages of this stage go through."""

@@ -326,13 +326,17 @@ def test_changes_may_follow_each_other(options: dict[str, Any]) -> None:
 
 
 @OPTIONS
-def test_a_stage_that_is_wholly_frozen_and_thawed_trains_again(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_a_stage_that_is_wholly_frozen_and_thawed_trains_again(
+    with_loss: bool, options: dict[str, Any]
+) -> None:
     module = net()
     stage = FunctionalPipelineStage(module, 0, 1, "cpu", **options)
     x, target = torch.randn(8, 4), torch.randn(8, 4)
     module.requires_grad_(False)
-    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=None)
-    schedule.step(x)
+    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss if with_loss else None)
+    schedule.step(x, **({"target": target} if with_loss else {}))
+    assert all(p.grad is None for p in module.parameters())
     module.requires_grad_(True)
     ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss).step(x, target=target)
     assert all(p.grad is not None for p in module.parameters())

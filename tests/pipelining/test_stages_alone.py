@@ -93,6 +93,12 @@ def test_a_loss_that_is_no_tensor_is_refused(loss: Any, group: Any) -> None:
         schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
 
 
+def test_a_loss_without_a_gradient_is_refused_where_something_would_be_trained(group: Any) -> None:
+    schedule, _ = alone(nn.Linear(4, 2), group, lambda output, target: output.detach().sum())
+    with pytest.raises(fs.StructureError, match=r"loss does not require grad.* without detach\(\)"):
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
+
+
 @ENGINES
 @pytest.mark.parametrize("folded", [False, True], ids=["", "folded"])
 def test_a_loss_that_does_not_read_the_output_leaves_no_gradients(
