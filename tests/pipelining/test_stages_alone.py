@@ -200,6 +200,23 @@ def test_a_folded_loss_that_is_no_real_scalar_is_refused(value: Any, group: Any)
         schedule.step(torch.randn(4, 4), target=torch.randn(4, 2))
 
 
+def test_an_error_of_the_modules_own_comes_as_it_is_before_the_first_step(group: Any) -> None:
+    class Strict(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("three rows at least")
+
+    schedule, _ = alone(Strict(4, 4), group, functional.mse_loss)
+    with pytest.raises(ValueError, match=r"^three rows at least\n") as error:
+        schedule.step(torch.randn(4, 4), target=torch.randn(4, 4))
+    assert not isinstance(error.value, fs.StageError)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, "bfloat16", float])
+def test_a_dtype_to_compute_in_that_is_not_floating_is_refused(dtype: Any) -> None:
+    with pytest.raises(fs.LeafError, match="param_dtype must be a floating dtype"):
+        FunctionalPipelineStage(nn.Linear(2, 2), 0, 1, torch.device("cpu"), param_dtype=dtype)
+
+
 @pytest.mark.parametrize("outputs", [torch.empty(2, 3), torch.empty(3, 2), (torch.empty(2, 2),) * 2])
 def test_output_args_that_the_stage_does_not_return_are_refused(outputs: Any, group: Any) -> None:
     schedule, _ = alone(nn.Linear(4, 2), group, functional.mse_loss, output_args=outputs)

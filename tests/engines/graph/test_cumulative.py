@@ -58,6 +58,15 @@ def test_a_momentum_set_between_calls_counts_and_the_module_is_left_as_it_was() 
             torch.testing.assert_close(found[name], buffer)
 
 
+def test_an_input_of_another_shape_is_refused_as_by_eager() -> None:
+    module, x = nn.BatchNorm2d(3, momentum=None), torch.randn(5, 3)
+    apply, params, buffers = fs.functionalize(module)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        module(x)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, x)
+
+
 def test_a_forward_of_ones_own_around_a_cumulative_average_is_refused_where_it_reads_the_count() -> None:
     apply, params, buffers = fs.functionalize(Reads(3, momentum=None))
     compiled = fs.compile(apply, backend="aten", fullgraph=True)

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcstage.engines.graph.extract import Program, boxed
 from funcstage.engines.graph.pieces import cut_out, divide
-from funcstage.engines.graph.sites import restored
+from funcstage.engines.graph.sites import _views, restored
 
 aten = torch.ops.aten
 
@@ -52,6 +52,27 @@ def test_a_cotangent_is_restored_through_any_views(seed: int) -> None:
     again = restored(values[-1], values, views)
     assert again.shape == values[0].shape
     assert torch.equal(again, values[0])
+
+
+PRODUCTS = [aten.mm.default, aten.bmm.default, aten.convolution_backward.default]
+
+
+@pytest.mark.parametrize("product", [*PRODUCTS, aten.mul.Tensor, None])
+def test_a_cotangent_is_seen_as_the_first_product_sees_it_or_what_comes_first(product: Any) -> None:
+    graph = Graph()
+    start, x = graph.placeholder("start"), graph.placeholder("x")
+    flat = graph.call_function(aten.view.default, (start, [-1, 4]))
+    total = graph.call_function(aten.sum.dim_IntList, (start, [0]))
+    turned = graph.call_function(aten.t.default, (flat,))
+    other = graph.call_function(aten.view.default, (start, [4, -1]))
+    unrelated = graph.call_function(aten.neg.default, (x,))
+    between = [flat, unrelated, total, turned, other]
+    if product is not None:
+        between.append(graph.call_function(product, (turned, x)))
+        between.append(graph.call_function(aten.mm.default if product in PRODUCTS else product, (other, x)))
+    # A transpose is none of the cotangent's shape: the operation has it in its own.
+    assert _views(start, between) == ((start, flat) if product in PRODUCTS else (start,))
+    assert _views(start, [flat, turned]) == (start,)
 
 
 def program_of(function: Callable[..., Sequence[Tensor | None]], *args: Tensor) -> Program:

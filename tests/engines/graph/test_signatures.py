@@ -138,7 +138,10 @@ def test_a_trace_has_changed_something_if_anything_but_kept_tensors_is_another()
         assert changed(kept, plain, one)
         deep, deeper = plain._replace(**{field: ((1, (2,)),)}), plain._replace(**{field: ((1, (3,)),)})
         assert changed(deep, plain, deeper)
-    for one, other in ((((1,),), ("x",)), (("x",), ((1,),)), (((1,),), ((1, 2),))):
+    for one, other in (
+        *((((1,),), ("x",)), (("x",), ((1,),)), (((1,),), ((1, 2),))),
+        *((((1,),), (3,)), ((3,), ((1,),)), (((1,),), ([1],)), (([1],), ((1,),))),
+    ):
         assert changed(plain._replace(leaves=one), plain, plain._replace(leaves=other))
     one, other = plain._replace(outside=(("a", 1),)), plain._replace(outside=(("a", 2),))
     assert changed(plain, one, other)

@@ -35,6 +35,28 @@ class Counting(nn.Module):
         return checkpoint(self.region, x, use_reentrant=False)
 
 
+class Noted(nn.Module):
+    """Asks in a checkpointed region what its parameter is, and what was noted on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.linear.weight.factor = 3.0  # type: ignore[assignment]
+
+    def region(self, x: Tensor) -> Tensor:
+        weight: Any = self.linear.weight
+        act = torch.tanh if isinstance(weight, nn.Parameter) else torch.sigmoid
+        return act(self.linear(x) * weight.factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.region, x, use_reentrant=False)
+
+
+def test_parameters_look_like_parameters_in_the_second_run_too() -> None:
+    module, x = Noted(), torch.randn(6, WIDTH)
+    torch.testing.assert_close(split(*fs.functionalize(module), x), eager(module, x))
+
+
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_numbers_are_those_of_the_forward_as_in_eager(early_stop: bool) -> None:
     """Autograd keeps what an operation was called with first."""
