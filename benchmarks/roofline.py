@@ -12,13 +12,12 @@ device events, medians; "rest" are all other kernels.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +31,11 @@ from benchmarks.split import (
     Size,
     Stage,
     autograd_phases,
-    forget_gradients,
     funcstage_phases,
     isolated,
     make_stage,
     run,
+    timed,
     warm_up,
 )
 
@@ -149,15 +148,7 @@ def spent(stage: Stage, phases: Phases, names: Iterable[str], repeats: int) -> d
     clock = Clock("cuda")
     for _ in range(5):
         run(phases)
-    rows = []
-    for _ in range(repeats):
-        forget_gradients(stage)
-        clock.sync()
-        marks: list[Any] = []
-        run(phases, lambda _, marks=marks: marks.append(clock.mark()))
-        clock.sync()
-        rows.append([clock.between(a, b) for a, b in itertools.pairwise(marks)])
-    totals = map(statistics.median, zip(*rows, strict=True))
+    totals = map(statistics.median, timed(stage, phases, clock, repeats).phases)
     found, state = {}, None
     for name, phase, total in zip(names, phases, totals, strict=True):
         clock.sync()

@@ -271,19 +271,7 @@ def measure(
     release()  # what only the compilation needed, so that `reserved` is what it takes to go on running
     for _ in range(2):
         run(phases)
-    rows, hosts = [], []
-    for _ in range(repeats):
-        forget_gradients(stage)
-        clock.sync()
-        marks: list[Any] = []
-        start = time.perf_counter()
-        result = run(phases, lambda _, marks=marks: marks.append(clock.mark()))
-        hosts.append((time.perf_counter() - start) * 1e3)
-        clock.sync()
-        del result
-        steps = [clock.between(a, b) for a, b in itertools.pairwise(marks)]
-        rows.append([clock.between(marks[0], marks[-1]), *steps])
-    totals, *steps = zip(*rows, strict=True)
+    totals, hosts, steps = timed(stage, phases, clock, repeats)
     forward_ms, input_ms, *weight_ms = map(statistics.median, steps)
     memory = measure_memory(stage, phases, graphs, reserved)
     return Result(
@@ -310,6 +298,31 @@ def run(phases: Phases, between: Callable[[Any], None] = lambda state: None) -> 
         state = phase() if state is None else phase(state)
         between(state)
     return state
+
+
+class Times(NamedTuple):
+    """Milliseconds of each run: in all, of the host, and of each phase."""
+
+    totals: list[float]
+    hosts: list[float]
+    phases: list[tuple[float, ...]]
+
+
+def timed(stage: Stage, phases: Phases, clock: Clock, repeats: int) -> Times:
+    """Run the phases back to back, which nothing of the run before disturbs."""
+    totals, hosts, steps = [], [], []
+    for _ in range(repeats):
+        forget_gradients(stage)
+        clock.sync()
+        marks: list[Any] = []
+        start = time.perf_counter()
+        result = run(phases, lambda _, marks=marks: marks.append(clock.mark()))
+        hosts.append((time.perf_counter() - start) * 1e3)
+        clock.sync()
+        del result
+        totals.append(clock.between(marks[0], marks[-1]))
+        steps.append([clock.between(a, b) for a, b in itertools.pairwise(marks)])
+    return Times(totals, hosts, [*zip(*steps, strict=True)])
 
 
 def measure_memory(stage: Stage, phases: Phases, graphs: bool, reserved_before: int) -> Memory:
