@@ -6,6 +6,7 @@ raises too, and then the split raises, or gives what eager gives where nobody wr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from funcstage import trees
 from funcstage.checks import differentiated_leaves
+from funcstage.engines.graph.compile import compile
 from funcstage.errors import ConsumedError, StageError
 from funcstage.functional import functionalize
 from funcstage.pullback import Pullback, stage_vjp
@@ -395,7 +397,9 @@ def verdict(script: Script, name: str, engine: Engine) -> str:
         return outcome
     if not isinstance(ours.error, StageError):
         raise AssertionError(f"{_situation(script)}: eager runs, the split raises") from ours.error
-    if not any(name in s.refusable for s in script.situations) and not _refuses_the_plain(script, engine):
+    names = {name, "closures"} if name == "aten" and _runs_in_parts(script) else {name}
+    refusable = any(names & {*s.refusable} for s in script.situations)
+    if not refusable and not _refuses_the_plain(script, engine):
         raise AssertionError(f"{_situation(script)}: refused, and should not be") from ours.error
     return "refused"
 
@@ -409,6 +413,12 @@ def _is_dead(value: Any) -> bool:
 
 def _refuses_the_plain(script: Script, engine: Engine) -> bool:
     return isinstance(Script(script.stage, ()).split(engine).error, StageError)
+
+
+def _runs_in_parts(script: Script) -> bool:
+    """Whether the compiled stage has lines that run uncompiled, and are refused as these are."""
+    whole = functools.partial(compile, backend="aten", fullgraph=True)
+    return isinstance(Script(script.stage, ()).split(whole).error, StageError)
 
 
 def _equal(script: Script, ours: Record, expected: Record) -> bool:

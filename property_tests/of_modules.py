@@ -391,8 +391,12 @@ PACKS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any], tuple[Any, Any
     "a user dict": (lambda h, r: UserDict(hidden=h, rest=r), lambda o: (o["hidden"], o["rest"])),
     "a namedtuple": (_Two, lambda o: (o.hidden, o.rest)),
     "an object": (_Cache, lambda o: (o.hidden, o.rest)),
+    "a partial function": (lambda h, r: functools.partial(_Two, h, r), lambda o: o.args),
 }
 """Types of a user's, of two values: how they are made and taken apart."""
+
+REFUSED = ("a user dict", "an object", "a partial function")
+"""Those that an output may be refused for."""
 
 
 class _Returning(Around):
@@ -414,7 +418,7 @@ class Returned(Situation):
 
     @property
     def refusable(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("closures", "aten") if self.kind in ("a user dict", "an object") else ()
+        return ("closures", "aten") if self.kind in REFUSED else ()
 
     def build(self, module: nn.Module) -> nn.Module:
         return _Returning(module, self.kind)

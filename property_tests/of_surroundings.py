@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import functools
+import multiprocessing
 import os
 import tempfile
 import types
@@ -95,6 +97,11 @@ LEVEL = contextvars.ContextVar("LEVEL", default=1.0)
 SPACE = types.SimpleNamespace(scale=1.0, inner=types.SimpleNamespace(scale=1.0))
 COUNTS: defaultdict[str, float] = defaultdict(lambda: 1.0)
 ROWS = ((1.0,),)
+LOOKED_AT = {"scale": 1.0}
+VIEW = LOOKED_AT.values()
+IN_C = ctypes.c_double(1.0)
+OF_PROCESSES = multiprocessing.Value("d", 1.0)
+OPTIMIZER = torch.optim.SGD([torch.zeros(1)], lr=1.0)
 
 
 class _Config:
@@ -179,6 +186,13 @@ SHARED: dict[str, tuple[Callable[[], Any], Callable[[float], object]]] = {
     ),
     "a context variable": (lambda: LEVEL.get(), lambda v: LEVEL.set(v)),
     "the environment": (lambda: float(os.environ["FUNCSTAGE_TEST_SCALE"]), _environment),
+    "a view of a dict": (lambda: next(iter(VIEW)), lambda v: LOOKED_AT.update(scale=v)),
+    "a number in C": (lambda: IN_C.value, lambda v: setattr(IN_C, "value", v)),
+    "a number of processes": (lambda: OF_PROCESSES.value, lambda v: setattr(OF_PROCESSES, "value", v)),
+    "a learning rate": (
+        lambda: OPTIMIZER.param_groups[0]["lr"],
+        lambda v: OPTIMIZER.param_groups[0].update(lr=v),
+    ),
     "a file": (lambda: float(_FILE.read_text()), lambda v: _FILE.write_text(str(v))),
 }
 """Where a program may keep a number for all of its modules, and how it is changed."""
@@ -222,8 +236,31 @@ def _cached_in_a_dict(n: int) -> dict[str, list[Tensor]]:
     return {"all": [torch.full((), 2.0, dtype=torch.float64) * n]}
 
 
-CACHES: dict[str, Any] = {"lru_cache": _cached, "cache": _cached_in_a_dict}
-"""Functions that make a tensor once."""
+def _of_function() -> Tensor:
+    if not hasattr(_of_function, "table"):
+        _of_function.table = torch.full((), 2.0, dtype=torch.float64)  # type: ignore[attr-defined]
+    found: Tensor = _of_function.table  # type: ignore[attr-defined]
+    return found
+
+
+def _forget() -> None:
+    if hasattr(_of_function, "table"):
+        del _of_function.table
+
+
+def _of_default(*, tables: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
+    if "table" not in tables:
+        tables["table"] = torch.full((), 2.0, dtype=torch.float64)
+    return tables["table"]
+
+
+CACHES: dict[str, tuple[Callable[[], Tensor], Callable[[], object]]] = {
+    "lru_cache": (lambda: _cached(1), _cached.cache_clear),
+    "cache": (lambda: _cached_in_a_dict(1)["all"][0], _cached_in_a_dict.cache_clear),
+    "an attribute of a function": (_of_function, _forget),
+    "a default of a function": (_of_default, lambda: (_of_default.__kwdefaults__ or {})["tables"].clear()),
+}
+"""Functions that make a tensor once, and how they forget it."""
 
 
 class _Tabled(Around):
@@ -232,7 +269,7 @@ class _Tabled(Around):
         self.how = how
 
     def table(self) -> Tensor:
-        return _cached(1) if self.how == "lru_cache" else _cached_in_a_dict(1)["all"][0]
+        return CACHES[self.how][0]()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         table = self.table()
@@ -246,13 +283,17 @@ class Cached(Situation):
 
     how: str
 
+    @property
+    def refusable(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("aten",) if self.how.endswith("of a function") else ()
+
     def build(self, module: nn.Module) -> nn.Module:
         return _Tabled(module, self.how)
 
     @contextmanager
     def around(self, verb: str) -> Iterator[None]:
         if verb == "F":
-            CACHES[self.how].cache_clear()
+            CACHES[self.how][1]()
         yield
 
     def around_eager(self, verb: str) -> AbstractContextManager[object]:

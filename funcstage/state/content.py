@@ -205,9 +205,9 @@ def _tensor(value: Tensor) -> Parts:
         return (MARK, looks), ()
     if is_functional(value) and not dispatch_modes():  # the trace is over that made it
         raise TraceError(
-            "The stage leaves a tensor outside of its module, in a global or on a class, which a compiled "
-            "stage would do in its first call alone. Return it, or keep it in an attribute, a list or a dict "
-            "of the module."
+            "The stage leaves a tensor outside of its module, in a global, on a class or a function, which "
+            "a compiled stage would do in its first call alone. Return it, or keep it in an attribute, a "
+            "list or a dict of the module."
         )
     sizes = None if value.is_nested or is_lazy(value) else value.shape
     return (Same(value), sizes, value.dtype, value.requires_grad), ()

@@ -58,6 +58,20 @@ class Name(NamedTuple):
             self.owner[self.key] = value
 
 
+class Held(NamedTuple):
+    """A function in a table, in place of a name.
+
+    Attributes:
+        function: the one that was there when the table was looked at first.
+    """
+
+    function: Any
+
+    def value(self) -> Any:
+        """What it stands for."""
+        return self.function
+
+
 class Shared:
     """What some names stand for at a moment, and what is in it.
 
@@ -65,9 +79,10 @@ class Shared:
         meets_threads: whether something is among it by which threads meet.
     """
 
-    def __init__(self, names: Sequence[Name]) -> None:
+    def __init__(self, names: Sequence[Name | Held]) -> None:
         values = [name.value() for name in names]
-        self._assigned = [pair for pair in zip(names, values, strict=True) if pair[0].is_assigned]
+        pairs = zip(names, values, strict=True)
+        self._assigned = [(n, value) for n, value in pairs if isinstance(n, Name) and n.is_assigned]
         functions = [*_functions(values)]
         containers = [found for value in values if (found := _container(value)) is not None]
         containers += chain.from_iterable(map(_kept_by, functions))
@@ -110,7 +125,7 @@ def shared_by(apply: Callable[..., Any], modules: Iterable[nn.Module]) -> Shared
     return Shared(names_of(kinds or [apply]))
 
 
-def names_of(roots: Iterable[type | Callable[..., Any]]) -> list[Name]:
+def names_of(roots: Iterable[type | Callable[..., Any]]) -> list[Name | Held]:
     """What classes and functions, and functions that these call, can get at."""
     return [name for root in roots for name in _names_of(root)]
 
@@ -150,6 +165,20 @@ def _kept_by(function: FunctionType) -> list[Any]:
     return [function.__dict__, *(each for each in found if each is not None)]
 
 
+def _callables(value: Any, depth: int = 2) -> Iterator[Any]:
+    """A function or class, or those in a table: in containers and tuples, and in those inside of these."""
+    if isinstance(value, (FunctionType, type, partial)) or behind(value) is not None:
+        yield value
+    elif depth:
+        for each in value if isinstance(value, tuple) and len(value) <= _LONG else _inside(value):
+            yield from _callables(each, depth - 1)
+
+
+def _is_kept(value: Any) -> bool:
+    """Tell whether a function of the user's is one that tensors may be left in."""
+    return behind(value) is not None or _keeps(value)
+
+
 def _keeps(value: Any) -> bool:
     """Tell whether a value is a function of the user's that keeps something, or may."""
     if not isinstance(value, FunctionType) or is_torchs_or_library(value.__module__):
@@ -164,7 +193,7 @@ def _inside(value: Any) -> Iterable[Any]:
     return () if found is None else [*found.values()] if isinstance(found, dict) else [*found]
 
 
-def _names_of(root: Any) -> list[Name]:
+def _names_of(root: Any) -> list[Name | Held]:
     try:
         if root not in _KNOWN:
             _KNOWN[root] = [*_search(root)]
@@ -173,7 +202,7 @@ def _names_of(root: Any) -> list[Name]:
         return [*_search(root)]
 
 
-def _search(root: Any) -> Iterator[Name]:
+def _search(root: Any) -> Iterator[Name | Held]:
     stack, seen = [root], set()
     while stack:
         found = stack.pop()
@@ -184,9 +213,11 @@ def _search(root: Any) -> Iterator[Name]:
         seen.add(id(found))
         for name in _names_in(found):
             value = name.value()
-            stack += [each for each in (value, *_inside(value)) if isinstance(each, (FunctionType, type))]
+            called = [*_callables(value)]
+            stack += called
+            yield from (Held(each) for each in called if each is not value and _is_kept(each))
             is_fixed = type(value) in INERT or isinstance(value, (*_FIXED, Name))
-            if name.is_assigned or not is_fixed or behind(value) is not None or _keeps(value):
+            if name.is_assigned or not is_fixed or _is_kept(value):
                 yield name
         if isinstance(found, type):
             stack += found.__mro__[1:]
@@ -221,7 +252,7 @@ def _stored(operation: str, code: CodeType) -> set[str]:
 
 NOTHING_SHARED = Shared(())
 _FIXED = (FunctionType, MethodType, type, ModuleType, property, classmethod, staticmethod, Tensor, nn.Module)
-_KNOWN: WeakKeyDictionary[Any, list[Name]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, list[Name | Held]] = WeakKeyDictionary()
 _LONG = 1000
 _OF_CLASS = "type", "__class__"
 _MEETING = (

@@ -88,11 +88,20 @@ class Stage(nn.Module):
         return y
 
 
+FUNCTIONS: dict[str, Any] = {
+    "tables": [(bounded, functools.partial(unbounded, 4))],
+    "of another": (lambda: bounded(4),),
+}
+
+
 CACHED: dict[str, Callable[[Stage], Tensor]] = {
     "lru_cache": lambda s: bounded(4),
     "cache, in containers": lambda s: unbounded(4, torch.float64)["tables"][0],
     "a method": lambda s: s.of_method(4),
     "a static method": lambda s: s.of_class(4)[0],
+    "in a table": lambda s: FUNCTIONS["tables"][0][0](4),
+    "a partial function in a table": lambda s: FUNCTIONS["tables"][0][1](torch.float64)["tables"][0],
+    "behind a function in a table": lambda s: FUNCTIONS["of another"][0](),
 }
 KEPT: dict[str, Callable[[Stage], Tensor]] = {
     "a dict of an object": lambda s: TABLES(4),
