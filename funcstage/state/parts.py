@@ -146,9 +146,9 @@ class Parts:
             if id(parameter) not in known:
                 self._put_back_structure(known)
                 raise PurityError(
-                    f"{type(self.module).__name__} makes a parameter, {name!r}, in its forward and keeps it "
-                    "on its module, but a stage's parameters are those that it is given. Make it in "
-                    "__init__; where the first call makes it, call the module once before functionalize."
+                    f"{type(self.module).__name__} sets a parameter on its module, {name!r}, in its forward, "
+                    "but a stage's parameters are those that it is given. Set it in __init__; where the "
+                    "first call does so, call the module once before functionalize."
                 )
 
     def _put_back_structure(self, known: set[int]) -> None:

@@ -201,7 +201,7 @@ def test_a_forward_that_makes_or_exchanges_parameters_is_refused_and_the_module_
     apply, params, buffers = stage_of(module)
     stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
     generator = torch.get_rng_state()
-    said = r"makes a parameter, '(proj\.scale|scale|later|more\.weight|proj\.weight)'.*__init__"
+    said = r"sets a parameter on its module, '(proj\.scale|scale|later|more\.weight|proj\.weight)'.*__init__"
     if remake in EXCHANGED:
         said = r"exchanges its parameter 'proj\.(weight|bias)'.*a buffer"
     for _ in range(2):

@@ -59,7 +59,9 @@ def signature_of(call: StageCall, module: Fingerprint, open_dims: Open) -> Signa
             found[i] = _with_open(leaves[i], dims)
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
-        raise TraceError(f"{name} is {error}, or try the uncompiled `apply`.") from None
+        said = str(error)
+        otherwise = "" if said.endswith(".") else ", or try the uncompiled `apply`."
+        raise TraceError(f"{name} is {said}{otherwise}") from None
     ambient = AmbientState.now(differentiated=diff is not None)
     same = _repeated(call)
     sharding, notes = sharding_of(specs), notes_on(call)
@@ -291,9 +293,14 @@ def _leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         if is_lazy(leaf):
             raise _UnfitError("lazy and not yet initialised. Call the module that it belongs to once")
-        if leaf.is_nested or leaf.layout is not torch.strided:
-            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
-            raise _UnfitError(f"a {kind} tensor, which cannot be traced. Pass dense ones, padded with a mask")
+        if leaf.is_nested:
+            raise _UnfitError("a nested tensor, which cannot be traced. Pass dense ones, padded with a mask")
+        if leaf.layout is not torch.strided:
+            layout = str(leaf.layout).removeprefix("torch.")
+            said = f"a {layout} tensor, which cannot be traced. Pass tensor.to_dense()"
+            if layout != "sparse_coo":  # torch.func takes no others
+                said += ", or try tensor.to_sparse_coo() and the uncompiled `apply`."
+            raise _UnfitError(said)
         if leaf.is_quantized or tt.has_no_memory_of_its_own(leaf):
             raise _UnfitError(
                 f"a {type(leaf).__name__} ({trees.describe(leaf)}) that programs cannot read, as it is "

@@ -18,6 +18,7 @@ from funcstage._torch.messages import (
     FUNCTIONAL_WRITES_REAL,
     LEAF_WRITTEN,
     NESTED_IN_TRACE,
+    NO_STRIDES,
     NO_VALUES,
     SAVED_WRITTEN,
     is_raised_by_stage,
@@ -178,6 +179,9 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
+    if reason.endswith(NO_STRIDES):
+        layout = reason.removesuffix(NO_STRIDES)
+        reason = f"it reads a tensor in a compressed sparse layout ({layout}); use tensor.to_dense()"
     if says(reason, SAVED_WRITTEN):
         reason = (
             "it overwrites in place what it has read before and what a gradient needs, such as a buffer that "
