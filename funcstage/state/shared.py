@@ -213,7 +213,7 @@ def _search(root: Any) -> Iterator[Name | Held]:
         seen.add(id(found))
         for name in _names_in(found):
             value = name.value()
-            called = [*_callables(value)]
+            called = [] if value is name else [*_callables(value)]
             stack += called
             yield from (Held(each) for each in called if each is not value and _is_kept(each))
             is_fixed = type(value) in INERT or isinstance(value, (*_FIXED, Name))

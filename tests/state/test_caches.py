@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import funcstage as fs
+from funcstage.state.shared import names_of
 
 ENGINES = ("closures", "aten")
 
@@ -192,3 +193,7 @@ def test_a_compiled_stage_that_leaves_tensors_in_containers_is_refused(case: str
         fs.stage_vjp(*staged(module, "aten"), x)
     torch.testing.assert_close(KEPT[case](module), made(4))
     check(module, staged(module, "aten"), x)  # which finds the table there
+
+
+def test_a_builtin_that_a_function_calls_leads_nowhere() -> None:
+    assert names_of([lambda: float(len("1"))]) == []
