@@ -133,8 +133,9 @@ def crossing(division: Division, remat: Choice) -> Crossing:
 def _made_of(at_hand: set[Node], unsaved: set[Node], division: Division) -> set[Node]:
     """What I can make for W of values that are saved or `at_hand`, at little cost."""
     found: set[Node] = set()
-    for node in division.joint.module.graph.nodes if unsaved else ():
-        if node in unsaved & division.cheap and all(
+    candidates = unsaved & division.cheap
+    for node in division.joint.module.graph.nodes if candidates else ():
+        if node in candidates and all(
             read in at_hand or read in found or read not in unsaved for read in node.all_input_nodes
         ):
             found.add(node)
