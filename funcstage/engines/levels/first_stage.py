@@ -81,15 +81,8 @@ class SitesTape(WeightsOnNodes):
             alone[number] = cotangent
             return self._grads([(site, tuple(alone))], shared=True)
 
-        return Place(operation_of(site.node), cotangent, self._inputs(site), [*self._reached(site)], vjp)
-
-    def _inputs(self, site: Site) -> list[Tensor]:
-        """What is saved for the site's gradients, without parameters and buffers."""
-        excluded = {ft.storage_key(tensor) for tensor in self.origin.state}
-        with self.origin.reading(self.home):
-            saved = saved_in(nodes_of(site), self.origin.switchboard, self.home)
-        kept = {ft.storage_key(t): t for t in reversed(saved) if ft.storage_key(t) not in excluded}
-        return [*kept.values()][::-1]
+        inputs = inputs_of(site, self.origin, self.home)
+        return Place(operation_of(site.node), cotangent, inputs, [*self._reached(site)], vjp)
 
     def _reached(self, site: Site) -> set[int]:
         ends = {id(end) for node in nodes_of(site) if (end := getattr(node, "variable", None)) is not None}
@@ -182,6 +175,15 @@ def arrived_at_sites(
                 arrived.append((site, tuple(of_first_reads[site.node])))
     arrived.sort(key=lambda each: order[each[0].node])
     return arrived
+
+
+def inputs_of(site: Site, origin: Any, home: Home) -> list[Tensor]:
+    """What is saved for a site's gradients on the tape of an `origin`, without parameters and buffers."""
+    excluded = {ft.storage_key(tensor) for tensor in origin.state}
+    with origin.reading(home):
+        saved = saved_in(nodes_of(site), origin.switchboard, home)
+    kept = {ft.storage_key(t): t for t in reversed(saved) if ft.storage_key(t) not in excluded}
+    return [*kept.values()][::-1]
 
 
 def nodes_of(site: Site) -> set[Node]:

@@ -10,20 +10,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from funcstage import dtensors
-from funcstage._torch import functorch as ft
 from funcstage._torch.tape import output_shapes
 from funcstage.engines.base import AddedDirectly, Place
-from funcstage.engines.levels.first_stage import arrived_at_sites, nodes_of
+from funcstage.engines.levels.first_stage import Arrived, arrived_at_sites, inputs_of, nodes_of
 from funcstage.engines.on_nodes import operation_of
 from funcstage.engines.pieces import connected
 from funcstage.param_groups import Site, walk
-from funcstage.residuals import saved_in
 
 if TYPE_CHECKING:
     from funcstage.engines.tape.eager import WeightTape
-
-Arrived = tuple[Site, Sequence[Tensor | None]]
-"""A site, with the cotangent of each output of its operation."""
 
 
 def places(tape: WeightTape) -> Iterator[Place] | None:
@@ -41,8 +36,9 @@ def places(tape: WeightTape) -> Iterator[Place] | None:
     cotangents = [grad for _, grads in arrived for grad in grads]
     if dtensors.first_dtensor([*tape.origin.params.values(), *cotangents]) is not None:
         return None
+    numbers = _numbers(tape)
     return (
-        _place(tape, site, grads, number)
+        _place(tape, site, grads, number, numbers)
         for site, grads in arrived
         for number, grad in enumerate(grads)
         if grad is not None
@@ -65,43 +61,37 @@ def by_site(tape: WeightTape) -> WeightTape:
         direct = origin.added_directly()
     numbers = _numbers(tape)
     groups = []
-    for group in connected([nodes_of(site) for site, _ in arrived]):
+    nodes = [nodes_of(site) for site, _ in arrived]
+    for group in connected(nodes):
         sites, grads = zip(*(arrived[k] for k in group), strict=True)
-        behind = {node for site in sites for node in nodes_of(site)}
+        behind = set[Any]().union(*(nodes[k] for k in group))
         params = [node for node in numbers if node in behind]
         groups.append({"params": params, "intermediates": [*sites], "grads": [*grads]})
     return replace(tape, groups=groups, direct=direct, first_reads=())
 
 
-def _place(tape: WeightTape, site: Site, grads: Sequence[Tensor | None], number: int) -> Place:
-    origin, nodes = tape.origin, nodes_of(site)
-    numbers = {node: i for node, i in _numbers(tape).items() if node in nodes}
-    excluded = {ft.storage_key(tensor) for tensor in origin.state}
-    with origin.reading(tape.home):
-        saved = saved_in(nodes, origin.switchboard, tape.home)
-    inputs = {ft.storage_key(tensor): tensor for tensor in reversed(saved)}
+def _place(
+    tape: WeightTape, site: Site, grads: Sequence[Tensor | None], number: int, numbers: dict[Any, int]
+) -> Place:
+    nodes = nodes_of(site)
+    reached = {node: i for node, i in numbers.items() if node in nodes}
 
     def vjp(cotangent: Tensor) -> list[Tensor | None]:
         alone: list[Tensor | None] = [None] * len(output_shapes(site.node))
         alone[number] = cotangent
-        group = {"params": [*numbers], "intermediates": [site], "grads": [tuple(alone)]}
+        group = {"params": [*reached], "intermediates": [site], "grads": [tuple(alone)]}
         return replace(tape, groups=[group], direct={}).weight_vjp(retain=True)[0]
 
     cotangent = grads[number]
     assert cotangent is not None
-    return Place(
-        operation_of(site.node),
-        cotangent,
-        [tensor for key, tensor in reversed(inputs.items()) if key not in excluded],
-        [*numbers.values()],
-        vjp,
-    )
+    inputs = inputs_of(site, tape.origin, tape.home)
+    return Place(operation_of(site.node), cotangent, inputs, [*reached.values()], vjp)
 
 
 def _arrived(tape: WeightTape) -> Iterator[Arrived]:
     for group in tape.groups:
         for site, grads in zip(group["intermediates"], group["grads"], strict=True):
-            yield site, grads or ()
+            yield site, tuple(grads or ())
 
 
 def _numbers(tape: WeightTape) -> dict[Any, int]:
