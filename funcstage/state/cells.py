@@ -24,6 +24,11 @@ def closed_over(function: FunctionType) -> list[Any]:
     return [value for cell in function.__closure__ or () if (value := held_by(cell)) is not cell]
 
 
+def defaults_of(function: FunctionType) -> list[Any]:
+    """The defaults of a function's arguments, by position and by keyword."""
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
 def held_by_callable(value: Any, depth: int = 3) -> Iterator[Tensor]:
     """The tensors that a function or method holds, or a weak reference or an exception; nobody sees them."""
     if isinstance(value, Tensor):
@@ -31,7 +36,7 @@ def held_by_callable(value: Any, depth: int = 3) -> Iterator[Tensor]:
         return
     inside: tuple[Any, ...] = ()
     if isinstance(value, FunctionType):
-        inside = (*closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        inside = (*closed_over(value), *defaults_of(value))
     elif isinstance(value, partial):
         inside = value.func, *value.args, *value.keywords.values()
     elif isinstance(value, (MethodType, BuiltinMethodType)):

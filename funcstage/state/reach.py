@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcstage.state.cells import closed_over
+from funcstage.state.cells import closed_over, defaults_of
 from funcstage.state.code import is_library
 from funcstage.state.content import slots
 
@@ -57,7 +57,7 @@ def holders(root: Any, passed: list[Any] | None = None, closed: Sequence[str] = 
             if not _is_of(closed, found):
                 yield found.__dict__
                 push(found.__dict__.values())
-                push((*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()))
+                push(defaults_of(found))
             push(closed_over(found))
         elif isinstance(found, types.MethodType):
             push((found.__self__, found.__func__))

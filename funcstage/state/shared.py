@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.caches import Cache, behind
-from funcstage.state.cells import closed_over
+from funcstage.state.cells import closed_over, defaults_of
 from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
 from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
 from funcstage.state.reach import INERT, put_in_slot, slots_of, with_slots
@@ -159,8 +159,7 @@ def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
 
 def _kept_by(function: FunctionType) -> list[Any]:
     """In what a function keeps what can be changed: its attributes, its defaults, what it closes over."""
-    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
-    values = *defaults, *closed_over(function)
+    values = *defaults_of(function), *closed_over(function)
     found = [_container(value) for value in values if not isinstance(value, FunctionType)]
     return [function.__dict__, *(each for each in found if each is not None)]
 

@@ -36,7 +36,7 @@ from funcstage.errors import StageError
 from funcstage.state.ambient import AmbientState, RandomState, among, of_process, of_torch
 from funcstage.state.at_once import at_once
 from funcstage.state.before import undone
-from funcstage.state.cells import closed_over
+from funcstage.state.cells import closed_over, defaults_of
 from funcstage.state.module import locked, state_of, steps_to, swapped
 from funcstage.state.reach import reached
 
@@ -277,9 +277,7 @@ def modules_in(objects: Iterable[Any]) -> Iterator[nn.Module]:
         elif isinstance(found, types.MethodType):
             stack += [found.__self__, found.__func__]
         elif isinstance(found, types.FunctionType):
-            stack += closed_over(found)
-            stack += found.__defaults__ or ()
-            stack += (found.__kwdefaults__ or {}).values()
+            stack += [*closed_over(found), *defaults_of(found)]
         elif isinstance(found, dict):
             stack += found.values()
         elif isinstance(found, (list, tuple)):
