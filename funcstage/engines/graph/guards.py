@@ -59,9 +59,7 @@ def signature_of(call: StageCall, module: Fingerprint, open_dims: Open) -> Signa
             found[i] = _with_open(leaves[i], dims)
     except _UnfitError as error:
         name = _name(structure, next(i for i, leaf in enumerate(leaves) if _is_unfit(leaf)))
-        said = str(error)
-        otherwise = "" if said.endswith(".") else ", or try the uncompiled `apply`."
-        raise TraceError(f"{name} is {said}{otherwise}") from None
+        raise TraceError(f"{name} is {error}") from None
     ambient = AmbientState.now(differentiated=diff is not None)
     same = _repeated(call)
     sharding, notes = sharding_of(specs), notes_on(call)
@@ -285,6 +283,9 @@ class OfTensor(NamedTuple):
         )
 
 
+_OR = ", or try the uncompiled `apply`."
+
+
 class _UnfitError(Exception):
     """Why a leaf can be no part of a signature, and what to pass in its place."""
 
@@ -292,19 +293,23 @@ class _UnfitError(Exception):
 def _leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         if is_lazy(leaf):
-            raise _UnfitError("lazy and not yet initialised. Call the module that it belongs to once")
+            raise _UnfitError(f"lazy and not yet initialised. Call the module that it belongs to once{_OR}")
         if leaf.is_nested:
-            raise _UnfitError("a nested tensor, which cannot be traced. Pass dense ones, padded with a mask")
+            raise _UnfitError(
+                f"a nested tensor, which cannot be traced. Pass dense ones, padded with a mask{_OR}"
+            )
         if leaf.layout is not torch.strided:
             layout = str(leaf.layout).removeprefix("torch.")
-            said = f"a {layout} tensor, which cannot be traced. Pass tensor.to_dense()"
-            if layout != "sparse_coo":  # torch.func takes no others
-                said += ", or try tensor.to_sparse_coo() and the uncompiled `apply`."
-            raise _UnfitError(said)
+            # Of the sparse layouts, torch.func takes that by coordinates alone.
+            convert = "" if layout == "sparse_coo" else "tensor.to_sparse_coo() and "
+            raise _UnfitError(
+                f"a {layout} tensor, which cannot be traced. Pass tensor.to_dense(), or try {convert}the "
+                "uncompiled `apply`."
+            )
         if leaf.is_quantized or tt.has_no_memory_of_its_own(leaf):
             raise _UnfitError(
                 f"a {type(leaf).__name__} ({trees.describe(leaf)}) that programs cannot read, as it is "
-                "quantized or wraps another tensor. Pass a plain tensor"
+                f"quantized or wraps another tensor. Pass a plain tensor{_OR}"
             )
         return OfTensor(leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.is_conj(), leaf.is_neg())
     return content(leaf, set())

@@ -35,11 +35,11 @@ def best(items: Sequence[Item], room: int) -> list[int]:
     capacity = min(room, total) // step
     if capacity < 0:
         return []
-    packs = _packs(items)
+    packs = [(pack, len(pack) * -(-items[pack[0]].size // step)) for pack in _packs(items)]
     value = [0.0] * (capacity + 1)  # with at most so many steps of room
     taken = []
-    for pack in packs:
-        size, worth = -(-items[pack[0]].size // step) * len(pack), items[pack[0]].worth * len(pack)
+    for pack, size in packs:
+        worth = len(pack) * items[pack[0]].worth
         with_it = [without + worth for without in value[: max(capacity + 1 - size, 0)]]
         better = bytearray(capacity + 1)
         for at, candidate in enumerate(with_it, start=size):
@@ -49,10 +49,10 @@ def best(items: Sequence[Item], room: int) -> list[int]:
         taken.append(better)
     left = value.index(value[capacity])
     chosen = []
-    for pack, better in zip(reversed(packs), reversed(taken), strict=True):
+    for (pack, size), better in zip(reversed(packs), reversed(taken), strict=True):
         if better[left]:
             chosen += pack
-            left -= -(-items[pack[0]].size // step) * len(pack)
+            left -= size
     return sorted(chosen)
 
 
