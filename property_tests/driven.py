@@ -397,9 +397,9 @@ def verdict(script: Script, name: str, engine: Engine) -> str:
         return outcome
     if not isinstance(ours.error, StageError):
         raise AssertionError(f"{_situation(script)}: eager runs, the split raises") from ours.error
-    names = {name, "closures"} if name == "aten" and _runs_in_parts(script) else {name}
-    refusable = any(names & {*s.refusable} for s in script.situations)
-    if not refusable and not _refuses_the_plain(script, engine):
+    refusing = {each for situation in script.situations for each in situation.refusable}
+    in_parts = name == "aten" and "closures" in refusing and _runs_in_parts(script)
+    if name not in refusing and not in_parts and not _refuses_the_plain(script, engine):
         raise AssertionError(f"{_situation(script)}: refused, and should not be") from ours.error
     return "refused"
 
