@@ -83,6 +83,7 @@ _GRAD_MODES = {
 }
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     **_GRAD_MODES,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default dtype": lambda: _default_dtype(torch.float16),
     "default device": lambda: torch.device("cpu"),
     "deterministic": lambda: _deterministic(warn_only=False),

@@ -36,6 +36,7 @@ from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.nodes import is_cheap, is_view
 from funcstage.engines.graph.overlap import is_message
 from funcstage.engines.graph.runners import Runner, run_as_python
+from funcstage.state.ambient import autocast_off
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -88,7 +89,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
         options = {**_OPTIONS, "emulate_precision_casts": low_on_cpu}
         if any(map(is_message, graph.nodes)):
             options["reorder_for_peak_memory"] = False  # it does not know of what travels meanwhile
-        with config.patch(options), V.set_fake_mode(fake_mode), tracing(context):
+        # Autocast is in the program already; Inductor runs operations on fake tensors to learn their dtypes.
+        with autocast_off(), config.patch(options), V.set_fake_mode(fake_mode), tracing(context):
             compiled = compile_fx_inner(
                 GraphModule(module, graph), examples, cudagraphs=BoxedBool(False), is_backward=True
             )

@@ -4,11 +4,13 @@ disk and what is imported when.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +87,19 @@ def test_a_second_process_finds_the_programs_of_the_first_in_inductors_cache(tmp
     assert again == grads
 
 
-def assert_as_eager(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> None:
+def assert_as_eager(
+    function: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    w: Tensor,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
     stage = fs.compile(lambda params, buffers, x: (function(x, params), buffers), backend="inductor")
-    output, _, pullback = fs.stage_vjp(stage, w, (), x)
+    with around():
+        output, _, pullback = fs.stage_vjp(stage, w, (), x)
     (dx,), weight_pullback = pullback(torch.ones_like(output))
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
-    expected = function(*leaves)
+    with around():
+        expected = function(*leaves)
     grads = torch.autograd.grad(expected, leaves, torch.ones_like(expected))
     torch.testing.assert_close([output, dx, weight_pullback()], [expected.detach(), *grads])
 
@@ -104,6 +113,21 @@ def test_a_residual_that_is_an_operand_of_a_product_has_the_strides_of_the_trace
     for _ in range(1 + cached):
         with torch.compiler.config.patch(force_disable_caches=not cached):
             assert_as_eager(lambda x, w: torch.linalg.pinv(x @ w), x, w)
+
+
+@pytest.mark.slow
+def test_what_is_out_of_autocast_is_compiled_in_its_own_precision() -> None:
+    """Inductor finds dtypes by running operations, which the caller's autocast must not change."""
+    torch.manual_seed(0)
+
+    def in_float32(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            product = torch.mm(x, w)
+        return product.bfloat16() + w[0].bfloat16()
+
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert_as_eager(in_float32, torch.randn(4, 8), torch.randn(8, 8), autocast)
 
 
 @pytest.mark.filterwarnings("ignore:TorchInductor cannot compile:UserWarning")
