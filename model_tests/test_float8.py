@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +41,7 @@ def network(recipe: str) -> nn.Module:
 @RECIPES
 def test_float8_layers_are_split_as_eager_runs_them(recipe: str, engine: Any) -> None:
     x = torch.randn(2, ROWS // 2, 32, device=DEVICE, dtype=torch.bfloat16)
-    check_stage(network(recipe), x, engines=engine, tolerance=0.0, flops=False)
+    check_stage(network(recipe), x, engines=engine or "closures", tolerance=0.0, flops=False)
 
 
 def flops(function: Callable[[], Any]) -> tuple[Any, int]:
@@ -60,3 +63,20 @@ def test_what_a_float8_backward_costs(engine: Any) -> None:
     products = 2 * ROWS * 2 * 32 * 64
     repeated = 1 if engine else 2
     assert (of_f, of_i, of_w) == (products, repeated * products, repeated * products)
+
+
+@pytest.mark.parametrize("options", [["--size", "XS", "--repeats", "1"], ["--train", "10", "--seeds", "1"]])
+def test_the_comparison_with_torch_compile_runs(options: list[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.float8",
+        "--device",
+        "cpu",
+        "--recipes",
+        "tensorwise",
+        *options,
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| funcstage |") == 2
