@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 
 from funcstage.engines.graph.decompose import ancestors
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint, is_random
-from funcstage.engines.graph.mincut import min_cut, nbytes
+from funcstage.engines.graph.mincut import min_cut, nbytes, nbytes_together
 from funcstage.engines.graph.nodes import aten, behind, dependents, is_cheap, is_view
 
 Choice: TypeAlias = Literal["none", "min_cut", "full"] | Callable[[Node], bool]
@@ -113,21 +113,94 @@ def crossing(division: Division, remat: Choice) -> Crossing:
         again_in_input = set()
         again_in_weight = cheap & (unsaved | late)
     free = _free(nodes, division.state, cheap)
-    held = {node for node in nodes if node.meta.get(CHECKPOINTED) is False}
-    again_in_input = (again_in_input | unsaved) - held
+    wanted = {node for node in nodes if node.meta.get(CHECKPOINTED) is False}
+    again_in_input = (again_in_input | unsaved) - wanted
     # What I has to compute again is at hand for W, with what is cheap to make of it; the rest is computed
     # again in W alone.
     at_hand = behind(_reads(urgent, input_grads), again_in_input)
     for_weight_alone = unsaved - late - at_hand - _made_of(at_hand, unsaved, division)
-    again_in_weight = (again_in_weight | division.movable | for_weight_alone) - held
+    again_in_weight = (again_in_weight | division.movable | for_weight_alone) - wanted
 
     demand = _reads(division.deferred - division.movable, param_grads)
     for_weight = _cut(demand, again_in_weight, free, for_weight_alone)
     moved = division.movable & ancestors(for_weight)
     reads = [*_reads(urgent | moved, input_grads), *for_weight]
     after_forward = _cut([node for node in reads if node not in late], again_in_input, free, unsaved)
-    from_input = [node for node in for_weight if node not in set(after_forward)]
+    held = {*after_forward}
+    made = behind(reads, again_in_input - held)
+    for_weight = _of_what_is_there(division, for_weight, held, made, free, again_in_weight)
+    from_input = [node for node in for_weight if node not in held]
     return Crossing(after_forward, from_input, for_weight)
+
+
+WRITTEN = 1 / 64
+"""The share of a value's bytes that W may hold beyond them, if then nobody has to write it.
+
+It is enough for an input and its norm's scales, one for each 64 numbers or more, to stand for their product.
+"""
+
+
+def _of_what_is_there(
+    division: Division,
+    for_weight: list[Node],
+    held: set[Node],
+    made: set[Node],
+    free: set[Node],
+    again: set[Node],
+) -> list[Node]:
+    """Let W map what is held anyway, rather than let I write for it what W would map further.
+
+    So layers that are alike hand W the same, whether or not it has other uses for some of that. An operand of
+    a product is left as it is: it is written once, here or there.
+
+    Args:
+        division: of the joint graph.
+        for_weight: what W is to read.
+        held: what F hands on.
+        made: what I computes again from that.
+        free: what W has anyway.
+        again: what W may compute.
+
+    Returns:
+        What W reads instead, in graph order: for each value that is no longer written at most the share
+        `WRITTEN` of its bytes more.
+    """
+    operands = _in_memory(_reads(division.deferred - division.cheap, division.joint.results[3]))
+    mapped = (division.cheap & again) - division.late
+    found = {*for_weight}
+    for node in reversed(for_weight):
+        if node not in mapped or node in operands or node in held:
+            continue
+        most = WRITTEN * nbytes(node)
+        sources: set[Node] = set()
+        stack, seen = [*node.all_input_nodes], {*free}
+        while stack:
+            read = stack.pop()
+            if read in seen:
+                continue
+            seen.add(read)
+            if read in held or read in found or (read in made and 0 < nbytes(read) <= most):
+                sources.add(read)
+            elif read in mapped:
+                stack += read.all_input_nodes
+            else:
+                break
+        else:
+            new = sources - found
+            if nbytes_together(new) <= nbytes(node) + most and nbytes_together(new - held) <= most:
+                found = (found - {node}) | sources
+    return sorted(found)
+
+
+def _in_memory(reads: Iterable[Node]) -> set[Node]:
+    """What must lie in memory for some nodes to be read: they, and what they are views of."""
+    stack, found = [*reads], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes if is_view(node) else ()
+    return found
 
 
 def _made_of(at_hand: set[Node], unsaved: set[Node], division: Division) -> set[Node]:

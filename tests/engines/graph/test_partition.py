@@ -102,6 +102,33 @@ def test_gradients_of_norms_are_summed_where_their_terms_are_at_hand() -> None:
     assert all(parts.nbytes[name] > 8 * 4 for name in parts.from_input)
 
 
+class Scaled(nn.Module):
+    """A norm whose scales alone are trained, and a product behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(256), nn.Linear(256, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("remat", ["min_cut", "full"])
+def test_w_maps_what_is_held_anyway_rather_than_i_writes_it(remat: Any) -> None:
+    parts = partition(joint_of(Scaled(), torch.randn(32, 256)), remat)
+    assert {*parts.for_weight} > {"arg_0", "rsqrt", "cotangent_0"}, "rather than the product of the first two"
+    large = [name for name in parts.from_input if parts.nbytes[name] == 32 * 256 * 4]
+    assert len(large) == 2, "the cotangent and its product with the weight"
+    assert sum(parts.nbytes[name] for name in parts.for_weight) <= (3 + 1 / 64) * 32 * 256 * 4
+
+
+def test_an_operand_that_i_makes_of_what_is_held_is_not_made_again_by_w() -> None:
+    parts = partition(joint_of(nn.Sequential(nn.GELU(), nn.Linear(8, 8)), torch.randn(4, 8)), "min_cut")
+    weight = [node.target for node in parts.weight_grad.module.graph.nodes]
+    assert torch.ops.aten.gelu.default not in weight
+    assert parts.after_forward == ("arg_0",)
+
+
 def test_the_programs_mutate_nothing() -> None:
     parts = partition(
         joint_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.ones(2, 4)), "none"
