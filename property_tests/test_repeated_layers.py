@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_pullbacks import assert_bitwise_equal, cotangents
 
 import funcstage as fs
 from funcstage import trees
-from funcstage.engines.graph import chain
+from funcstage.engines.graph import chain, surplus
 from funcstage.testing import strategies
 from funcstage.testing.stages import Block, Node, Stage, after, inner_place
 
@@ -82,10 +83,19 @@ def run(stage: Stage, **options: Any) -> Any:
 
 
 @SHARE
-@given(stage=deep(), remat=st.sampled_from(("none", "min_cut", "full")))
-def test_repeated_layers_give_to_the_bit_what_one_program_gives(stage: Stage, remat: Any) -> None:
+@given(
+    stage=deep(),
+    remat=st.sampled_from(("none", "min_cut", "full")),
+    share=st.sampled_from((surplus.SURPLUS, math.inf)),
+)
+def test_repeated_layers_give_to_the_bit_what_one_program_gives(
+    stage: Stage, remat: Any, share: float
+) -> None:
     hypothesis.assume(not stage.reads_values)
-    assert_bitwise_equal(run(stage, remat=remat, repeated=True), run(stage, remat=remat, repeated=False))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(surplus, "SURPLUS", share)
+        ours = run(stage, remat=remat, repeated=True)
+    assert_bitwise_equal(ours, run(stage, remat=remat, repeated=False))
 
 
 @SHARE

@@ -14,21 +14,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from funcstage.engines.graph.extract import boxed
 from funcstage.engines.graph.joint import results_of
-from funcstage.engines.graph.repeats import Least, form, graph_of, is_state, ordered, parts_of
+from funcstage.engines.graph.repeats import Form, Least, graph_of, is_state, ordered, parts_of
 from funcstage.engines.graph.runners import Lower, Runner
+from funcstage.engines.graph.surplus import Part, Run, runs_of
 
 OF_ANY_SIZE = Least(nodes=4, times=2)
 WORTH_IT = Least(nodes=12, times=4)
 """Below it a compiler takes about as long, and sees more at once."""
-
-
-class _Part(NamedTuple):
-    """Operations that become a program, with what they read from outside and what is read of them."""
-
-    nodes: Sequence[Node]
-    inputs: Sequence[Node]
-    results: Sequence[Node]
-    donated: frozenset[int]  # of the inputs
 
 
 class _Link(NamedTuple):
@@ -38,13 +30,13 @@ class _Link(NamedTuple):
         run: the program.
         inputs: which values it reads.
         last: which of them nobody reads after it.
-        results: where its results go.
+        results: where its results go; None where nobody reads one.
     """
 
     run: Runner
     inputs: tuple[int, ...]
     last: tuple[int, ...]
-    results: tuple[int, ...]
+    results: tuple[int | None, ...]
 
 
 def chained(lower: Lower, least: Least) -> Lower:
@@ -63,24 +55,25 @@ def chained(lower: Lower, least: Least) -> Lower:
         parts = _parts(module, donated, least)
         if len(parts) < 2:
             return lower(module, donated)
-        forms = [form(part.nodes, part.inputs, part.results, module) for part in parts]
+        runs = runs_of(parts, module)
         # What not all of them may overwrite, none does: else there would be several programs.
-        common: dict[Hashable, frozenset[int]] = {}
-        for part, said in zip(parts, forms, strict=True):
-            common[said] = common.get(said, part.donated) & part.donated
-        runners = []
-        for part, said in zip(parts, forms, strict=True):
-            key = said, common[said]
-            if key not in known:
-                small, names = _program(module, part)
-                known[key] = lower(small, {names[i] for i in common[said]})
-            runners.append(known[key])
-        return _runner(module, parts, runners)
+        common: dict[Form, frozenset[int]] = {}
+        for run in runs:
+            common[run.form] = common.get(run.form, run.donated) & run.donated
+        runners = {}
+        for run in runs:
+            if run.form not in runners:
+                key = run.form, common[run.form]
+                if key not in known:
+                    small, names = _program(module, run.model)
+                    known[key] = lower(small, {names[i] for i in common[run.form]})
+                runners[run.form] = known[key]
+        return _runner(module, [(run, runners[run.form]) for run in runs])
 
     return lower_chained
 
 
-def _parts(module: GraphModule, donated: Collection[str], least: Least) -> list[_Part]:
+def _parts(module: GraphModule, donated: Collection[str], least: Least) -> list[Part]:
     """Divide a program; a single part is all of it."""
     graph = module.graph
     divided = parts_of(ordered(graph), module, least)
@@ -97,11 +90,11 @@ def _parts(module: GraphModule, donated: Collection[str], least: Least) -> list[
             for k, node in enumerate(inputs)
             if node.name in donated and {home.get(user) for user in node.users} == {i}
         )
-        parts.append(_Part(nodes, inputs, results, frozenset(own)))
+        parts.append(Part(nodes, inputs, results, frozenset(own)))
     return parts
 
 
-def _program(module: GraphModule, part: _Part) -> tuple[GraphModule, list[str]]:
+def _program(module: GraphModule, part: Part) -> tuple[GraphModule, list[str]]:
     """A part as a program, and what its inputs are called."""
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -120,25 +113,26 @@ def _program(module: GraphModule, part: _Part) -> tuple[GraphModule, list[str]]:
     return boxed(module, graph), [copies[node].name for node in part.inputs]
 
 
-def _runner(module: GraphModule, parts: Sequence[_Part], runners: Sequence[Runner]) -> Runner:
+def _runner(module: GraphModule, runs: Sequence[tuple[Run, Runner]]) -> Runner:
     """What runs one part after the other."""
     graph = module.graph
     given = graph.find_nodes(op="placeholder")
     captured = [node for node in graph.find_nodes(op="get_attr") if graph_of(node, module) is None]
-    slots = {node: i for i, node in enumerate((*given, *captured))}
-    for part in parts:
-        for node in part.results:
-            slots[node] = len(slots)
-    results = [None if node is None else slots[node] for node in results_of(graph)]
+    slots: dict[Node | None, int] = {node: i for i, node in enumerate((*given, *captured))}
+    for run, _ in runs:
+        for node in run.results:
+            if node is not None:
+                slots[node] = len(slots)
+    results = [slots.get(node) for node in results_of(graph)]
     left: dict[int, int] = {}
-    for i, part in enumerate(parts):
-        left.update(dict.fromkeys((slots[node] for node in part.inputs), i))
+    for i, (run, _) in enumerate(runs):
+        left.update(dict.fromkeys((slots[node] for node in run.inputs), i))
     kept = set(results)
     links = []
-    for i, (part, run) in enumerate(zip(parts, runners, strict=True)):
-        inputs = tuple(slots[node] for node in part.inputs)
+    for i, (run, runner) in enumerate(runs):
+        inputs = tuple(slots[node] for node in run.inputs)
         last = tuple(slot for slot in dict.fromkeys(inputs) if left[slot] == i and slot not in kept)
-        links.append(_Link(run, inputs, last, tuple(slots[node] for node in part.results)))
+        links.append(_Link(runner, inputs, last, tuple(map(slots.get, run.results))))
     tensors = [getattr(module, str(node.target)) for node in captured]
     n = len(slots) - len(given) - len(captured)
 
@@ -150,7 +144,8 @@ def _runner(module: GraphModule, parts: Sequence[_Part], runners: Sequence[Runne
             for i in last:
                 values[i] = None
             for place, value in zip(places, run(read), strict=True):
-                values[place] = value
+                if place is not None:
+                    values[place] = value
             value = None  # the next program may be its last reader
         return tuple([None if i is None else values[i] for i in results])
 

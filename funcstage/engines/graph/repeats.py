@@ -22,6 +22,24 @@ from funcstage.engines.graph.mincut import nbytes
 from funcstage.engines.graph.overlap import is_on_its_way
 
 
+class Form(NamedTuple):
+    """What a part looks like from outside and within; operations are numbered from 0, inputs from -1 down.
+
+    So what is added at its end changes nothing of what says the rest.
+
+    Attributes:
+        inputs: what they are.
+        operations: what they are, and what each reads.
+        values: what the operations make.
+        results: which of these are read outside.
+    """
+
+    inputs: tuple[Hashable, ...]
+    operations: tuple[Hashable, ...]
+    values: tuple[Hashable, ...]
+    results: tuple[int, ...]
+
+
 class Least(NamedTuple):
     """What is worth being a part of its own.
 
@@ -102,7 +120,8 @@ def _unit(
                 phase: [prices[first + phase + i * period] for i in range(times + 1)]
                 for phase in range(spare + 1)
             }
-            phase = min(cuts, key=lambda phase: (max(cuts[phase]), sum(cuts[phase])))
+            # On equal terms from the beginning: what is left over at the end then begins as the others do.
+            phase = min(cuts, key=lambda phase: (max(cuts[phase]), phase > 0, sum(cuts[phase])))
             if max(cuts[phase]) < NEVER:
                 best, saved = (first + phase, period), (times - 1) * period
     return best
@@ -168,7 +187,7 @@ def form(
     inputs: Sequence[Node],
     results: Sequence[Node],
     root: GraphModule,
-) -> Hashable:
+) -> Form:
     """All that a lowered part depends on; equal for parts of which one can run in place of the other.
 
     Args:
@@ -177,8 +196,8 @@ def form(
         results: which of them are read outside.
         root: what holds the graphs that operations run.
     """
-    names = {node: i for i, node in enumerate((*inputs, *nodes))}
-    return (
+    names = {node: ~i for i, node in enumerate(inputs)} | {node: i for i, node in enumerate(nodes)}
+    return Form(
         tuple((is_state(node), said_of(node.meta["val"])) for node in inputs),
         tuple(
             (node.target, _said(node.args, names, root), _said(node.kwargs, names, root)) for node in nodes

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_repeats import WIDTH, Layer, programs
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcstage as fs
-from funcstage.engines.graph import chain
+from funcstage.engines.graph import chain, surplus
 from funcstage.engines.graph.chain import OF_ANY_SIZE, chained
+from funcstage.engines.graph.repeats import ordered
 from funcstage.engines.graph.runners import Runner, run_as_python
 from funcstage.testing import check_stage
 
@@ -84,9 +88,13 @@ def gradients(stage: Any, params: Any, buffers: Any, x: Tensor, cotangent: Tenso
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("share", [surplus.SURPLUS, math.inf])
 @pytest.mark.parametrize("remat", ["none", "min_cut", "full"])
 @pytest.mark.parametrize("name", STAGES)
-def test_repeated_layers_give_to_the_bit_what_one_program_gives(name: str, remat: Any) -> None:
+def test_repeated_layers_give_to_the_bit_what_one_program_gives(
+    name: str, remat: Any, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surplus, "SURPLUS", share)
     torch.manual_seed(0)
     apply, params, buffers = fs.functionalize(STAGES[name]())
     x, cotangent = torch.randn(4, WIDTH), torch.randn(4, WIDTH)
@@ -116,22 +124,100 @@ def test_repeated_layers_are_eagers_by_inductor() -> None:
     )
 
 
-def test_each_kind_of_layer_is_lowered_once_however_many_there_are() -> None:
-    def lowered(depth: int) -> list[int]:
-        counts = []
-        for program in programs(nn.Sequential(*(Layer() for _ in range(depth)))):
-            seen: list[GraphModule] = []
+def lowered(module: nn.Module, x: Tensor, **options: Any) -> list[int]:
+    """How many programs are lowered for F, I and W."""
+    counts = []
+    apply, params, buffers = fs.functionalize(module)
+    for program in fs.compile(apply, backend="aten", **options).programs(params, buffers, x):
+        seen: list[GraphModule] = []
 
-            def lower(module: GraphModule, donated: Collection[str], seen: Any = seen) -> Runner:
-                seen.append(module)
-                return run_as_python(module, donated)
+        def lower(module: GraphModule, donated: Collection[str], seen: Any = seen) -> Runner:
+            seen.append(module)
+            return run_as_python(module, donated)
 
-            chained(lower, OF_ANY_SIZE)(program, ())
-            counts.append(len(seen))
-        return counts
+        chained(lower, OF_ANY_SIZE)(program, ())
+        counts.append(len(seen))
+    return counts
 
-    assert lowered(6) == lowered(12)
-    assert lowered(12)[0] == 1
+
+class Gated(nn.Module):
+    """The second half of a transformer's block, behind a norm whose scales are trained."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_layers_that_are_alike_are_lowered_once_the_first_and_last_among_them(depth: int) -> None:
+    module = nn.Sequential(*(Gated() for _ in range(depth)))
+    assert lowered(module, torch.randn(8, 64)) == [1, 1, 1]
+    forward, _, weight_grad = lowered(module, torch.randn(8, 64), remat="full")
+    assert forward == weight_grad == 1
+
+
+def test_where_it_would_be_much_that_nobody_reads_the_first_layer_has_a_program_of_its_own() -> None:
+    module = nn.Sequential(*(Gated() for _ in range(4)))
+    assert lowered(module, torch.randn(256, 64)) == [1, 1, 2]
+
+
+def runs_of_two(more: Any, *extra: Tensor) -> list[surplus.Run]:
+    """Of a part, and of one that begins alike and goes on."""
+
+    def both(x: Tensor, y: Tensor, *extra: Tensor) -> Any:
+        a, b = x.sin() * x, y.sin() * y
+        return a, b, more(b, *extra)
+
+    root = make_fx(both)(torch.randn(4, 4), torch.randn(4, 4), *extra)
+    nodes, (x, y, *others) = ordered(root.graph), root.graph.find_nodes(op="placeholder")
+    all_of_them = frozenset(range(1 + len(others)))
+    return surplus.runs_of(
+        [
+            surplus.Part(nodes[:2], [x], [nodes[1]], frozenset({0})),
+            surplus.Part(nodes[2:], [y, *others], [nodes[3], nodes[-1]], all_of_them),
+        ],
+        root,
+    )
+
+
+def test_a_part_runs_as_one_that_goes_on_where_that_maps_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, whole = runs_of_two(torch.tanh)
+    assert part.form != whole.form, "more than the share"
+    monkeypatch.setattr(surplus, "SURPLUS", math.inf)
+    part, whole = runs_of_two(torch.tanh)
+    assert part.form == whole.form
+    assert part.model is whole.model
+    assert part.results[1] is None
+    assert part.donated == {0}
+    part, whole = runs_of_two(torch.mul, torch.randn(4, 4))
+    assert part.form == whole.form
+    assert len({*part.inputs}) == 1, "the other factor may be any"
+    assert not part.donated, "what it is given twice would be overwritten between"
+
+
+@pytest.mark.parametrize(
+    ("more", "extra"),
+    [
+        (lambda b: b @ b, ()),
+        (lambda b: b > 0, ()),
+        (torch.add, (torch.ones(4, 4, dtype=torch.int64),)),
+        (torch.mul, (torch.randn(4),)),
+    ],
+    ids=["a product", "no number", "an integer", "of another shape"],
+)
+def test_a_part_computes_nothing_for_nobody_that_takes_long_or_might_fail(
+    more: Any, extra: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surplus, "SURPLUS", math.inf)
+    part, whole = runs_of_two(more, *extra)
+    assert part.form != whole.form
+    assert part.model is not whole.model
 
 
 def test_what_passes_between_layers_is_freed_after_its_last_use() -> None:

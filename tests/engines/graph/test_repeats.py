@@ -155,7 +155,7 @@ def test_what_is_repeated_is_cut_where_least_crosses(least: Least) -> None:
         for start in range(first, first + length - times * unit + 1):
             crossed = prices[start : start + times * unit + 1 : unit]
             if max(crossed) < NEVER:
-                costs[start] = max(crossed), sum(crossed)
+                costs[start] = max(crossed), start > first, sum(crossed)
         expected = (min(costs, key=costs.__getitem__), unit) if costs and times >= least.times else None
         assert _unit(looks, 0, len(looks), prices, least) == expected
         assert _unit([7, 7, *looks, 7, 7], 2, 2 + len(looks), [0, 0, *prices, 0, 0], least) == (
