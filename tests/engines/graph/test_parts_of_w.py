@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcstage.engines.graph.extract import Program, boxed
+from funcstage.engines.graph.extract import Program
 from funcstage.engines.graph.pieces import cut_out, divide
 from funcstage.engines.graph.sites import _views, restored
+from tests.support.graph_programs import program_of, ran
 
 aten = torch.ops.aten
 
@@ -75,24 +75,9 @@ def test_a_cotangent_is_seen_as_the_first_product_sees_it_or_what_comes_first(pr
     assert _views(start, [flat, turned]) == (start,)
 
 
-def program_of(function: Callable[..., Sequence[Tensor | None]], *args: Tensor) -> Program:
-    """A program as W is one, which empties the list of its inputs."""
-    module = make_fx(lambda *given: [*function(*given)], tracing_mode="fake")(*args)
-    names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    (output,) = module.graph.find_nodes(op="output")
-    results = tuple(None if node is None else node.name for node in output.args[0])
-    graph = Graph()
-    graph.output(tuple(graph.graph_copy(module.graph, {}) or ()))
-    return Program(boxed(module, graph), names, results)
-
-
 def results_of(program: Program) -> Sequence[Node | None]:
     (output,) = program.module.graph.find_nodes(op="output")
     return output.args[0]
-
-
-def ran(program: Program, given: dict[str, Tensor]) -> list[Tensor | None]:
-    return list(program.module([given[name] for name in program.inputs]))
 
 
 def chain(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor | None]:
