@@ -68,6 +68,11 @@ class Space(NamedTuple):
     names: set[str]
     library: bool
 
+    def now(self) -> Hashable:
+        """Which of the names are there and which are not: two traces may have missed different ones."""
+        there = self.entries.keys()
+        return frozenset(self.names & there), frozenset(self.names - there)
+
 
 class Reads:
     """The places that a trace has read, in the order in which it came upon them.
@@ -93,8 +98,9 @@ class Reads:
         self._said = said
 
     def is_like(self, other: Reads) -> bool:
-        """Tell whether the same places were read, in the same order."""
-        return self._keys == other._keys and len(self.spaces) == len(other.spaces)
+        """Tell whether the same places were read, in the same order, and the same names looked up."""
+        one, another = ([(id(s.entries), s.names) for s in reads.spaces] for reads in (self, other))
+        return self._keys == other._keys and one == another
 
     def now(self) -> Said:
         """What all of it says at present."""
@@ -103,8 +109,7 @@ class Reads:
             (place.label, said if place.is_gone() else said_by(place, self.known))
             for place, said in zip(self.places, self._said, strict=True)
         ]
-        present = [(f"the names in {s.label}", frozenset(s.names & s.entries.keys())) for s in self.spaces]
-        return *found, *present
+        return *found, *((f"the names in {space.label}", space.now()) for space in self.spaces)
 
 
 Said: TypeAlias = tuple[tuple[str, Hashable], ...]

@@ -41,10 +41,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
-from funcstage.engines.graph.reads import ABSENT, Said, _numbers
+from funcstage.engines.graph.reads import ABSENT, Place, Reads, Said, Space, _numbers
 from funcstage.engines.graph.recorder import _is_data
 
 SETTING: Any = None
@@ -893,6 +894,14 @@ def test_a_global_of_a_module_that_is_found_by_its_name_is_seen(
     check_change(compiled(Reading(read, float)), change, torch.randn(2, 4))
 
 
+class Doubling(TorchFunctionMode):
+    """Doubles what every function of torch returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found * 2 if isinstance(found, (Tensor, float)) else found
+
+
 ROW = torch.tensor([1.0, 2.0])
 NUMBERS: tuple[Any, ...] = (
     *(torch.tensor(value) for value in (0.0, -0.0, 1.0, 2.0, 1, True, 1j, float("inf"))),
@@ -909,7 +918,7 @@ def test_the_values_of_tensors_are_told_apart_exactly_in_every_layout_and_under_
         if isinstance(value, Tensor):
             assert _numbers(value.clone().requires_grad_(value.is_floating_point())) == numbers
             assert _numbers(value.mT.contiguous().mT if value.dim() == 2 else value) == numbers
-            with FakeTensorMode(), torch.device("meta"):
+            with FakeTensorMode(), torch.device("meta"), Doubling():
                 assert _numbers(value) == numbers
     assert _numbers(torch.tensor(float("nan"))) == _numbers(torch.tensor(float("nan")))
     assert _numbers((ROW + 1j).conj()) == _numbers(ROW - 1j)
@@ -949,3 +958,60 @@ def test_whether_a_captured_tensor_requires_grad_is_seen() -> None:
     tensor = torch.ones(3)
     stage = compiled(Reading(lambda: tensor, lambda t: 2.0 if t.requires_grad else 1.0))
     check_change(stage, tensor.requires_grad_, torch.randn(2, 4))
+
+
+def with_a_name_for_each_setting(x: Tensor) -> Tensor:
+    def one() -> Any:
+        return ONE  # noqa: F821
+
+    def other() -> Any:
+        return OTHER  # noqa: F821
+
+    try:
+        return x * (one() if SETTING == 1 else other())
+    except NameError:
+        return x
+
+
+def test_a_name_that_is_not_there_is_told_from_one_which_another_call_did_not_find(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, x = sys.modules[__name__], torch.randn(2, 4)
+    fast = fs.compile(lambda params, buffers, x: (with_a_name_for_each_setting(x), buffers), backend="aten")
+
+    def is_right() -> bool:
+        return all(torch.equal(fast((), (), x)[0], with_a_name_for_each_setting(x)) for _ in range(2))
+
+    for setting, name in ((1, None), (2, None), (2, "OTHER"), (1, None), (1, "ONE"), (2, None)):
+        monkeypatch.setattr(here, "SETTING", setting)
+        if name is not None:
+            monkeypatch.setattr(here, name, 5.0, raising=False)
+        assert is_right(), (setting, name)
+    assert "4 signature(s)" in repr(fast)
+
+
+def test_two_traces_are_alike_which_read_the_same_places_and_looked_up_the_same_names() -> None:
+    here, there = {"a": 1, "b": 2}, {"a": 1}
+
+    def reads(names: str, *spaces: Space) -> Reads:
+        places = {(id(here), name): Place(repr(name), here, name) for name in names}
+        return Reads(places, [here[name] for name in names], spaces, set())
+
+    def space(names: str, entries: dict[str, Any] = here, library: bool = False) -> Space:
+        return Space("a module", entries, {*names}, library)
+
+    kinds = [
+        (reads("a", space("a")), reads("a", space("a")), reads("a", space("a"), space("x", library=True))),
+        (reads("a"),),
+        (reads("b", space("a")),),
+        (reads("ab", space("a")), reads("ab", space("a"))),
+        (reads("ba", space("a")),),
+        (reads("a", space("ax")), reads("a", space("xa"))),
+        (reads("a", space("ay")),),
+        (reads("a", space("a", there)),),
+        (reads("a", space("a"), space("a", there)),),
+    ]
+    for kind, other in itertools.product(kinds, kinds):
+        for one, another in itertools.product(kind, other):
+            assert one.is_like(another) == (kind is other)
+    assert reads("a", space("ax")).now() != reads("a", space("ay")).now()
