@@ -29,10 +29,9 @@ def averaged_in_tensors(module: Any) -> Iterator[None]:
             part.__dict__.pop("forward", None)
 
 
-def _averages(part: nn.Module) -> bool:
+def _averages(part: Any) -> bool:
     return (
-        isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-        and type(part).forward is nn.BatchNorm1d.forward  # which all of them inherit
+        type(part).forward is nn.BatchNorm1d.forward  # which those of two and three dimensions have, too
         and "forward" not in part.__dict__
         and part.momentum is None
         and part.training

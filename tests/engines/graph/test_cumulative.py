@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import funcstage as fs
+from funcstage.engines.graph.cumulative import averaged_in_tensors
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS = {
     "rows": (nn.BatchNorm1d, (5, 3)),
     "sequences": (nn.BatchNorm1d, (4, 3, 2)),
@@ -25,7 +30,7 @@ def test_a_cumulative_average_is_what_eager_makes_of_it_over_steps(case: str, ba
     module = nn.Sequential(kind(3, momentum=None), nn.Tanh(), kind(3, momentum=None, affine=False))
     reference = copy.deepcopy(module)
     apply, params, buffers = fs.functionalize(module)
-    compiled = fs.compile(apply, backend=backend)
+    compiled = fs.compile(apply, backend=backend, fullgraph=True)
     for _ in range(3):
         x = torch.randn(shape) * 3 + 1
         leaf = x.clone().requires_grad_()
@@ -37,6 +42,43 @@ def test_a_cumulative_average_is_what_eager_makes_of_it_over_steps(case: str, ba
         found = [output, dx, *weight_pullback().values(), *buffers.values()]
         for one, other in zip(found, [expected, *grads, *reference.buffers()], strict=True):
             torch.testing.assert_close(one, other.detach())
+
+
+def given(norm: Any, **attributes: Any) -> Any:
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
+
+
+PARTS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    **{kind.__name__: (lambda kind=kind: kind(3, momentum=None), True) for kind in BATCH_NORMS},
+    "a class of its own": (
+        lambda: type("Own", (nn.BatchNorm1d,), {})(3, momentum=None),
+        True,
+    ),
+    "a forward of its class": (lambda: Reads(3, momentum=None), False),
+    "a forward of its own": (lambda: given(nn.BatchNorm1d(3, momentum=None), forward=F.relu), False),
+    "a moving average": (lambda: nn.BatchNorm1d(3), False),
+    "in use": (lambda: nn.BatchNorm1d(3, momentum=None).eval(), False),
+    "without statistics": (lambda: nn.BatchNorm1d(3, momentum=None, track_running_stats=False), False),
+    "with old ones": (lambda: given(nn.BatchNorm1d(3, momentum=None), track_running_stats=False), False),
+    "without a mean": (lambda: given(nn.BatchNorm1d(3, momentum=None), running_mean=None), False),
+    "without a count": (lambda: given(nn.BatchNorm1d(3, momentum=None), num_batches_tracked=None), False),
+    "another norm": (lambda: nn.InstanceNorm1d(3, momentum=None, track_running_stats=True), False),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_norms_that_average_over_all_steps_are_given_a_forward_and_lose_it_again(name: str) -> None:
+    make, averages = PARTS[name]
+    module = nn.Sequential(nn.Linear(3, 3), make())
+    part, before = vars(module[1]), dict(vars(module[1]))
+    with averaged_in_tensors(module):
+        assert (part.get("forward") is not before.get("forward")) == averages
+        assert "forward" not in vars(module[0])
+    assert part == before
+    with averaged_in_tensors(lambda x: x):
+        pass
 
 
 class Reads(nn.BatchNorm1d):
