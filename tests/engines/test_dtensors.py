@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from both_ways import ENGINES, stage_of
+from one_process import one_process
 from pipeline_ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -656,3 +657,19 @@ def mapped(rank: int, group: Any, engine: str, copies: bool) -> int:
 def test_what_was_just_gathered_may_enter_a_local_map(engine: str, copies: bool) -> None:
     # Without the copy torch's own local_map loses that gradient where nothing is traced.
     assert run(2, mapped, engine, copies) == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_anomaly_mode_around_the_programs_of_dtensors_is_refused_as_they_do_not_look_for_nan() -> None:
+    with one_process():
+        module = distribute_module(nn.Linear(3, 2), init_device_mesh("cpu", (1,)))
+        apply, params, buffers = fs.functionalize(module)
+        x = distribute_tensor(torch.randn(4, 3), module.weight.device_mesh, [Replicate()])  # type: ignore[attr-defined]
+        output, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
+        cotangent = torch.ones_like(output)
+        with torch.autograd.detect_anomaly(), pytest.raises(fs.StageError, match=r"I of Linear is compiled"):
+            pullback(cotangent)
+        _, weight_pullback = pullback(cotangent)
+        with torch.autograd.detect_anomaly(), pytest.raises(fs.StageError, match=r"W of Linear is compiled"):
+            weight_pullback()
+        torch.testing.assert_close(full(weight_pullback()["bias"]), torch.full((2,), 4.0))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage.report import size
@@ -113,6 +114,59 @@ def test_random_numbers_are_drawn_once_within_any_budget() -> None:
     for found in outcomes[1:]:
         for ours, expected in zip(found, outcomes[0], strict=True):
             assert torch.equal(ours, expected)
+
+
+@torch.library.custom_op(
+    "funcstage_tests::two_draws", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def two_draws(x: Tensor) -> list[Tensor]:
+    return [torch.rand_like(x), torch.rand_like(x)]
+
+
+@two_draws.register_fake
+def _(x: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x), torch.empty_like(x)]
+
+
+DRAWS: dict[str, Callable[[Tensor], Any]] = {
+    "one tensor": lambda x: (torch.rand_like(x), torch.rand_like(x)),
+    "a list": lambda x: two_draws(x.detach()),
+    "a tuple": lambda x: torch.ops.aten.native_dropout(x, 0.5, True),
+}
+
+
+class Drawing(nn.Linear):
+    """A checkpointed region whose draws are one operation or two."""
+
+    how = "one tensor"
+
+    def region(self, x: Tensor) -> Tensor:
+        y = super().forward(x).sin()
+        first, second = DRAWS[self.how](y)
+        return (y * first).cos() * second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.region, x, use_reentrant=False)
+        return y + torch.rand_like(y)
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_draws_of_a_checkpointed_region_are_repeated_whatever_form_they_have(how: str) -> None:
+    module, x = Drawing(4, 4), torch.randn(3, 4, requires_grad=True)
+    module.how = how
+    torch.manual_seed(3)
+    expected = module(x)
+    grads = torch.autograd.grad(expected.sin().sum(), [x, *module.parameters()])
+    drawn = torch.rand(())
+    apply, params, buffers = fs.functionalize(module)
+    torch.manual_seed(3)
+    output, _, pullback = fs.stage_vjp(
+        fs.compile(apply, backend="aten", fullgraph=True), params, buffers, x.detach()
+    )
+    (dx,), weight_pullback = pullback(output.cos())
+    found = [output, dx, *weight_pullback().values(), torch.rand(())]
+    for ours, theirs in zip(found, [expected.detach(), *grads, drawn], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

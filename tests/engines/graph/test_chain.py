@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import weakref
 from collections.abc import Collection
@@ -16,8 +17,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import funcstage as fs
-from funcstage.engines.graph import chain, surplus
-from funcstage.engines.graph.chain import OF_ANY_SIZE, chained
+from funcstage.engines.graph import chain, inductor, surplus
+from funcstage.engines.graph.chain import OF_ANY_SIZE, WORTH_IT, chained
 from funcstage.engines.graph.repeats import ordered
 from funcstage.engines.graph.runners import Runner, run_as_python
 from funcstage.testing import check_stage
@@ -112,6 +113,27 @@ def test_repeated_layers_are_eagers(name: str) -> None:
         torch.randn(4, WIDTH),
         engines=lambda apply: fs.compile(apply, backend="aten", repeated=True),
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "repeated", "least"),
+    [
+        ("aten", None, None),
+        ("aten", False, None),
+        ("aten", True, OF_ANY_SIZE),
+        ("inductor", False, None),
+        ("inductor", None, WORTH_IT),
+        ("inductor", True, OF_ANY_SIZE),
+    ],
+)
+def test_repeated_layers_become_parts_where_that_is_asked_for_or_worth_it(
+    backend: str, repeated: bool | None, least: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling = importlib.import_module("funcstage.engines.graph.compile")  # the package has its function
+    monkeypatch.setattr(compiling, "chained", lambda *args: args)
+    _, lower = compiling._backend(backend, repeated)
+    of_backend = run_as_python if backend == "aten" else inductor.lower
+    assert lower == (of_backend if least is None else (of_backend, least))
 
 
 @pytest.mark.slow

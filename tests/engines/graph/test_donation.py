@@ -119,6 +119,15 @@ def test_a_gradient_that_was_summed_up_early_is_handed_over_and_not_copied() -> 
     assert weight_pullback()["norm.weight"].data_ptr() in held
 
 
+@pytest.mark.parametrize("remat", ["none", "min_cut", "full"])
+def test_where_no_input_is_differentiated_nothing_is_summed_before_w(remat: Any) -> None:
+    apply, params, buffers = fs.functionalize(Gated())
+    compiled = fs.compile(apply, backend="aten", remat=remat)
+    for argnums, computes in ((0, True), ((), False)):
+        programs = compiled.programs(params, buffers, torch.randn(2**16, 8), argnums=argnums)
+        assert any(node.op == "call_function" for node in programs.input_grad.graph.nodes) == computes
+
+
 def test_what_is_computed_again_for_the_weights_frees_its_operands_at_once() -> None:
     apply, params, buffers = fs.functionalize(nn.Sequential(Gated(), Gated()))
     programs = fs.compile(apply, backend="aten").programs(params, buffers, torch.randn(64, 8))

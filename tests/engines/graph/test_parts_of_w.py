@@ -144,3 +144,16 @@ def test_pieces_of_w_compute_each_gradient_in_one_of_them_and_nothing_twice(part
     several = {name for name in read if read.count(name) > 1}
     assert pieces.common == (several if len(pieces.programs) > 1 else set())
     assert sum(node.target is aten.mm.default for each in programs for node in each.module.graph.nodes) == 3
+
+
+def sharing(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor | None]:
+    """Gradients of which two share a sine, and two others a product."""
+    sine, product = c.sin(), a.t() @ c
+    return [a @ sine, product.sum(0), b @ sine, product.sum(1)]
+
+
+def test_gradients_which_share_what_is_cheap_may_be_in_several_pieces_and_of_a_product_in_one() -> None:
+    pieces = divide(program_of(sharing, *GIVEN), 4)
+    there = [{i for i, name in enumerate(piece.results) if name is not None} for piece in pieces.programs]
+    assert sorted(there, key=min) == [{0}, {1, 3}, {2}]
+    assert pieces.first is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ from torch.nn import functional as F
 import funcstage as fs
 from funcstage.engines.graph import programs
 from funcstage.engines.graph.overlap import awaits_message, is_message
+from funcstage.engines.graph.together import handing_on, together
 from funcstage.pipelining import FunctionalPipelineStage
+from tests.support.graph_programs import program_of, ran
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -274,3 +277,34 @@ def test_b_of_a_pipelines_stage_is_one_program() -> None:
     for of_f, of_b in run(2, piped):
         assert len(of_f) == 2
         assert [beside for _, beside in of_b] == [True, True]
+
+
+def of_inputs(a: Tensor, b: Tensor, cotangent: Tensor) -> list[Tensor | None]:
+    """The gradient of an input, none of another, and what W reads."""
+    scaled = cotangent * torch.tensor([1.0, 2.0, 3.0])
+    return [scaled @ a, None, scaled.sin(), b.exp()]
+
+
+def of_weights(a: Tensor, b: Tensor, cotangent: Tensor, one: Tensor, two: Tensor) -> list[Tensor | None]:
+    return [one @ b, None, two * torch.tensor([1.0, 2.0, 3.0]) + cotangent, two]
+
+
+def test_i_and_w_in_one_compute_what_both_do_with_constants_and_what_one_hands_to_the_other() -> None:
+    given = [torch.randn(3, 3) for _ in range(3)]
+    *input_grads, one, two = of_inputs(*given)
+    expected = [*input_grads, None, None, *of_weights(*given, one, two)]  # type: ignore[arg-type]
+    first = program_of(of_inputs, *given)
+    second = program_of(of_weights, *given, one, two)  # type: ignore[arg-type]
+    assert first.inputs == second.inputs[:3]
+    joint = SimpleNamespace(module=second.module, placeholders=[], n_state=0)
+    joined = together(joint, first, second, second.inputs[3:], first.inputs[2:])  # type: ignore[arg-type]
+    found = ran(joined, dict(zip(first.inputs, given, strict=True)))
+    assert [name is not None for name in joined.results] == [each is not None for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)  # type: ignore[arg-type]
+    rest, names = handing_on(second)
+    assert rest.inputs == (names[0], *names[2:])
+    handed = dict(zip(names, expected[4:], strict=True))
+    again = ran(rest, handed)  # type: ignore[arg-type]
+    assert all(ours is theirs for ours, theirs in zip(again, handed.values(), strict=True))
