@@ -10,6 +10,7 @@ time above what there is before the step; copied is what went to the host in a s
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from benchmarks.split import Clock
 from funcstage import away
 from funcstage.pipelining import pipeline_order, pipeline_value_and_grad
 from funcstage.pipelining.local import ValueAndGrad
-from funcstage.pipelining.stays import Offloaded, stays
+from funcstage.pipelining.stays import Offloaded, stays_everywhere
 
 OFFLOADED: tuple[Offloaded | None, ...] = (None, "W", "IW")
 
@@ -63,6 +64,7 @@ def report(engine: str, schedule: str, options: argparse.Namespace) -> None:
     for turn in range(options.repeats + 1):
         for run in runs:
             clock.sync()
+            gc.collect()
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -78,8 +80,9 @@ def report(engine: str, schedule: str, options: argparse.Namespace) -> None:
     for run in runs:
         low, middle, high = statistics.quantiles(run.times, n=4)
         copied = run.moved.bytes / 2**20 / (options.repeats + 1)
+        gone = len(stays_everywhere(order, run.offload).after)
         print(
-            f"| {engine} | {schedule} | {run.offload or 'none'} | {len(stays(order, run.offload).after)} "
+            f"| {engine} | {schedule} | {run.offload or 'none'} | {gone} "
             f"| {copied:,.0f} | {middle:.1f} ({low:.1f} to {high:.1f}) | {run.peak:,.0f} |",
             flush=True,
         )

@@ -19,7 +19,7 @@ from funcstage.functional import FunctionalStage
 from funcstage.pipelining.capture.function import CapturedFunction
 from funcstage.pipelining.pieces import Pieces
 from funcstage.pipelining.ranges import leaves_behind, range_of
-from funcstage.pipelining.stays import NOWHERE, Offloaded, Stays, stays
+from funcstage.pipelining.stays import Offloaded, stays_everywhere, warn_of_nothing
 from funcstage.pipelining.waiting import Waiting
 from funcstage.pullback import Pullback, stage_vjp
 from funcstage.schedules.costs import Costs
@@ -62,9 +62,9 @@ def pipeline_value_and_grad(
         num_microbatches: into how many equal parts the batch is cut.
         captured: whether steps on a CUDA device become CUDA graphs, as by `captured`; elsewhere they run as
             they are, and a warning says so.
-        offload: whose residuals wait in host memory (`funcstage.offload`) where two actions or more of the
-            same rank come in between, and are fetched one action before they are used: `"W"` for those of W,
-            from I on; `"IW"` for those of I and W, from F on, too; `None` for none.
+        offload: whose residuals wait in host memory (`funcstage.offload`) where four actions or more of the
+            same rank come in between, and are fetched up to three actions before they are used: `"W"` for
+            those of W, from I on; `"IW"` for those of I and W, from F on, too; `None` for none.
 
     Returns:
         A pure function `(params, buffers, inputs, targets) -> (loss, new_buffers, param_grads)`.
@@ -100,12 +100,14 @@ def pipeline_value_and_grad(
             "returns a scalar, such as torch.nn.functional.mse_loss."
         )
     order = _order(schedule, len(functions), num_microbatches)
-    waiting = stays(order, offload)
+    away = stays_everywhere(order, offload)
     if captured and offload:
         raise StructureError(
             f"captured=True and offload={offload!r} exclude each other: a graph's memory stays its own. "
             "Leave one of them out."
         )
+    if offload:
+        warn_of_nothing(order, offload, stacklevel=2)
     actions = order.in_turn()
 
     def value_and_grad(
@@ -121,10 +123,12 @@ def pipeline_value_and_grad(
             microbatches("inputs", inputs, num_microbatches),
             microbatches("targets", targets, num_microbatches),
             order.pieces,
-            waiting,
         )
+        waiting = Waiting(away, step.left_by, step.replace)
         for action in actions:
+            waiting.begin(action)
             step.run(action)
+            waiting.made(action)
         return torch.stack(step.losses).mean(), step.buffers, step.grads
 
     value_and_grad.order = order  # type: ignore[attr-defined]  # which `logged` simulates
@@ -151,7 +155,6 @@ class Step:
         inputs: list[PyTree],
         targets: list[PyTree],
         pieces: int = 1,
-        waiting: Stays = NOWHERE,
     ) -> None:
         self.functions = functions
         self.params = params
@@ -164,7 +167,6 @@ class Step:
         self.cotangents: dict[tuple[int, int], tuple[PyTree, ...]] = {}
         self.forwards: dict[tuple[int, int], _Forward] = {}
         self.weight_pullbacks: dict[tuple[int, int], WeightPullback] = {}
-        self.waiting = Waiting(waiting, self.left_by, self.replace)
         self.pieces = Pieces(pieces)
         self.loss_pullbacks: dict[int, Pullback] = {}
 
@@ -176,7 +178,6 @@ class Step:
 
     def run(self, action: Action) -> None:
         """Run an action whose needs are done."""
-        self.waiting.begin(action)
         piece = self.pieces.named(action[1:]) if action.kind == "W" else ""
         with range_of(action.stage, action.kind, action.microbatch, piece):
             if action.kind == "F":
@@ -187,7 +188,6 @@ class Step:
                 self.backward_piece(action.stage, action.microbatch)
             if action.kind == "B":
                 self.backward_weight(action.stage, self.weight_pullbacks.pop(action[1:]))
-        self.waiting.made(action)
 
     def forward(self, stage: int, microbatch: int) -> None:
         given = self.activations.pop((stage, microbatch))

@@ -96,9 +96,9 @@ class FunctionalPipelineStage(AccumulatingStage):
             parameters are cast once a step, and floating inputs when they arrive; buffers and outputs are not
             cast (as with FSDP's `MixedPrecisionPolicy` and its defaults). Gradients end up in `.grad` in the
             parameters' own dtype, and are summed over the microbatches in it.
-        offload: whose residuals wait in host memory (`funcstage.offload`) where the schedule runs two actions
-            or more of this rank in between: `"W"` for those of W, from I on; `"IW"` for those of I and W,
-            from F on, too. They are fetched one action before they are used.
+        offload: whose residuals wait in host memory (`funcstage.offload`) where the schedule runs four
+            actions or more of this rank in between: `"W"` for those of W, from I on; `"IW"` for those of I
+            and W, from F on, too. They are fetched up to three actions before they are used.
         transport: how messages travel: `"nccl"` through the process group, `"symmetric"` by writing into the
             memory of the peer's GPU, which takes no multiprocessors; `"auto"` does that where all ranks of
             the pipeline are on one host, on GPUs that reach each other's memory, with stages of this class.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from funcstage.errors import StructureError
@@ -15,8 +16,14 @@ Offloaded: TypeAlias = Literal["W", "IW"]
 Turn: TypeAlias = tuple[Action, int]
 """An action, and how often it ran before: a W in pieces is there several times."""
 
-SHORTEST = 2
-"""Actions in between, at least: beside the first the residuals go, beside the last they come back."""
+EACH_WAY = 3
+"""Actions beside which residuals go, and come back, where there is time for so many.
+
+Copies share the bus, and those of a stage of products take about as long as two of its actions.
+"""
+
+SHORTEST = 4
+"""Actions in between, at least. What waits for fewer costs time, and hardly leaves before it is back."""
 
 
 class Stays(NamedTuple):
@@ -24,14 +31,16 @@ class Stays(NamedTuple):
 
     Attributes:
         after: F's and I's whose pullbacks go.
-        before: for turns of a rank, whose pullback is fetched as they begin, as what uses it: an I, B or W.
+        before: for turns of a rank, what is fetched as they begin, by what uses it: I's, B's or W's.
+        freed: for turns of a rank, the F's and I's whose memory is used again from then on.
     """
 
     after: frozenset[Action]
-    before: dict[Turn, Action]
+    before: Mapping[Turn, Sequence[Action]]
+    freed: Mapping[Turn, Sequence[Action]]
 
 
-NOWHERE = Stays(frozenset(), {})
+NOWHERE = Stays(frozenset(), {}, {})
 
 
 def check_offload(offloaded: Offloaded | None) -> Offloaded | None:
@@ -43,33 +52,55 @@ def check_offload(offloaded: Offloaded | None) -> Offloaded | None:
     return offloaded
 
 
-def stays(order: Order, offloaded: Offloaded | None) -> Stays:
+def stays(order: Order, offloaded: Mapping[int, Offloaded]) -> Stays:
     """Find the pullbacks that a rank uses long enough after it has made them.
 
     Args:
         order: of the pipeline; of a W in pieces, the first piece counts.
-        offloaded: whose residuals wait.
-
-    Raises:
-        StructureError: if that is something else.
+        offloaded: by stage, whose residuals wait; none of the others.
     """
-    check_offload(offloaded)
     after: set[Action] = set()
-    before: dict[Turn, Action] = {}
+    before: defaultdict[Turn, list[Action]] = defaultdict(list)
+    freed: defaultdict[Turn, list[Action]] = defaultdict(list)
     for actions in order.ranks:
         turns = in_turns(actions)
         place: dict[Action, int] = {}
         for i, action in enumerate(actions):
             kind = "W" if action.kind == "W" else "I"
-            if action.kind == "F" or action in place or kind not in (offloaded or ""):
+            if action.kind == "F" or action in place or kind not in offloaded.get(action.stage, ""):
                 place.setdefault(action, i)
                 continue
             place[action] = i
             made = action._replace(kind="I" if kind == "W" else "F")
-            if i - place[made] > SHORTEST:
+            between = i - place[made] - 1
+            if between >= SHORTEST:
                 after.add(made)
-                before[turns[i - 1]] = action
-    return Stays(frozenset(after), before)
+                back = min(EACH_WAY, between // 2)
+                before[turns[i - back]].append(action)
+                freed[turns[i - max(back, between + 1 - EACH_WAY)]].append(made)
+    return Stays(frozenset(after), dict(before), dict(freed))
+
+
+def stays_everywhere(order: Order, offloaded: Offloaded | None) -> Stays:
+    """The same with one choice for all stages.
+
+    Raises:
+        StructureError: if that is no choice.
+    """
+    check_offload(offloaded)
+    return stays(order, {} if offloaded is None else dict.fromkeys(range(order.num_stages), offloaded))
+
+
+def warn_of_nothing(order: Order, offloaded: Offloaded, stacklevel: int) -> None:
+    """Say so where nothing waits of any stage, though something was to."""
+    if not stays_everywhere(order, offloaded).after:
+        more = ', or offload="IW"' if offloaded == "W" else ""
+        warnings.warn(
+            f'offload="{offloaded}" moves nothing under {order.schedule}: residuals wait in host memory '
+            f"where a rank runs {SHORTEST} actions or more in between, and it never does. Leave offload out, "
+            f"or take more microbatches{more}.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def in_turns(actions: Sequence[Action]) -> list[Turn]:

@@ -14,7 +14,7 @@ from funcstage.away import Sent
 from funcstage.errors import StructureError
 from funcstage.offloading import leave, prefetch
 from funcstage.pipelining.over_order import order_of
-from funcstage.pipelining.stays import NOWHERE, Stays, Turn, stays
+from funcstage.pipelining.stays import NOWHERE, Stays, stays, warn_of_nothing
 from funcstage.schedules.orders import Action
 
 Place: TypeAlias = Callable[[Action], Any]
@@ -25,7 +25,7 @@ Put: TypeAlias = Callable[[Action, Any], None]
 
 
 class Waiting:
-    """Sends away what waits long enough, and fetches it one action before its use.
+    """Sends away what waits long enough, and fetches it some actions before its use.
 
     Args:
         stays: what waits.
@@ -35,8 +35,7 @@ class Waiting:
 
     def __init__(self, stays: Stays, get: Place, put: Put) -> None:
         self._stays, self._get, self._put = stays, get, put
-        self._sent: list[Sent] = []
-        self._earlier: list[Sent] = []
+        self._sent: dict[Action, Sent] = {}
         self._times: Counter[Action] = Counter()
 
     @classmethod
@@ -45,15 +44,16 @@ class Waiting:
         return cls(NOWHERE, lambda made: None, lambda made, pullback: None)
 
     def begin(self, action: Action) -> None:
-        """An action begins: what was sent two actions ago is free by what it launches."""
-        earlier, self._earlier, self._sent = self._earlier, self._sent, []
-        for sent in earlier:
-            sent.free_in_turn()
-        user = self._stays.before.get((action, self._times[action]))
+        """An action begins: what was sent some actions ago is free by what it launches."""
+        turn = action, self._times[action]
         self._times[action] += 1
-        pullback = None if user is None else self._get(user._replace(kind="I" if user.kind == "W" else "F"))
-        if pullback is not None:  # rather than its pieces, the first of which has brought all back
-            prefetch(pullback)
+        for made in self._stays.freed.get(turn, ()):
+            if made in self._sent:
+                self._sent.pop(made).free_in_turn()
+        for user in self._stays.before.get(turn, ()):
+            pullback = self._get(user._replace(kind="I" if user.kind == "W" else "F"))
+            if pullback is not None:  # rather than its pieces, the first of which has brought all back
+                prefetch(pullback)
 
     def made(self, action: Action) -> None:
         """An F or I has left its pullback behind."""
@@ -62,11 +62,13 @@ class Waiting:
         pullback, sent = leave(self._get(action))
         self._put(action, pullback)
         if sent is not None:
-            self._sent.append(sent)
+            self._sent[action] = sent
 
     def clear(self) -> None:
         """Begin a step."""
-        self._sent, self._earlier = [], []
+        for sent in self._sent.values():  # of one that failed
+            sent.free_when_done()
+        self._sent.clear()
         self._times.clear()
 
 
@@ -99,12 +101,8 @@ def _waiting(schedule: Any, rank: int, own: dict[int, Any]) -> Waiting:
             f"{type(schedule).__name__} has none that can be read (pipeline_order). Leave offload out, or "
             "make the schedule by torch_schedule."
         )
-    after: set[Action] = set()
-    before: dict[Turn, Action] = {}
-    for i, offloaded in away.items():
-        found = stays(order, offloaded)
-        after |= {made for made in found.after if made.stage == i}
-        before |= {turn: user for turn, user in found.before.items() if user.stage == i}
+    for offloaded in dict.fromkeys(away.values()):
+        warn_of_nothing(order, offloaded, stacklevel=3)
 
     def get(made: Action) -> Any:
         if made.kind == "I":
@@ -119,4 +117,4 @@ def _waiting(schedule: Any, rank: int, own: dict[int, Any]) -> Waiting:
             forwards = own[made.stage]._forwards
             forwards[made.microbatch] = replace(forwards[made.microbatch], pullback=pullback)
 
-    return Waiting(Stays(frozenset(after), before), get, put)
+    return Waiting(stays(order, away), get, put)
