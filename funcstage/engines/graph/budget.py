@@ -1,19 +1,22 @@
 """Budgets: how many bytes F may hand on -> what is saved within them, so that the least is computed again.
 
 Candidates are the values that the minimum cut holds, beyond which nothing costly runs twice. Each saves the
-operations between it and the others: a knapsack. A larger budget holds no less and saves no less.
+operations between it and the others: a knapsack. What is saved can spare what is held otherwise, an argument
+for one; so where the knapsack has but few best choices, what each of them holds and computes again is looked
+at. A larger budget then holds no less, and costs no more.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 
 from torch.fx import Node
 
 from funcstage.engines.graph import knapsack
-from funcstage.engines.graph.cost import cost
-from funcstage.engines.graph.crossing import Choice, Division, crossing
+from funcstage.engines.graph.cost import cost, flops
+from funcstage.engines.graph.crossing import Choice, Crossing, Division, crossing, recomputed
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.knapsack import Item
 from funcstage.engines.graph.mincut import nbytes_together
@@ -37,9 +40,28 @@ def within(division: Division, share: float) -> tuple[int, Choice]:
         return budget, "min_cut"
     groups = _groups(best)
     items = [Item(nbytes_together(group), worth) for group, worth in groups]
-    room = budget - least  # what is held for "full" and what is saved suffice, so no more is held than these
-    saved = {node for i in knapsack.best(items, room) for node in groups[i][0]}
-    return budget, saved.__contains__
+
+    def saving(chosen: Iterable[int]) -> Choice:
+        return {node for i in chosen for node in groups[i][0]}.__contains__
+
+    few = [*itertools.islice(knapsack.choices(items), FEW + 1)]
+    if len(few) > FEW:
+        # What is held for "full" and what is saved suffice, so that no more is held than these.
+        return budget, saving(knapsack.best(items, budget - least))
+    tried = [(choice, crossing(division, choice)) for choice in map(saving, few)]
+    fitting = [(c, found) for c, found in tried if nbytes_together(found.after_forward) <= budget]
+    choice, _ = min(fitting or tried[:1], key=lambda pair: _price(division, pair[1]))
+    return budget, choice
+
+
+FEW = 128
+"""Best choices that are all looked at: those of a stage of a few layers, at a millisecond or so each."""
+
+
+def _price(division: Division, found: Crossing) -> tuple[float, float, int]:
+    """What is computed again, in FLOPs and at what cost, and the bytes that are held."""
+    again = recomputed(division, found)
+    return sum(map(flops, again)), sum(map(cost, again)), nbytes_together(found.after_forward)
 
 
 def _groups(values: Iterable[Node]) -> list[tuple[list[Node], float]]:

@@ -133,6 +133,18 @@ def crossing(division: Division, remat: Choice) -> Crossing:
     return Crossing(after_forward, from_input, for_weight)
 
 
+def recomputed(division: Division, found: Crossing) -> list[Node]:
+    """What I and W compute again of what F computes, and W of what I computes again."""
+    outputs, new_buffers, input_grads, param_grads = division.joint.results
+    held = {*found.after_forward}
+    early = ancestors((*outputs, *new_buffers, *held)) - division.late
+    moved = division.movable & ancestors(found.for_weight)
+    of_input = _reads(division.urgent | moved, input_grads)
+    again = behind((*of_input, *found.from_input), early - held)
+    for_weight = behind(_reads(division.deferred - moved, param_grads), early - {*found.for_weight})
+    return [*again, *for_weight]
+
+
 WRITTEN = 1 / 64
 """The share of a value's bytes that W may hold beyond them, if then nobody has to write it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 STEPS = 1 << 15
@@ -30,13 +30,49 @@ def best(items: Sequence[Item], room: int) -> list[int]:
     Returns:
         The indices of what to take, in ascending order.
     """
+    if room < 0:
+        return []
+    table = _table(items, room)
+    return table.choice(table.value.index(table.value[-1]))
+
+
+def choices(items: Sequence[Item]) -> Iterator[list[int]]:
+    """What is best for some room or other, from nothing to everything; see `best`."""
+    table = _table(items, sum(item.size for item in items))
+    for at, value in enumerate(table.value):
+        if at == 0 or value > table.value[at - 1]:
+            yield table.choice(at)
+
+
+class _Table(NamedTuple):
+    """What fits, by steps of room.
+
+    Attributes:
+        value: what can be had with at most so many steps.
+        packs: items that are taken together, with their steps.
+        taken: for each pack, whether it is part of what is worth so much.
+    """
+
+    value: list[float]
+    packs: list[tuple[list[int], int]]
+    taken: list[bytearray]
+
+    def choice(self, left: int) -> list[int]:
+        """What is best with so many steps of room, the least that its worth takes."""
+        chosen = []
+        for (pack, size), better in zip(reversed(self.packs), reversed(self.taken), strict=True):
+            if better[left]:
+                chosen += pack
+                left -= size
+        return sorted(chosen)
+
+
+def _table(items: Sequence[Item], room: int) -> _Table:
     total = sum(item.size for item in items)
     step = max(math.gcd(*(item.size for item in items)), -(-total // STEPS), 1)
     capacity = min(room, total) // step
-    if capacity < 0:
-        return []
     packs = [(pack, len(pack) * -(-items[pack[0]].size // step)) for pack in _packs(items)]
-    value = [0.0] * (capacity + 1)  # with at most so many steps of room
+    value = [0.0] * (capacity + 1)
     taken = []
     for pack, size in packs:
         worth = len(pack) * items[pack[0]].worth
@@ -47,13 +83,7 @@ def best(items: Sequence[Item], room: int) -> list[int]:
                 value[at] = candidate
                 better[at] = 1
         taken.append(better)
-    left = value.index(value[capacity])
-    chosen = []
-    for (pack, size), better in zip(reversed(packs), reversed(taken), strict=True):
-        if better[left]:
-            chosen += pack
-            left -= size
-    return sorted(chosen)
+    return _Table(value, packs, taken)
 
 
 def _packs(items: Sequence[Item]) -> list[list[int]]:
