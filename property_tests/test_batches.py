@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import assume, event, given
+from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
 
 import funcstage as fs
@@ -20,8 +20,34 @@ from funcstage.testing.stages import Stage
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be traced with open sizes:UserWarning")
 
 
-@given(stage=strategies.stages(max_layers=3), more=st.integers(1, 3), dynamic=st.sampled_from([None, True]))
+BATCHES = {
+    "stage": strategies.stages(max_layers=3),
+    "more": st.integers(1, 3),
+    "dynamic": st.sampled_from([None, True]),
+}
+FEW = settings(
+    max_examples=max(4, settings.default.max_examples // 25),
+    phases=[phase for phase in settings.default.phases if phase is not Phase.shrink],
+)
+"""A compiler of C++ or Triton runs for seconds on every program."""
+
+
+@given(**BATCHES)
 def test_a_generated_stage_takes_another_batch(stage: Stage, more: int, dynamic: bool | None) -> None:
+    takes_another(stage, more, backend="aten", dynamic=dynamic)
+
+
+@pytest.mark.filterwarnings("ignore:TorchInductor cannot compile:UserWarning")  # as complex numbers
+@FEW
+@given(**BATCHES)
+def test_a_generated_stage_takes_another_batch_by_inductor(
+    stage: Stage, more: int, dynamic: bool | None
+) -> None:
+    takes_another(stage, more, backend="inductor", dynamic=dynamic)
+
+
+def takes_another(stage: Stage, more: int, **options: Any) -> None:
+    """Compile a stage for its batch, and check it with one that is larger."""
     module, args, kwargs = stage.build()
     longer = dataclasses.replace(stage, shape=(stage.shape[0] + more, *stage.shape[1:]))
     _, other_args, other_kwargs = longer.build()
@@ -32,7 +58,7 @@ def test_a_generated_stage_takes_another_batch(stage: Stage, more: int, dynamic:
     made: list[CompiledStage] = []
 
     def traced_before(apply: Callable[..., Any]) -> CompiledStage:
-        made.append(fs.compile(apply, backend="aten", dynamic=dynamic))
+        made.append(fs.compile(apply, **options))
         _, params, buffers = fs.functionalize(copy.deepcopy(module))
         fs.stage_vjp(made[0], params, buffers, *args, argnums=stage.argnums, **kwargs)
         return made[0]
