@@ -31,7 +31,7 @@ from funcstage._torch.inductor import (
     select_decomp_table,
     tracing,
 )
-from funcstage._torch.shapes import hint
+from funcstage._torch.shapes import SYMBOLIC, hint
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.graph.nodes import is_cheap, is_view
 from funcstage.engines.graph.overlap import is_message
@@ -77,6 +77,8 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
     for node in nodes:
         _rename(node, node.name in donated)
     examples = [node.meta["val"] for node in nodes]
+    if any(map(_hides_open_sizes, examples)):
+        return run_as_python(module, donated)
     fake_mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
     assert fake_mode is not None
     if fake_mode.shape_env is None:
@@ -114,6 +116,12 @@ def lower(module: GraphModule, donated: Collection[str]) -> Runner:
         return found
 
     return run
+
+
+def _hides_open_sizes(value: Any) -> bool:
+    """Whether a value has open sizes and no elements: Inductor's code (torch 2.14) never reads its sizes."""
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return any(isinstance(n, int) and n == 0 for n in sizes) and any(isinstance(n, SYMBOLIC) for n in sizes)
 
 
 def _round_as_eager(graph: Graph) -> bool:

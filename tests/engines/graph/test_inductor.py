@@ -92,8 +92,11 @@ def assert_as_eager(
     x: Tensor,
     w: Tensor,
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    **options: Any,
 ) -> None:
-    stage = fs.compile(lambda params, buffers, x: (function(x, params), buffers), backend="inductor")
+    stage = fs.compile(
+        lambda params, buffers, x: (function(x, params), buffers), backend="inductor", **options
+    )
     with around():
         output, _, pullback = fs.stage_vjp(stage, w, (), x)
     (dx,), weight_pullback = pullback(torch.ones_like(output))
@@ -113,6 +116,12 @@ def test_a_residual_that_is_an_operand_of_a_product_has_the_strides_of_the_trace
     for _ in range(1 + cached):
         with torch.compiler.config.patch(force_disable_caches=not cached):
             assert_as_eager(lambda x, w: torch.linalg.pinv(x @ w), x, w)
+
+
+def test_a_batch_of_nothing_may_have_open_sizes() -> None:
+    """Inductor's code binds no names to the sizes of what has no elements."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert_as_eager(lambda x, w: (x * w).exp(), torch.ones(0, 3, 2), torch.ones(2), dynamic=True)
 
 
 @pytest.mark.slow
