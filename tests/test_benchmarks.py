@@ -87,6 +87,15 @@ def test_what_sites_cost_is_measured():
         assert f"| {engine} |" in run.stdout
 
 
+def test_memory_with_the_optimizer_in_w_is_counted():
+    options = ["--size", "XS", "--microbatches", "2", "--device", "meta"]
+    command = [sys.executable, "-m", "benchmarks.optimizer", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for engine in ("uncompiled", "aten"):
+        assert run.stdout.count(f"| {engine} | 2 | ") == 5
+
+
 def test_deep_stages_are_measured():
     options = ["--backend", "aten", "--size", "XS", "--blocks", "1", "2", "--repeats", "2"]
     command = [sys.executable, "-m", "benchmarks.depth", *options]
