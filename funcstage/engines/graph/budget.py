@@ -14,11 +14,10 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from funcstage.engines.graph import knapsack
 from funcstage.engines.graph.cost import cost, flops
 from funcstage.engines.graph.crossing import Choice, Crossing, Division, crossing, recomputed
 from funcstage.engines.graph.joint import is_random
-from funcstage.engines.graph.knapsack import Item
+from funcstage.engines.graph.knapsack import Item, Knapsack
 from funcstage.engines.graph.mincut import nbytes_together
 from funcstage.engines.graph.nodes import is_view
 
@@ -39,15 +38,15 @@ def within(division: Division, share: float) -> tuple[int, Choice]:
     if nbytes_together(best) <= budget:
         return budget, "min_cut"
     groups = _groups(best)
-    items = [Item(nbytes_together(group), worth) for group, worth in groups]
+    knapsack = Knapsack([Item(nbytes_together(group), worth) for group, worth in groups])
 
     def saving(chosen: Iterable[int]) -> Choice:
         return {node for i in chosen for node in groups[i][0]}.__contains__
 
-    few = [*itertools.islice(knapsack.choices(items), FEW + 1)]
+    few = [*itertools.islice(knapsack.choices(), FEW + 1)]
     if len(few) > FEW:
         # What is held for "full" and what is saved suffice, so that no more is held than these.
-        return budget, saving(knapsack.best(items, budget - least))
+        return budget, saving(knapsack.best(budget - least))
     tried = [(choice, crossing(division, choice)) for choice in map(saving, few)]
     fitting = [(c, found) for c, found in tried if nbytes_together(found.after_forward) <= budget]
     choice, _ = min(fitting or tried[:1], key=lambda pair: _price(division, pair[1]))

@@ -17,73 +17,62 @@ class Item(NamedTuple):
     worth: float
 
 
-def best(items: Sequence[Item], room: int) -> list[int]:
-    """Choose what is worth the most; of choices of equal worth one that is as small as any.
+class Knapsack:
+    """What is worth the most within any room.
 
-    More room yields no less worth and no smaller choice. Sizes that have no divisor in common which divides
-    them all in `STEPS` steps are rounded up to a step: what is chosen fits in any case.
+    Sizes that have no divisor in common which divides them all in `STEPS` steps are rounded up to a step:
+    what is chosen fits in any case.
 
     Args:
         items: what there is, alike ones among them.
-        room: for all that is taken.
-
-    Returns:
-        The indices of what to take, in ascending order.
-    """
-    if room < 0:
-        return []
-    table = _table(items, room)
-    return table.choice(table.value.index(table.value[-1]))
-
-
-def choices(items: Sequence[Item]) -> Iterator[list[int]]:
-    """What is best for some room or other, from nothing to everything; see `best`."""
-    table = _table(items, sum(item.size for item in items))
-    for at, value in enumerate(table.value):
-        if at == 0 or value > table.value[at - 1]:
-            yield table.choice(at)
-
-
-class _Table(NamedTuple):
-    """What fits, by steps of room.
-
-    Attributes:
-        value: what can be had with at most so many steps.
-        packs: items that are taken together, with their steps.
-        taken: for each pack, whether it is part of what is worth so much.
     """
 
-    value: list[float]
-    packs: list[tuple[list[int], int]]
-    taken: list[bytearray]
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._total = sum(item.size for item in items)
+        self._step = max(math.gcd(*(item.size for item in items)), -(-self._total // STEPS), 1)
+        self._packs = [(pack, len(pack) * -(-items[pack[0]].size // self._step)) for pack in _packs(items)]
+        # By steps of room: what can be had with at most so many, and whether a pack is part of it.
+        self._value = value = [0.0] * (self._total // self._step + 1)
+        self._taken: list[bytearray] = []
+        for pack, size in self._packs:
+            worth = len(pack) * items[pack[0]].worth
+            with_it = [without + worth for without in value[: max(len(value) - size, 0)]]
+            better = bytearray(len(value))
+            for at, candidate in enumerate(with_it, start=size):
+                if candidate > value[at]:
+                    value[at] = candidate
+                    better[at] = 1
+            self._taken.append(better)
 
-    def choice(self, left: int) -> list[int]:
+    def best(self, room: int) -> list[int]:
+        """Choose what is worth the most; of choices of equal worth one that is as small as any.
+
+        More room yields no less worth and no smaller choice.
+
+        Args:
+            room: for all that is taken.
+
+        Returns:
+            The indices of what to take, in ascending order.
+        """
+        if room < 0:
+            return []
+        return self._choice(self._value.index(self._value[min(room, self._total) // self._step]))
+
+    def choices(self) -> Iterator[list[int]]:
+        """What is best for some room or other, from nothing to everything."""
+        for at, value in enumerate(self._value):
+            if at == 0 or value > self._value[at - 1]:
+                yield self._choice(at)
+
+    def _choice(self, left: int) -> list[int]:
         """What is best with so many steps of room, the least that its worth takes."""
         chosen = []
-        for (pack, size), better in zip(reversed(self.packs), reversed(self.taken), strict=True):
+        for (pack, size), better in zip(reversed(self._packs), reversed(self._taken), strict=True):
             if better[left]:
                 chosen += pack
                 left -= size
         return sorted(chosen)
-
-
-def _table(items: Sequence[Item], room: int) -> _Table:
-    total = sum(item.size for item in items)
-    step = max(math.gcd(*(item.size for item in items)), -(-total // STEPS), 1)
-    capacity = min(room, total) // step
-    packs = [(pack, len(pack) * -(-items[pack[0]].size // step)) for pack in _packs(items)]
-    value = [0.0] * (capacity + 1)
-    taken = []
-    for pack, size in packs:
-        worth = len(pack) * items[pack[0]].worth
-        with_it = [without + worth for without in value[: max(capacity + 1 - size, 0)]]
-        better = bytearray(capacity + 1)
-        for at, candidate in enumerate(with_it, start=size):
-            if candidate > value[at]:
-                value[at] = candidate
-                better[at] = 1
-        taken.append(better)
-    return _Table(value, packs, taken)
 
 
 def _packs(items: Sequence[Item]) -> list[list[int]]:

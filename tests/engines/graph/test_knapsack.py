@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcstage.engines.graph.knapsack import STEPS, Item, best
+from funcstage.engines.graph.knapsack import STEPS, Item, Knapsack
 
 ITEMS = st.lists(st.builds(Item, st.integers(0, 12), st.integers(1, 9)), max_size=9)
 
@@ -23,14 +23,14 @@ def test_nothing_that_fits_is_worth_more_or_as_much_and_smaller(
     items = [Item(item.size * unit, item.worth) for item in items]
     choices = (c for n in range(len(items) + 1) for c in itertools.combinations(items, n))
     fitting = [total([*c]) for c in choices if sum(item.size for item in c) <= room * unit]
-    chosen = best(items, room * unit)
+    chosen = Knapsack(items).best(room * unit)
     assert chosen == sorted({*chosen})
     assert total([items[i] for i in chosen]) == max(fitting, default=(0, 0))
 
 
 @given(items=ITEMS, rooms=st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted))
 def test_more_room_holds_no_less_and_is_worth_no_less(items: list[Item], rooms: list[int]) -> None:
-    fewer, more = ([items[i] for i in best(items, room)] for room in rooms)
+    fewer, more = ([items[i] for i in Knapsack(items).best(room)] for room in rooms)
     assert total(fewer)[0] <= total(more)[0]
     assert total(fewer)[1] >= total(more)[1]
 
@@ -39,7 +39,7 @@ def test_more_room_holds_no_less_and_is_worth_no_less(items: list[Item], rooms: 
 def test_sizes_without_a_common_divisor_are_rounded_up(sizes: list[int], share: float) -> None:
     items = [Item(size, 1) for size in sizes]
     room = int(share * sum(sizes))
-    chosen = best(items, room)
+    chosen = Knapsack(items).best(room)
     assert sum(sizes[i] for i in chosen) <= room
     smallest, lost = sorted(sizes), (len(sizes) + 1) * (sum(sizes) // STEPS + 1)
     most = max(n for n in range(len(sizes) + 1) if sum(smallest[:n]) <= max(room - lost, 0))
@@ -48,5 +48,5 @@ def test_sizes_without_a_common_divisor_are_rounded_up(sizes: list[int], share: 
 
 def test_many_like_items_are_quick() -> None:
     items = [Item(size * 4099, worth) for size, worth in ((96, 412), (172, 739), (32, 137), (7, 1))] * 80
-    chosen = best(items, sum(item.size for item in items) // 2)
+    chosen = Knapsack(items).best(sum(item.size for item in items) // 2)
     assert 0 < len(chosen) < len(items)
