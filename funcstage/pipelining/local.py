@@ -106,8 +106,7 @@ def pipeline_value_and_grad(
             f"captured=True and offload={offload!r} exclude each other: a graph's memory stays its own. "
             "Leave one of them out."
         )
-    if offload:
-        warn_of_nothing(order, offload, stacklevel=2)
+    warn_of_nothing(away, order, offload, stacklevel=2)
     actions = order.in_turn()
 
     def value_and_grad(

@@ -75,9 +75,8 @@ def stays(order: Order, offloaded: Mapping[int, Offloaded]) -> Stays:
             between = i - place[made] - 1
             if between >= SHORTEST:
                 after.add(made)
-                back = min(EACH_WAY, between // 2)
-                before[turns[i - back]].append(action)
-                freed[turns[i - max(back, between + 1 - EACH_WAY)]].append(made)
+                freed[turns[place[made] + EACH_WAY]].append(made)
+                before[turns[i - min(EACH_WAY, between // 2)]].append(action)
     return Stays(frozenset(after), dict(before), dict(freed))
 
 
@@ -91,9 +90,9 @@ def stays_everywhere(order: Order, offloaded: Offloaded | None) -> Stays:
     return stays(order, {} if offloaded is None else dict.fromkeys(range(order.num_stages), offloaded))
 
 
-def warn_of_nothing(order: Order, offloaded: Offloaded, stacklevel: int) -> None:
+def warn_of_nothing(everywhere: Stays, order: Order, offloaded: Offloaded | None, stacklevel: int) -> None:
     """Say so where nothing waits of any stage, though something was to."""
-    if not stays_everywhere(order, offloaded).after:
+    if offloaded and not everywhere.after:
         more = ', or offload="IW"' if offloaded == "W" else ""
         warnings.warn(
             f'offload="{offloaded}" moves nothing under {order.schedule}: residuals wait in host memory '

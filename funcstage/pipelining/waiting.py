@@ -14,7 +14,7 @@ from funcstage.away import Sent
 from funcstage.errors import StructureError
 from funcstage.offloading import leave, prefetch
 from funcstage.pipelining.over_order import order_of
-from funcstage.pipelining.stays import NOWHERE, Stays, stays, warn_of_nothing
+from funcstage.pipelining.stays import NOWHERE, Stays, stays, stays_everywhere, warn_of_nothing
 from funcstage.schedules.orders import Action
 
 Place: TypeAlias = Callable[[Action], Any]
@@ -48,8 +48,9 @@ class Waiting:
         turn = action, self._times[action]
         self._times[action] += 1
         for made in self._stays.freed.get(turn, ()):
-            if made in self._sent:
-                self._sent.pop(made).free_in_turn()
+            sent = self._sent.pop(made, None)
+            if sent is not None:
+                sent.free_in_turn()
         for user in self._stays.before.get(turn, ()):
             pullback = self._get(user._replace(kind="I" if user.kind == "W" else "F"))
             if pullback is not None:  # rather than its pieces, the first of which has brought all back
@@ -102,7 +103,7 @@ def _waiting(schedule: Any, rank: int, own: dict[int, Any]) -> Waiting:
             "make the schedule by torch_schedule."
         )
     for offloaded in dict.fromkeys(away.values()):
-        warn_of_nothing(order, offloaded, stacklevel=3)
+        warn_of_nothing(stays_everywhere(order, offloaded), order, offloaded, stacklevel=3)
 
     def get(made: Action) -> Any:
         if made.kind == "I":
