@@ -92,9 +92,8 @@ Learn = Callable[[Tensor, Tensor], Tensor]
 """Inputs and targets to the loss, with the gradients left in the parameters."""
 
 
-def learners(module: nn.Module) -> dict[str, Callable[[nn.Module], Learn]]:
+def learners(device: str) -> dict[str, Callable[[nn.Module], Learn]]:
     """How each system takes the gradients."""
-    device = next(module.parameters()).device.type
 
     def autocast() -> Any:
         return torch.autocast(device, torch.bfloat16)
@@ -137,7 +136,7 @@ def train(steps: int, seeds: int, recipes: Sequence[str], device: str) -> None:
         torch.manual_seed(seed)
         start = model.build_model(2).to(device)
         source = text.standard_library(seed)
-        for system, learner in learners(start).items():
+        for system, learner in learners(device).items():
             torch.compiler.reset()
             module = converted(start, recipe)
             optimizer = torch.optim.AdamW(module.parameters(), 3e-3, betas=(0.9, 0.99), fused=True)

@@ -41,6 +41,10 @@ class Alive(TorchDispatchMode):
                 self._note(leaf.untyped_storage())
         return result
 
+    def restart(self) -> None:
+        """The most from now on."""
+        self.peak = self.now
+
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
@@ -54,35 +58,29 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-class Memory:
-    """Bytes in use, and the most since `restart`."""
-
-    def __init__(self, alive: Alive | None) -> None:
-        self._alive = alive
+class Allocated:
+    """The same as CUDA's allocator counts it."""
 
     @property
     def now(self) -> int:
-        return torch.cuda.memory_allocated() if self._alive is None else self._alive.now
+        return torch.cuda.memory_allocated()
 
     @property
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._alive is None else self._alive.peak
+        return torch.cuda.max_memory_allocated()
 
     def restart(self) -> None:
-        if self._alive is None:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._alive.peak = self._alive.now
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager
-def counted(resting: list[Tensor]) -> Iterator[Memory]:
+def counted(resting: list[Tensor]) -> Iterator[Alive | Allocated]:
     """Count on the device of what is there already."""
     if resting[0].is_cuda:
-        yield Memory(None)
+        yield Allocated()
     else:
         with Alive(resting) as alive:
-            yield Memory(alive)
+            yield alive
 
 
 def adamw(param: Tensor, grad: Tensor, state: tuple[Tensor, Tensor]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-import statistics
 from collections.abc import Mapping
 from typing import TypeVar
 
-from benchmarks.split import Clock, Phases, Stage, Times, forget_gradients, run
+from benchmarks.split import Clock, Phases, Stage, Times, forget_gradients, run, spread
 
 Key = TypeVar("Key")
 IN_A_ROW = 4
@@ -53,5 +52,6 @@ def _row(stage: Stage, phases: Phases) -> Times:
 
 def spread_of(totals: list[float]) -> str:
     """The median ± half the distance of the quartiles."""
-    low, median, high = statistics.quantiles(totals, n=4, method="inclusive")
-    return f"{median:.3f} ± {(high - low) / 2:.3f}"
+    found = spread(totals)
+    low, high = found["total_quartiles_ms"]
+    return f"{found['total_ms']:.3f} ± {(high - low) / 2:.3f}"
