@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
@@ -266,9 +267,11 @@ def checkpoints(folder: Path, latest: str | None) -> list[str]:
 
 def pointed_to(folder: Path) -> str | None:
     """Read the name of the latest checkpoint; `None` if there is none, or it cannot be read."""
-    pointer = folder / "latest"
-    name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""  # or by `echo`
-    return name if step_of(name) >= 0 else None
+    try:
+        name = (folder / "latest").read_text(errors="replace").strip()  # which may be by `echo`
+        return name if step_of(name) >= 0 else None
+    except (OSError, ValueError):  # none, a folder of that name, a number of thousands of digits
+        return None
 
 
 def step_of(name: str) -> int:
@@ -285,11 +288,19 @@ def damage_of(checkpoint: Path) -> str:
             raise ValueError(f"{CHECKSUMS} leaves files out")
         files = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
         wrong = [name for name in files if checksum(checkpoint / name) != sums[name]]
-    except (OSError, ValueError, TypeError) as error:
+        if ".metadata" in files and not wrong:  # nobody opens an index that may be damaged
+            wrong = [f"{name} has no checksum" for name in sorted(data_files(checkpoint) - sums.keys())]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, wrong)
     return ", ".join(name for part in parts for name in part)
+
+
+def data_files(checkpoint: Path) -> set[str]:
+    """Name the files of all ranks that a checkpoint's index lists."""
+    index = FileSystemReader(checkpoint).read_metadata()
+    return {entry.relative_path for entry in index.storage_data.values()}
 
 
 def checksum(file: Path) -> str:

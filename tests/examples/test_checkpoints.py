@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import types
 from collections.abc import Callable, Iterator
@@ -122,12 +123,18 @@ def half_a_name(pointer: Path) -> None:
     pointer.write_text("step-")
 
 
+def endless_digits(pointer: Path) -> None:
+    pointer.write_text("step-" + "9" * 5000)
+
+
 def of_an_unknown_checkpoint(pointer: Path) -> None:
     pointer.write_text("step-9")
 
 
 @pytest.mark.parametrize(
-    "damage", [removed, emptied, garbage, half_a_name, of_an_unknown_checkpoint], ids=lambda d: d.__name__
+    "damage",
+    [removed, emptied, garbage, half_a_name, endless_digits, of_an_unknown_checkpoint],
+    ids=lambda d: d.__name__,
 )
 def test_a_damaged_pointer_loses_no_checkpoint(damage: Damage, saved: Path, example: dict[str, Any]) -> None:
     damage(saved / "latest")
@@ -142,8 +149,13 @@ def test_a_checkpoint_that_was_never_announced_is_not_used(saved: Path, example:
 
 
 def test_checksums_that_leave_files_out_are_damaged(saved: Path, example: dict[str, Any]) -> None:
-    (saved / "step-6" / "checksums.json").write_text("{}")
-    assert Run(example, saved).load() == 4
+    sums = saved / "step-6" / "checksums.json"
+    whole = json.loads(sums.read_text())
+    flipped(data(saved / "step-6"))
+    for left in ("{}", json.dumps({".metadata": whole[".metadata"]}), "[" * 100_000):
+        sums.write_text(left)
+        (saved / "latest").write_text("step-6")
+        assert Run(example, saved).load() == 4
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_trained(saved: Path, example: dict[str, Any]) -> None:
