@@ -15,13 +15,14 @@ from weakref import ref
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage.dtensors import Specs, unwrapped
 from funcstage.errors import stage_name
 from funcstage.functional import PLAIN_TENSORS, check_leaves
+from funcstage.state.contents import Contents, Held
 from funcstage.state.identity import Twins
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
@@ -142,6 +143,13 @@ class StageCall:
         """Tensors that are there in several places."""
         (params, _), (buffers, _) = self.flat[:2]
         return Twins.of(self.apply, self.params, self.buffers, [*params, *buffers], self.argument_leaves)
+
+    def twins_with(self, held: Held | None) -> Twins:
+        """The same with what the module holds in several places; `held` is what it holds, where known."""
+        if held is None and isinstance(self.module, nn.Module):
+            held = Contents(self.module).now()
+        found = frozenset() if held is None else held.elsewhere()
+        return self.twins.with_elsewhere(self.apply, self.params, self.buffers, found)
 
     @property
     def state(self) -> list[Tensor]:

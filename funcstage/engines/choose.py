@@ -60,7 +60,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
                 with suppress(TakesGradients):
                     return levels.linearize(call, held=before.held)
                 _start_over(call, before)
-            return tape.linearize(call)
+            return tape.linearize(call, before.held)
         except StageError:  # a refused call changes nothing
             before.restore()
             raise

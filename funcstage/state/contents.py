@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain, compress, islice
 from operator import attrgetter, call, is_, itemgetter, length_hint, not_
 from types import CellType, FunctionType
@@ -23,6 +23,7 @@ from funcstage.registration import holds_tensor
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.caches import Cache, behind
 from funcstage.state.cells import held_by
+from funcstage.state.elsewhere import Elsewhere, holds_tensors
 from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
 from funcstage.state.reach import INERT, holders, put_in_slot, slots_of, with_slots
 from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
@@ -103,6 +104,11 @@ class Held:
         for cache in self._caches:
             cache.forget(lambda tensor: of(tensor) is not tensor)
 
+    def elsewhere(self) -> frozenset[int]:
+        """The ids of parameters and buffers that lie in other places than their own, too."""
+        in_slots = (value for _, _, value in self._slots)
+        return self.walk.elsewhere.ids(chain(in_slots, self._shared.tensors()))
+
     @property
     def meets_threads(self) -> bool:
         """Whether something is held, or within reach of the code, by which threads meet."""
@@ -143,6 +149,7 @@ class _Walk:
         cached: functions on the way that cache their results.
         names: what the code of its modules can get at besides.
         meets_threads: whether something is on the way by which threads meet.
+        elsewhere: parameters and buffers of the module that lie on the way.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -155,7 +162,8 @@ class _Walk:
         self.meets_threads = meet_threads(self._passed)
         self.slotted = with_slots(self._passed)
         self.cached = [each for each in map(behind, self._passed) if each is not None]
-        self.names = names_of({*map(type, self._parts)})
+        functions = [each for each in self._passed if isinstance(each, FunctionType)]
+        self.names = names_of([*{*map(type, self._parts)}, *functions])
         own = [x for part in self._parts for x in vars(part).values() if isinstance(x, _CONTAINERS)]
         of_partials = [each.keywords for each in self._passed if isinstance(each, functools.partial)]
         self._found = {id(each): each for each in (*self.holders, *own, *of_partials)}
@@ -164,6 +172,7 @@ class _Walk:
         others = [each for each in self._found.values() if each and type(each) is not dict]
         self.filled = [*dicts, *others]
         self._n_dicts = len(dicts)
+        self.elsewhere = Elsewhere(module, self.filled, self._passed)
         self._cells: list[CellType] = []
         self._loose_views: list[Any] = []
 
@@ -176,11 +185,12 @@ class _Walk:
         self._views = [_values(each) for each in self.filled]
         self._sizes = [*map(len, self._views)]
         self._is_loose = [
-            id(each) in changing or _has_tensors(view)
+            id(each) in changing or holds_tensors(view)
             for each, view in zip(self.filled, self._views, strict=True)
         ]
         loose = {*map(id, compress(self.filled, self._is_loose))}
         self.loose_holders = [each for each in self.holders if id(each) in loose]
+        self.elsewhere.narrow(loose)
         self._loose_views = [*compress(self._views, self._is_loose)]
         self._firm_views = [*compress(self._views, map(not_, self._is_loose))]
         self._namespaces = [*map(_NAMESPACE, self._owners)]
@@ -199,13 +209,13 @@ class _Walk:
 
         `loose_changed` says that it did not, and that only what is loose has changed.
         """
-        if any(map(_has_tensors, (*self._passing_views, map(held_by, self._cells)))):
+        if any(map(holds_tensors, (*self._passing_views, map(held_by, self._cells)))):
             return False
         if loose_changed:
             return True
         tuples = [each for each in self._passed if isinstance(each, (tuple, frozenset))]
         kept = [value for value in (*self._firm, *self._bound) if not isinstance(value, _CONTAINERS)]
-        return not (any(map(_has_tensors, (*tuples, kept))) or any(map(holds_tensor, kept)))
+        return not (any(map(holds_tensors, (*tuples, kept))) or any(map(holds_tensor, kept)))
 
     def copies(self) -> list[Any]:
         """Copies of what is filled."""
@@ -283,10 +293,6 @@ def _is_file(value: Any) -> bool:
 
 def _values(container: Any) -> Any:
     return container.values() if isinstance(container, dict) else container
-
-
-def _has_tensors(values: Iterable[Any]) -> bool:
-    return any(issubclass(kind, Tensor) for kind in {*map(type, values)})
 
 
 _FREE = INERT | {Tensor, nn.Parameter}

@@ -48,12 +48,14 @@ class Twins(NamedTuple):
         given: the leaves of the arguments.
         repeated: whether one of these is there twice, or is of the state.
         of_module: whether the state is a module's, which holds stand-ins of its own.
+        elsewhere: those of the module's that it holds in other places, too.
     """
 
     own: Mapping[int, int]
     given: Sequence[Any]
     repeated: bool
     of_module: bool = False
+    elsewhere: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -76,12 +78,26 @@ class Twins(NamedTuple):
         held: Any = getattr(apply, "held", tuple)()
         if not _is_repeated(given, state, held):
             return cls({}, given, False)
-        own = {id(tensor): id(tensor) for tensor in (*held, *state)}
-        if held:
-            of_module = apply.named()  # type: ignore[attr-defined]
-            for tree in (params, buffers):
-                own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
-        return cls(own, given, True, bool(held))
+        return cls(_own(apply, params, buffers, held, state), given, True, bool(held))
+
+    def with_elsewhere(
+        self, apply: Callable[..., Any], params: Any, buffers: Any, elsewhere: frozenset[int]
+    ) -> Twins:
+        """The same where some of the module's tensors, by their ids, lie in other places, too."""
+        if not elsewhere:
+            return self
+        held: Any = getattr(apply, "held", tuple)()
+        own = self.own or _own(apply, params, buffers, held, [])
+        return self._replace(own=own, repeated=True, of_module=bool(held), elsewhere=elsewhere)
+
+
+def _own(apply: Any, params: Any, buffers: Any, held: Sequence[Any], state: Sequence[Any]) -> dict[int, int]:
+    own = {id(tensor): id(tensor) for tensor in (*held, *state)}
+    if held:
+        of_module = apply.named()
+        for tree in (params, buffers):
+            own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
+    return own
 
 
 def _is_repeated(given: Iterable[Any], *others: Iterable[Any]) -> bool:
@@ -122,10 +138,18 @@ def watching_identity(
         if tensor is None:
             raise StageError(
                 f"{owner} compares by identity (at {where}) what two functions or containers have just "
-                "returned, and was handed a tensor twice, or one that is its parameter or buffer too. That "
-                "has a gradient in each place, and so is another object in each, and nobody sees whether it "
-                "is compared. Assign both to variables first, which are seen, or say by an argument (a flag) "
-                "which tensors are one."
+                "returned, and was handed a tensor twice, or one that is its parameter or buffer too, or "
+                "holds one of these in a list or the like. That is another object in each place, as it has "
+                "a gradient in each, and nobody sees whether it is compared. Assign both to variables "
+                "first, which are seen, or say by an argument (a flag) which tensors are one."
+            )
+        if watch.lies_elsewhere:
+            raise StageError(
+                f"{owner} compares its parameter or buffer by identity (at {where}; {describe(tensor)}), "
+                "which lies in another place, too: in a list, a key, an attribute or a global, or by its id. "
+                "A stage puts other tensors where its parameters and buffers are, but not there, so the "
+                "answer would not be eager's. Keep names of parameters there, or submodules, and compare "
+                "these."
             )
         raise StageError(
             f"{owner} compares a tensor by identity (at {where}) that it was handed twice, or that is its "
@@ -141,6 +165,7 @@ class _Watch:
     Attributes:
         before: who else is told.
         found: a tensor that was compared, or None if that may have been one, and where.
+        lies_elsewhere: whether that one is the module's, and lies in other places.
     """
 
     def __init__(self, twins: Twins, stand_ins: Sequence[Any], params: Sequence[tuple[Any, Any]]) -> None:
@@ -156,9 +181,11 @@ class _Watch:
         for one, stand_in in (*pairs, *of_state):
             objects.setdefault(one, set()).add(stand_in)
         given = {own.get(id(leaf), id(leaf)) for leaf in twins.given if isinstance(leaf, Tensor)}
-        self._doubles = {one for one in given if len(objects[one]) > 1}
+        self._elsewhere = twins.elsewhere
+        self._doubles = {one for one in given if len(objects[one]) > 1} | self._elsewhere
         self.before: Any = None
         self.found: tuple[Tensor | None, str] | None = None
+        self.lies_elsewhere = False
         self._results: dict[int, dict[int, Any]] = {}
         self._of_c: dict[int, set[int]] = {}  # calls of functions that are written in C
 
@@ -237,6 +264,7 @@ class _Watch:
     def _note(self, tensor: Any, frame: FrameType, line: int | None) -> None:
         if self._is_double(tensor):
             self.found = tensor, _line(frame, line)
+            self.lies_elsewhere = self._one(tensor) in self._elsewhere
 
     def _is_double(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self._one(value) in self._doubles

@@ -24,6 +24,7 @@ from funcstage.state.ambient import RandomState, among
 from funcstage.state.caches import Cache, behind
 from funcstage.state.cells import closed_over, defaults_of
 from funcstage.state.code import codes_within, is_library, is_torchs_or_library, loads_of
+from funcstage.state.elsewhere import holds_tensors
 from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
 from funcstage.state.reach import INERT, put_in_slot, slots_of, with_slots
 
@@ -80,7 +81,7 @@ class Shared:
     """
 
     def __init__(self, names: Sequence[Name | Held]) -> None:
-        values = [name.value() for name in names]
+        self._values = values = [name.value() for name in names]
         pairs = zip(names, values, strict=True)
         self._assigned = [(n, value) for n, value in pairs if isinstance(n, Name) and n.is_assigned]
         functions = [*_functions(values)]
@@ -92,6 +93,14 @@ class Shared:
         self._caches = Cache.among(values)
         self._generators = RandomState(among(found))
         self.meets_threads = meet_threads(chain(found, *map(_inside, found)))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that names stand for, and those in what they stand for, keys of dicts among it."""
+        places: list[Any] = [self._values]
+        for _, contents in self._contents:
+            places += (contents, contents.values()) if isinstance(contents, dict) else (contents,)
+        for place in filter(holds_tensors, places):
+            yield from (value for value in place if isinstance(value, Tensor))
 
     def restore(self) -> None:
         """Put back what has changed since."""

@@ -188,7 +188,8 @@ class _Run:
         self.state = State(call.module, objects_among(arg_leaves))
         self.regions = Regions()
         # A layer whose tensors are compared by identity must run itself.
-        copied = copied and self.sizes is None and not (self._specs or call.twins.repeated)
+        self._twins = call.twins_with(None)
+        copied = copied and self.sizes is None and not (self._specs or self._twins.repeated)
         copied = copied and current().asked is None
         self.layers = Layers(call.module if copied else None, recorder, self.regions)
         self._found: _Found | None = None
@@ -229,7 +230,7 @@ class _Run:
                 uncompiled(),
                 averaged_in_tensors(call.module),
                 looking_alike(owner, call.argument_leaves, values[self._n_leaves :]),
-                watching_identity(owner, call.twins, values[self._n_leaves :], lent),
+                watching_identity(owner, self._twins, values[self._n_leaves :], lent),
                 noting_written() as noted,
                 self._recorder or nullcontext(),
             ):

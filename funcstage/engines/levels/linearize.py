@@ -108,7 +108,8 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
             containers = Containers((call.args, call.kwargs), (stage_args, stage_kwargs))
         looks = looking_alike(call.name, call.arg_leaves, arg_leaves)
         pairs = zip(call.of_params[0], param_leaves, strict=True)
-        watch = watching_identity(call.name, call.twins, [*arg_leaves, *kwarg_leaves], [*pairs])
+        twins = call.twins_with(held)
+        watch = watching_identity(call.name, twins, [*arg_leaves, *kwarg_leaves], [*pairs])
         with mode, looks, intercepting(mode), uncompiled(), watch:
             result = apply(
                 trees.unflatten(params_spec, param_leaves), call.buffers, *stage_args, **stage_kwargs

@@ -50,6 +50,7 @@ from funcstage.residuals import (
 )
 from funcstage.state import captured, kept
 from funcstage.state.argument_containers import Containers, are_among
+from funcstage.state.contents import Held
 from funcstage.state.guise import looking_alike
 from funcstage.state.identity import watching_identity
 from funcstage.state.module import state_with
@@ -239,8 +240,12 @@ class InputTape(InputsOnNodes):
         return self.origin.saved(map(get_gradient_edge, self.outputs.values()), self.home)
 
 
-def linearize(call: StageCall) -> Linearized[InputTape]:
+def linearize(call: StageCall, held: Held | None = None) -> Linearized[InputTape]:
     """Run a stage function once under autograd, and keep its tape; as `levels.linearize`.
+
+    Args:
+        call: of the stage function.
+        held: what the module behind the stage holds now, where that is known.
 
     Raises:
         PurityError: if the stage writes into a tensor that it was given, its `.grad` among it.
@@ -262,7 +267,7 @@ def linearize(call: StageCall) -> Linearized[InputTape]:
     looks = looking_alike(call.name, arg_leaves, stage_args)
     kwarg_leaves, kwargs_spec = call.of_kwargs
     lent = [(param_leaves[i], stand_in) for i, stand_in in trained.items()]
-    watch = watching_identity(call.name, call.twins, [*stage_args, *kwarg_leaves], lent)
+    watch = watching_identity(call.name, call.twins_with(held), [*stage_args, *kwarg_leaves], lent)
     stage_leaves, stage_args = stage_args, trees.unflatten(args_spec, stage_args)
     stage_kwargs, containers = call.kwargs, None
     if are_among(args_spec) or are_among(kwargs_spec):
