@@ -13,19 +13,20 @@ import functools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional
-from funcstage.errors import TraceError
+from funcstage.errors import PurityError, TraceError
 from funcstage.state.cells import refuse_closures
 from funcstage.state.content import MARK
 from funcstage.state.guise import noted_alike, notes_on
 from funcstage.state.module import locked
 from funcstage.state.reach import INERT, described, holders, in_slot, put_in_slot, slots_of, with_slots
+from funcstage.trees import describe
 
 if TYPE_CHECKING:
     from funcstage.state.contents import Held
@@ -111,10 +112,15 @@ def detached(module: nn.Module | None, handed: Sequence[Any] = ()) -> Iterator[N
 def _tensors_of(holder: Any) -> Iterator[Tensor]:
     """The tensors that a container holds, by itself or in tuples."""
     for value in [*holder.values()] if isinstance(holder, dict) else [*holder]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, frozenset)):
-            yield from _tensors_of(value)
+        yield from _within(value)
+
+
+def _within(value: Any) -> Iterator[Tensor]:
+    """A tensor, or those in a tuple."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, frozenset)):
+        yield from _tensors_of(value)
 
 
 def objects_among(leaves: Iterable[Any]) -> list[Any]:
@@ -156,9 +162,15 @@ def replace_in_slots(noted: Iterable[tuple[Any, Any, Any]], of: Callable[[Any], 
 
 
 def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
-    """Put other tensors in place of those that a dict, list or set holds, by itself or in tuples."""
+    """Put other tensors in place of those that a dict, list or set holds, by itself or in tuples.
+
+    Raises:
+        PurityError: if one is a key of the dict, or a parameter in the set, as which it is not found again.
+    """
     if isinstance(holder, dict):
         for key, value in [*holder.items()]:
+            if isinstance(key, Tensor) and of(key) is not key:
+                _refuse_key(key, "a key of a dict")
             if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:
                 holder[key] = new
     elif isinstance(holder, (list, deque)):
@@ -168,8 +180,18 @@ def replace_in(holder: Any, of: Callable[[Any], Any]) -> None:
     else:
         for value in [*holder]:
             if isinstance(value, _OF_TENSORS) and (new := of(value)) is not value:
+                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+                    _refuse_key(value, "an element of a set")
                 holder.discard(value)
                 holder.add(new)
+
+
+def _refuse_key(tensor: Tensor, what: str) -> NoReturn:
+    raise PurityError(
+        f"The stage keeps a tensor ({describe(tensor)}) as {what}, but another one stands for it in the next "
+        "call, which would not be found there. Use a name as the key, of a parameter or a submodule, or the "
+        "submodule itself."
+    )
 
 
 _OF_TENSORS = (Tensor, tuple, frozenset, functools.partial)
@@ -338,7 +360,13 @@ class State:
                 grows, new = True, [*holder][len(contents) :]
             else:
                 new = [*holder]
-            for value in _tensors_in(new, memo):
+            left = _tensors_in(new, memo)
+            if left and isinstance(holder, set):
+                raise TraceError(
+                    f"{owner} leaves a tensor in a set on its module, where a compiled stage would not know "
+                    "it again. Keep it in a list or a dict, or return it."
+                )
+            for value in left:
                 memo[id(value)] = stand_in = _Result(len(tensors), notes_on(value, owner))
                 stand_ins.append(stand_in)
                 tensors.append(value)
@@ -362,7 +390,8 @@ class State:
         for holder, contents in zip(self._holders, self._contents, strict=True):
             places = contents.items() if isinstance(contents, dict) else enumerate(contents)
             for place, value in places:
-                if not isinstance(value, Tensor) or ft.storage_key(value) not in keys:
+                read = [tensor for tensor in _within(value) if ft.storage_key(tensor) in keys]
+                if not read:
                     continue
                 now = holder.get(place) if isinstance(holder, dict) else None
                 if now is not value and (isinstance(holder, dict) or differs(holder, contents)):
@@ -371,8 +400,9 @@ class State:
                         f"({place!r}), and replaces it. A compiled stage cannot do that. Register it as a "
                         "buffer (`register_buffer`), or pass it in and return it."
                     )
-                if hasattr(value, MARK):
-                    delattr(value, MARK)  # from now on it matters which one it is
+                for tensor in read:
+                    if hasattr(tensor, MARK):
+                        delattr(tensor, MARK)  # from now on it matters which one it is
 
 
 def _names(contents: Any) -> str:

@@ -296,15 +296,18 @@ def _collecting(acts: list[Any]) -> Any:
 
 @pytest.mark.parametrize("engine", ["aten", "inductor"])
 @pytest.mark.parametrize("initial", [None, torch.zeros(3, 4)], ids=["made in the forward", "made before"])
+@pytest.mark.parametrize("packed", [False, True], ids=["by itself", "in a tuple"])
 def test_a_compiled_stage_that_reads_what_it_kept_is_refused_with_a_way_out(
-    engine: Any, initial: Any
+    engine: Any, initial: Any, packed: bool
 ) -> None:
     def running(m: Any, h: Tensor) -> Tensor:
-        m.aux = h if m.aux is None else m.aux * 0.9 + h
-        return m.aux.tanh()
+        before = m.aux[0][0] if packed and m.aux is not None else m.aux
+        now = h if before is None else before * 0.9 + h
+        m.aux = ((now,), 1) if packed else now
+        return now.tanh()
 
     module, x = Keeps(running), torch.randn(3, 4)
-    module.aux = initial
+    module.aux = ((initial,), 1) if packed and initial is not None else initial
     apply, params, buffers = fs.functionalize(module)
     stage = fs.compile(apply, backend=engine)
     if initial is None:
