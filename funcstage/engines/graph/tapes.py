@@ -128,7 +128,7 @@ class InputTape(OnList):
         ]
         n, size = backward.n_grads, len(self.residuals)
         kept = {i: self.residuals[i] for i in backward.kept}
-        shared = self.shared or retain
+        shared = self.shared = self.shared or retain  # W of this run may be called after those of others
         replay = self.flight is not None and not shared and all(grad is not None for grad in given)
         step = programs.input_grad(backward, donate=not shared and self.flight is None)
         first = not programs.is_noted(backward)

@@ -78,6 +78,8 @@ def test_residuals_that_somebody_holds_are_not(stage: Any, half: str) -> None:
 
 def test_a_retained_pullback_is_not_disturbed_by_what_comes_of_it(stage: Any) -> None:
     output, _, pullback = fs.stage_vjp(*stage)
+    early = torch.randn_like(output)
+    (early_dx,), waits = pullback(early, retain=True)
     for cotangent in torch.randn(3, *output.shape, device=DEVICE):
         (dx,), weight_pullback = pullback(cotangent, retain=True)
         assert_gradients(stage, dx, weight_pullback(), cotangent)
@@ -87,6 +89,7 @@ def test_a_retained_pullback_is_not_disturbed_by_what_comes_of_it(stage: Any) ->
     grads = weight_pullback(retain=True)
     assert_gradients(stage, dx, grads, cotangent)
     assert_gradients(stage, dx, weight_pullback(), cotangent)
+    assert_gradients(stage, early_dx, waits(), early)
 
 
 def test_what_the_caller_gave_and_got_stays_as_it_was(stage: Any) -> None:
