@@ -257,6 +257,8 @@ def measure(
 ) -> Result:
     """Build a system and run F, I and W back to back; phases follow each other without waiting."""
     clock = Clock(stage.x.device.type)
+    forget_gradients(stage)  # which may lie in the memory of the system before
+    release()
     reserved = reserved_bytes(stage)
     born = time.perf_counter()
     phases = build()

@@ -155,6 +155,10 @@ class Programs:
         }
 
     @property
+    def has_run(self) -> bool:
+        return "F" in self._made
+
+    @property
     def forward(self) -> Step:
         if "forward" not in self._made:
             rest = [node.name for node in self.joint.placeholders[self.joint.n_state :]]

@@ -35,12 +35,13 @@ def linearize(programs: Programs, tensors: Sequence[Any]) -> Linearized[InputTap
     state, args = tensors[: joint.n_state], tensors[joint.n_state :]
     n = joint.output_spec.num_leaves
     end = n + joint.buffers_spec.num_leaves
-    flight = programs.slots.claim(state) if programs.slots is not None else None
+    # The first microbatch runs without graphs: what is noted of it has to hold for others without them.
+    flight = programs.slots.claim(state) if programs.slots is not None and programs.has_run else None
     if flight is None:
         results = programs.forward(state, args)
         leaves = list(results[:end])
     else:
-        results = flight.slot.run("F", programs.forward, state, (), args)
+        results = flight.slot.run("F", programs.forward, state, given=args, n_results=end)
         leaves = handed_out(results[:end])
     for i, constant in programs.constants(state).items():
         leaves[i] = constant
@@ -88,7 +89,12 @@ class OnList(Unpicklable):
     def share(self) -> list[Tensor]:
         """The residuals, for others to hold: nothing may be written into them any more."""
         self.shared = True
-        return self.leaves()
+        return self.leaves() if self.flight is None else handed_out(self.leaves())
+
+    def replays(self, name: str) -> bool:
+        """Tell whether a program may run as a CUDA graph: if nothing else reads what it uses up."""
+        flight = self.flight
+        return flight is not None and not self.shared and flight.slot.can_run(name, self.residuals)
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
         """The same tape over other residuals."""
@@ -128,13 +134,15 @@ class InputTape(OnList):
         ]
         n, size = backward.n_grads, len(self.residuals)
         kept = {i: self.residuals[i] for i in backward.kept}
-        shared = self.shared = self.shared or retain  # W of this run may be called after those of others
-        replay = self.flight is not None and not shared and all(grad is not None for grad in given)
-        step = programs.input_grad(backward, donate=not shared and self.flight is None)
+        self.shared |= retain  # W of this run may be called after those of others
+        step = programs.input_grad(backward, donate=not self.shared and programs.slots is None)
         first = not programs.is_noted(backward)
         others = (*self.state, *kept.values(), *given) if first else ()
+        replay = not (first or any(grad is None for grad in given)) and self.replays("I")
         if self.flight is not None and replay:
-            results = self.flight.slot.run("I", step, self.state, self.residuals, given)
+            results = self.flight.slot.run(
+                "I", step, self.state, self.residuals, given, n_results=n, left=backward.kept
+            )
             grads = handed_out(results[:n])
             shares = None
         else:
@@ -156,7 +164,7 @@ class InputTape(OnList):
         for i in backward.made:
             residuals[size + i] = results[n + i]
         weight_tape = WeightTape(
-            programs, self.state, tuple(residuals), self.flight, shared, backward, shares, replay
+            programs, self.state, tuple(residuals), self.flight, self.shared, backward, shares, replay
         )
         self.intact = retain
         return grads, weight_tape, self if retain else None
@@ -202,7 +210,9 @@ class WeightTape(OnList):
             raise Summed(summed)
         self.shared = True  # what sites show must not be overwritten by W
         step, found, steps = programs.sites(backward)
-        values = iter(step(self.state, self.residuals))
+        values: Iterator[Any] = iter(step(self.state, self.residuals))
+        if self.flight is not None:
+            values = map(Tensor.detach, values)
 
         def vjp_of(k: int, views: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
             return list(steps[k](self.state, [*self.residuals, restored(cotangent, views, found[k].views)]))
@@ -237,10 +247,13 @@ class WeightTape(OnList):
     def weight_vjp(self, retain: bool) -> tuple[list[Tensor | None], WeightTape | None]:
         """Run W: return the gradient of every parameter leaf, and the tape that is left."""
         # What lies in a slot may only be given away by a replay, after which the slot keeps count of it.
-        own = not (self.shared or retain) and (self.flight is None or self.replay)
-        step = self.programs.weight_grad(self.backward, own, donate=self.flight is None)
-        if self.flight is not None and own:
-            grads = self.flight.slot.run(self.backward.name, step, self.state, self.residuals, ())
+        replay = self.replay and not retain and self.replays(self.backward.name)
+        own = not (self.shared or retain) and (self.flight is None or replay)
+        step = self.programs.weight_grad(self.backward, own, donate=self.programs.slots is None)
+        if self.flight is not None and replay:
+            name, n = self.backward.name, len(self.backward.weight_grad.results)
+            left = () if self.backward.whole is None else None
+            grads = self.flight.slot.run(name, step, self.state, self.residuals, n_results=n, left=left)
             self.intact = False
             return handed_out(grads), None
         inputs = step.inputs(self.state, self.residuals)

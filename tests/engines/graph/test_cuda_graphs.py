@@ -125,6 +125,102 @@ def test_gradients_of_a_microbatch_that_ended_without_graphs_are_never_overwritt
         assert torch.equal(mine, copy)
 
 
+@pytest.mark.parametrize("half", ["pullback", "weight pullback"])
+def test_residuals_that_a_caller_holds_are_never_overwritten(made: Any, half: str) -> None:
+    apply, params = made
+    fast = compile(apply, cuda_graphs=True)
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    x, cotangent = batch()
+    output, _, of_input = fs.stage_vjp(fast, params, {}, x)
+    if half == "pullback":
+        of_input = optree.tree_map(lambda leaf: leaf, of_input, namespace="funcstage")
+        torch.cuda.synchronize()
+        for other, c in batch(3):
+            split(fast, params, other, c)
+    (dx,), of_weight = of_input(cotangent)
+    of_weight = optree.tree_map(lambda leaf: leaf, of_weight, namespace="funcstage")
+    del of_input
+    for other, c in batch(3):
+        split(fast, params, other, c)
+    assert_close([output, dx, *of_weight().values()], eager(apply, params, x, cotangent))
+
+
+def test_what_sites_show_is_never_overwritten(made: Any) -> None:
+    apply, params = made
+    fast = compile(apply, cuda_graphs=True, sites=True)
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    x, cotangent = batch()
+    _, _, pullback = fs.stage_vjp(fast, params, {}, x)
+    _, weight_pullback = pullback(cotangent)
+    held = [tensor for site in weight_pullback.sites for tensor in (*site.inputs, site.cotangent)]
+    assert held
+    copies = [tensor.clone() for tensor in held]
+    weight_pullback()
+    del pullback, weight_pullback
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    for mine, copy in zip(held, copies, strict=True):
+        assert torch.equal(mine, copy)
+
+
+def test_retained_weight_passes_are_right_after_replays(made: Any) -> None:
+    apply, params = made
+    fast = compile(apply, cuda_graphs=True)
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    for retain_first in (True, False):
+        x, cotangent = batch()
+        output, _, pullback = fs.stage_vjp(fast, params, {}, x)
+        waits = pullback(cotangent, retain=True)[1] if retain_first else None
+        (dx,), weight_pullback = pullback(cotangent)
+        again = weight_pullback(retain=True)
+        expected = eager(apply, params, x, cotangent)
+        assert_close([output, dx, *weight_pullback().values()], expected)
+        assert_close([output, dx, *again.values()], expected)
+        if waits is not None:
+            assert_close([output, dx, *waits().values()], expected)
+
+
+@pytest.mark.parametrize("orders", [(1, 2, 1, 2), (2, 1, 2, 1)])
+def test_pieces_of_w_are_right_beside_whole_ones(made: Any, orders: tuple[int, ...]) -> None:
+    apply, params = made
+    fast = compile(apply, cuda_graphs=True)
+    for parts in (1, *orders, *orders):
+        x, cotangent = batch()
+        output, _, pullback = fs.stage_vjp(fast, params, {}, x)
+        (dx,), weight_pullback = pullback(cotangent)
+        if parts == 1:
+            grads = weight_pullback()
+        else:
+            grads = fs.stage_backward_weight(reversed(weight_pullback.split(parts)))
+        assert_close([output, dx, *(grads[name] for name in params)], eager(apply, params, x, cotangent))
+
+
+def test_i_and_w_lie_where_residuals_lay() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(Stage(512) for _ in range(4))).cuda()
+    apply, params, _ = fs.functionalize(module)
+    x, cotangent = torch.randn(2, 8192, 512, device="cuda")
+    kept = {}
+    for graphs in (False, True):
+        fast = compile(apply, cuda_graphs=graphs)
+        for _ in range(4):
+            split(fast, params, x, cotangent)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        split(fast, params, x, cotangent)
+        if graphs:
+            pools = [s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)]
+            kept[graphs] = sum(pools)
+        else:
+            kept[graphs] = torch.cuda.max_memory_allocated() - before
+    assert kept[True] < 1.25 * kept[False]
+
+
 def test_a_slot_is_reused_once_its_results_are_gone(made: Any) -> None:
     apply, params = made
     fast = compile(apply, cuda_graphs=True)
