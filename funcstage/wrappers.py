@@ -14,9 +14,11 @@ from torch import nn
 
 from funcstage.errors import StructureError
 from funcstage.gathered import sharded_parts
+from funcstage.state.reach import reached
 
 _UNWRAP = "Pass the module inside of it (`.module`)"
 _BEFORE = "Its parameters are shards that only its own forward puts together: use `fully_shard` instead"
+_ASIDE = "Call that submodule itself, and keep no wrapper of it"
 _UNREPLICATED = "Pass a module that `replicate` has not worked on"
 
 _WRAPPERS = (
@@ -31,11 +33,15 @@ _WRAPPERS = (
 def check_unwrapped(module: nn.Module) -> None:
     """Refuse a module that is, or holds, one wrapped for data parallelism, or one of TorchScript.
 
+    A wrapper that is no submodule, but kept in a list or an attribute of another kind, counts as well if it
+    is around one: called in the forward, it would seem to be the plain submodule.
+
     Raises:
         StructureError: names the submodule and what wrapped it.
     """
     kinds = tuple(_loaded())
-    for name, part in module.named_modules():
+    parts = {part: name for name, part in module.named_modules()}
+    for part, name in parts.items():
         if isinstance(part, torch.jit.ScriptModule):
             raise StructureError(
                 f"{type(module).__name__}: {_place(name)} was made by torch.jit.script or torch.jit.trace, "
@@ -44,12 +50,25 @@ def check_unwrapped(module: nn.Module) -> None:
             )
         for kind, wrapper, way_out in kinds:
             if isinstance(part, kind):
-                raise StructureError(
-                    f"{type(module).__name__}: {_place(name)} is wrapped by {wrapper}, whose hooks never see "
-                    f"the gradients that a pullback returns. {way_out}, and average the gradients that W "
-                    "returns over the replicas (torch.distributed.all_reduce), or give a "
-                    "FunctionalPipelineStage `data_parallel=`, which does that once a step."
+                raise _wrapped(module, name, wrapper, way_out)
+    for held in reached([module]):
+        if not isinstance(held, nn.Module) or held in parts:
+            continue
+        for kind, wrapper, _ in kinds:
+            name = parts.get(getattr(held, "module", None), "") if isinstance(held, kind) else ""
+            if name:
+                raise _wrapped(
+                    module, name, wrapper, "Call the submodule itself, and do not keep the wrapper"
                 )
+
+
+def _wrapped(module: nn.Module, name: str, wrapper: str, way_out: str) -> StructureError:
+    return StructureError(
+        f"{type(module).__name__}: {_place(name)} is wrapped by {wrapper}, whose hooks never see "
+        f"the gradients that a pullback returns. {way_out}, and average the gradients that W "
+        "returns over the replicas (torch.distributed.all_reduce), or give a "
+        "FunctionalPipelineStage `data_parallel=`, which does that once a step."
+    )
 
 
 def check_alone(module: nn.Module, asked: Mapping[str, object]) -> None:

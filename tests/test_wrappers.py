@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from one_process import one_process
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import ScheduleGPipe
@@ -83,6 +85,84 @@ def test_a_wrapped_module_is_refused_by_name(wrapped: tuple[nn.Module, str], pla
         with pytest.raises(fs.StructureError, match=said.split()[-1]) as refused:
             take(module)
         assert "data_parallel" in str(refused.value)  # the way out
+
+
+class Aside(nn.Module):
+    """Calls its submodule through a wrapper that is none of its submodules, in any of several places."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module], place: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        wrapped = wrap(self.inner)
+        self.call: Any = {
+            "list": [wrapped],
+            "partial": partial(wrapped),
+            "method": wrapped.forward,
+            "closure": lambda x: wrapped(x),
+            "attribute": None,
+        }[place]
+        if place == "attribute":
+            object.__setattr__(self, "call", wrapped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call[0](x) if isinstance(self.call, list) else self.call(x)
+
+
+@pytest.mark.parametrize("place", ["list", "partial", "method", "closure", "attribute"])
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, DataParallel], ids=lambda wrap: wrap.__name__)
+def test_a_wrapper_around_a_submodule_is_refused_that_is_kept_aside(wrap: Any, place: str) -> None:
+    module = Aside(wrap, place)
+    for take in (fs.functionalize, lambda m: FunctionalPipelineStage(m, 0, 1, torch.device("cpu"))):
+        with pytest.raises(fs.StructureError, match=rf"'inner' is wrapped by {wrap.__name__}.*Call that sub"):
+            take(module)
+    module.call = module.inner
+    assert set(fs.functionalize(module).params) == {"inner.weight", "inner.bias"}
+
+
+def test_a_module_may_know_a_wrapper_around_itself() -> None:
+    module = nn.Linear(4, 4)
+    module.trainer = [DistributedDataParallel(module)]  # as trainers of libraries hold it
+    assert set(fs.functionalize(module).params) == {"weight", "bias"}
+
+
+class Renaming(nn.Module):
+    """Wraps a module, and names its parameters, or its buffers, as that does."""
+
+    def __init__(self, module: nn.Module, what: str) -> None:
+        super().__init__()
+        self.module, self.what = module, what
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        of = self.module if self.what == "parameters" else super()
+        return of.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.module if self.what == "buffers" else super()).named_buffers(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        checkpoint_wrapper(nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.BatchNorm1d(4))),
+        Renaming(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "parameters"),
+        Renaming(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "buffers"),
+    ],
+    ids=["checkpoints", "parameters", "buffers"],
+)
+def test_names_under_which_nothing_lies_are_refused_and_the_way_out_works(wrapped: nn.Module) -> None:
+    for take in (fs.functionalize, lambda m: FunctionalPipelineStage(m, 0, 1, torch.device("cpu"))):
+        with pytest.raises(fs.StructureError, match=r"holds none under that name: .* nn\.Sequential"):
+            take(wrapped)
+    check_stage(nn.Sequential(wrapped), torch.randn(3, 4))
+    if isinstance(wrapped, Renaming):
+        check_stage(wrapped.module, torch.randn(3, 4))
+
+
+def test_a_wrapper_that_hides_a_prefix_is_taken_where_attributes_lead_on() -> None:
+    check_stage(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 4))), torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("wrap", [sharded, replicated_by_fsdp])
