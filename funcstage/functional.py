@@ -118,6 +118,13 @@ def function_of(module: nn.Module) -> FunctionalStage:
                 f"{type(module).__name__}: {name!r} is lazy and not yet initialised, so it has no shape. "
                 "Call the module once on an example input, then functionalize it."
             )
+        if not _is_place(module, name):
+            raise StructureError(
+                f"{type(module).__name__} names a tensor {name!r}, but holds none under that name: its class "
+                "has a named_parameters() or named_buffers() of its own, as wrappers do that hide a prefix. "
+                "Wrap it in an nn.Sequential, which names tensors by where they are, or pass the module "
+                "inside of it."
+            )
     show_shards(module)
     named_params = dict(module.named_parameters())
     params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
@@ -223,6 +230,15 @@ class ModuleFunction:
 
 
 _NOTHING = nullcontext()
+
+
+def _is_place(module: nn.Module, name: str) -> bool:
+    """Whether a module, or one that its attributes lead to, holds a parameter or buffer under a name."""
+    *path, last = name.split(".")
+    owner: Any = module
+    for attribute in path:
+        owner = getattr(owner, attribute, None)
+    return isinstance(owner, nn.Module) and (last in owner._parameters or last in owner._buffers)
 
 
 def checked_result(apply: Callable[..., Any], result: Any) -> tuple[PyTree, Buffers]:
