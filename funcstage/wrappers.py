@@ -57,9 +57,7 @@ def check_unwrapped(module: nn.Module) -> None:
         for kind, wrapper, _ in kinds:
             name = parts.get(getattr(held, "module", None), "") if isinstance(held, kind) else ""
             if name:
-                raise _wrapped(
-                    module, name, wrapper, "Call the submodule itself, and do not keep the wrapper"
-                )
+                raise _wrapped(module, name, wrapper, _ASIDE)
 
 
 def _wrapped(module: nn.Module, name: str, wrapper: str, way_out: str) -> StructureError:
