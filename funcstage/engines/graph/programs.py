@@ -93,9 +93,10 @@ class Programs:
             residuals: what it returned beside them.
         """
         if "F" not in self._made:
-            self._made["F"] = unshared(self.partition.after_forward, residuals, [*given, *results])
             self._made["watched"] = self._watched((*given, *leaves), residuals)
             self._made["captured"] = self._captured(residuals)
+            # Last, as other threads take it for all of them.
+            self._made["F"] = unshared(self.partition.after_forward, residuals, [*given, *results])
 
     def watch(self, held_by_caller: Sequence[Any]) -> Watch:
         """Watch over what I and W may read of what the caller gave and got, or the stage captured.

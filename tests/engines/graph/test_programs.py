@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -149,3 +150,28 @@ def test_a_program_that_reads_nothing_but_what_the_stage_has_captured_is_compile
     for _ in range(2):
         torch.testing.assert_close(fast({"w": torch.ones(2)}, {}, torch.ones(2))[0], captured.exp() + 1)
         captured.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(programs, "unshared"), (Programs, "_watched"), (Programs, "_captured")]
+)
+def test_another_thread_may_run_while_a_first_run_is_looked_at(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = fs.compile(lambda params, buffers, x: ((x * params).sin(), buffers), backend="aten")
+    x, params = torch.randn(3), torch.randn(3)
+
+    def run() -> Tensor:
+        pullback = fs.stage_vjp(fast, params, (), x)[2]
+        return pullback(torch.ones(3))[1]()
+
+    plain, meanwhile = getattr(owner, name), list[Tensor]()
+
+    def look(*args: Any) -> Any:
+        monkeypatch.setattr(owner, name, plain)
+        with ThreadPoolExecutor(1) as other:
+            meanwhile.append(other.submit(run).result(60))
+        return plain(*args)
+
+    monkeypatch.setattr(owner, name, look)
+    torch.testing.assert_close([run(), *meanwhile], [(x * params).cos() * x] * 2)
