@@ -306,7 +306,7 @@ READ_AS_BEFORE = {
 @pytest.mark.parametrize("change", [None, *CHANGES], ids=lambda change: change and change.__name__)
 def test_a_structure_is_equal_until_the_module_is_another_to_read(change: Change | None) -> None:
     module = net()
-    before = Structure.of(module)
+    before, parts = Structure.of(module), parts_of(module)
     new = changed(module, change)
     after = Structure.of(new)
     same = change is None or change in READ_AS_BEFORE
@@ -314,6 +314,11 @@ def test_a_structure_is_equal_until_the_module_is_another_to_read(change: Change
     assert (before != after) is not same
     assert (hash(before) == hash(after)) is same
     assert before != before.key
+    assert before.same_modules(after) is (parts == parts_of(new))
+
+
+def parts_of(module: nn.Module) -> list[tuple[str, nn.Module, type]]:
+    return [(name, part, type(part)) for name, part in module.named_modules(remove_duplicate=False)]
 
 
 @OPTIONS

@@ -21,7 +21,7 @@ from pipeline_cases import (
     with_everything,
 )
 from torch import Tensor, nn
-from torch.distributed.pipelining import ScheduleGPipe
+from torch.distributed.pipelining import ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn import functional
 
 import funcstage as fs
@@ -186,6 +186,34 @@ def test_an_error_of_a_forward_says_which_stage_and_microbatch_it_was(group: Any
     chain = [caught.value, caught.value.__cause__, caught.value.__context__]
     notes = [note for error in chain for note in getattr(error, "__notes__", ())]
     assert any("This was stage 0 of 1 (Picky), in F of microbatch 1." in note for note in notes)
+
+
+class Widening(nn.Module):
+    """Returns another dtype from some microbatch on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.linear, self.after, self.seen = nn.Linear(4, 4), after, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        y: Tensor = self.linear(x)
+        return y.double() if self.seen > self.after else y
+
+
+def test_a_microbatch_that_does_not_look_as_its_stages_were_prepared_for_is_refused(group: Any) -> None:
+    modules = [Widening(2), nn.Linear(4, 4)]
+    stages = [FunctionalPipelineStage(m, i, 2, "cpu", group=group) for i, m in enumerate(modules)]
+    schedule = ScheduleInterleaved1F1B(stages, 3, loss_fn=functional.mse_loss)
+    x = torch.randn(6, 4)
+    message = r"stage 0 of 2 .*: the output of microbatch 2 is \(?float64\[2, 4\].* prepared for \(?float32"
+    with pytest.raises(fs.LeafError, match=message):
+        schedule.step(x, target=x)
+    schedule, stage = alone(nn.Linear(4, 4), group, functional.mse_loss, 3)
+    schedule.step(x, target=x)
+    message = r"stage 0 of 1 .*: the input of microbatch 1 is \(?float32\[3, 4\].* prepared for \(?float32\[2"
+    with pytest.raises(fs.LeafError, match=message):
+        stage.forward_one_chunk(1, (torch.randn(3, 4),), {})
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,8 @@ CHANGES: list[tuple[Any, Callable[[Any], Any]]] = [
     (attributed(lambda: lambda: 1, __module__=None), lambda f: setattr(f, "note", 1)),
     (nn.ReLU(), lambda module: setattr(module, "inplace", True)),
     (torch.distributions.Normal(0.0, 1.0), lambda normal: setattr(normal, "loc", 1)),
+    (torch.optim.SGD([torch.zeros(2)]), lambda optimizer: optimizer.param_groups[0].update(lr=2.0)),
+    (torch.optim.SGD([torch.zeros(2)]), lambda optimizer: setattr(optimizer, "note", 1)),
 ]
 
 
@@ -334,6 +336,8 @@ def test_a_change_within_is_heard(
         (torch.zeros(2), lambda tensor: tensor.add_(1)),
         (nn.functional.relu, lambda f: setattr(f, "note", 1)),
         (torch.Generator(), lambda generator: generator.seed()),
+        (torch.optim.SGD([torch.zeros(2)]), lambda optimizer: optimizer.state.update(step=1)),
+        (torch.optim.SGD([torch.zeros(2)]), lambda optimizer: optimizer.param_groups[0]["params"].pop()),
         (instance_of("triton.runtime"), lambda kernel: setattr(kernel, "calls", 1)),
         (instance_of("numba.core"), lambda kernel: setattr(kernel, "calls", 1)),
     ],

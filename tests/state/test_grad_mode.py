@@ -200,6 +200,15 @@ def test_a_compiled_forward_alone_sees_the_callers_grad_mode(enabled: bool) -> N
         torch.testing.assert_close(fast(params, {}, x)[0], apply(params, {}, x)[0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_with_a_history_are_computed_by_the_stage_itself_only_where_that_goes_on(mode: str) -> None:
+    fast = fs.compile(lambda params, buffers, x: (x * params, buffers), backend="aten")
+    params, x = torch.randn(3, requires_grad=True), torch.randn(3)
+    with MODES[mode]():
+        torch.testing.assert_close(fast(params, (), x)[0], x * params)
+    assert f"{0 if mode == 'grad' else 1} signature(s)" in repr(fast)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_a_list_that_the_forward_fills_is_the_callers_in_every_mode(mode: Any) -> None:
     class Fills(nn.Linear):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import funcstage as fs
 from funcstage._torch.interception import intercepting
 from funcstage.engines.graph.recorder import Recorder
-from funcstage.state.module import look_over
+from funcstage.state.module import locked, look_over
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
 LONG = 60.0
@@ -488,3 +488,22 @@ def test_stages_take_turns_where_they_share_a_submodule_that_holds_something() -
     assert {*both} >= of_one | of_apart
     together = look_over(nn.Sequential(apart, one))
     assert [lock for lock in together if lock in both] == [lock for lock in both if lock in together]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_who_takes_a_stage_takes_all_of_its_locks(n: int) -> None:
+    layers = [nn.Linear(2, 2) for _ in range(n)]
+    for layer in layers[1:]:
+        look_over(layer)
+    module = nn.ModuleList(layers)
+    locks = look_over(module)
+    assert len(locks) == n
+
+    def is_free(lock: Any) -> bool:
+        if taken := lock.acquire(blocking=False):
+            lock.release()
+        return bool(taken)
+
+    with locked(module):
+        assert not any(ELSEWHERE.map(is_free, locks))
+    assert all(ELSEWHERE.map(is_free, locks))

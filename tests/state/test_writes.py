@@ -44,17 +44,19 @@ class Aliases(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A region that is run again, with a frozen weight and one of its own."""
+    """A region that is run again, with a frozen weight, a buffer and a weight of its own."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
         self.first, self.frozen, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.frozen.requires_grad_(False)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.rand(4))
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         def body(x: Tensor) -> Tensor:
-            return self.frozen(self.first(x).tanh()).sin()
+            return self.frozen(self.first(x).tanh()).sin() * self.scale
 
         return self.last(checkpoint(body, x, use_reentrant=self.reentrant))
 
@@ -174,6 +176,24 @@ def test_a_write_after_f_is_refused_by_name_where_eager_refuses_and_else_changes
         assert not refused or kind == "buffers" or engine != "closures", "eager refuses"
         for ours, wanted in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("how", ["held by its module", "handed to it"])
+def test_a_write_into_what_a_region_alone_reads_again_is_refused(how: str) -> None:
+    """Which no level knows: a buffer of a module that is not the stage's, or an argument that is none."""
+    table = torch.rand(4)
+    held = nn.Module()
+    held.register_buffer("table", table)
+    held.forward = lambda x, given=None: x * (held.table if given is None else given)  # type: ignore[union-attr]
+
+    def apply(params: Any, buffers: Any, x: Tensor, y: Tensor) -> Any:
+        given = () if how == "held by its module" else (table,)
+        return checkpoint(held, x * params, *given, use_reentrant=False), buffers
+
+    output, _, pullback = fs.stage_vjp(apply, torch.rand(4), (), torch.rand(3, 4), table, argnums=0)
+    table.mul_(0.5)
+    with pytest.raises(fs.WrittenError, match=r"args\[1\] \(float32\[4\]\)"):
+        pullback(torch.ones_like(output))
 
 
 GLOBAL = torch.ones(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.engines.graph.budget import _groups
 from funcstage.report import size
 
 Case = tuple[Any, Any, Any, Tensor]
+aten = torch.ops.aten
 
 
 def narrow_and_wide() -> Case:
@@ -32,6 +36,24 @@ def narrow_and_wide() -> Case:
 def planned(case: Case, remat: Any) -> Any:
     apply, params, buffers, x = case
     return fs.compile(apply, backend="aten", remat=remat).plan(params, buffers, x)
+
+
+def test_values_that_lie_in_one_result_are_held_together() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    norm = graph.call_function(aten.native_layer_norm.default, (x, [4], None, None, 1e-5))
+    y, mean = (graph.call_function(operator.getitem, (norm, i)) for i in (0, 1))
+    turned = graph.call_function(aten.t.default, (y,))
+    (part, rest) = (
+        graph.call_function(operator.getitem, (graph.call_function(aten.split.Tensor, (turned, 2)), i))
+        for i in (0, 1)
+    )
+    squared = graph.call_function(aten.mul.Tensor, (part, part))
+    drawn = graph.call_function(aten.rand_like.default, (x,))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(4, 4)
+    groups = _groups([x, mean, y, rest, squared, drawn])
+    assert [group for group, _ in groups] == [[mean, y, rest], [squared]]
 
 
 BUDGETS = [i / 20 for i in range(21)]

@@ -4,6 +4,7 @@ import itertools
 import operator
 import random
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import funcstage as fs
 from funcstage.engines.base import StageCall
@@ -120,6 +122,31 @@ def test_w_maps_what_is_held_anyway_rather_than_i_writes_it(remat: Any) -> None:
     large = [name for name in parts.from_input if parts.nbytes[name] == 32 * 256 * 4]
     assert len(large) == 2, "the cotangent and its product with the weight"
     assert sum(parts.nbytes[name] for name in parts.for_weight) <= (3 + 1 / 64) * 32 * 256 * 4
+
+
+class Selective(nn.Module):
+    """A region that has a product saved and, as its policy may say, what follows that is cheap, too."""
+
+    def __init__(self, *saved: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.saved = saved
+
+    def forward(self, x: Tensor) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, [*self.saved])
+        return checkpoint(
+            lambda x: self.last(self.first(x).tanh().sin()), x, use_reentrant=False, context_fn=contexts
+        )
+
+
+@pytest.mark.parametrize("remat", ["none", "min_cut", "full", lambda node: False])
+@pytest.mark.parametrize("saved", [(), ("mm",), ("tanh",), ("mm", "sin")])
+def test_what_a_region_is_to_save_crosses_and_nothing_else_of_it(saved: tuple[str, ...], remat: Any) -> None:
+    aten = torch.ops.aten
+    module = Selective(*[getattr(aten, name).default for name in saved])
+    parts = partition(joint_of(module, torch.randn(4, 8)), remat)
+    crossing = {name.partition("_")[0] for name in parts.after_forward}
+    assert crossing == {"arg", *saved}, parts.after_forward
 
 
 def test_an_operand_that_i_makes_of_what_is_held_is_not_made_again_by_w() -> None:

@@ -32,6 +32,7 @@ from funcstage.engines.graph.recorder import (
     _is_made_in_trace,
     _is_traced,
     _run_by_the_interpreter,
+    watch,
 )
 
 HERE = __name__
@@ -620,6 +621,34 @@ def test_a_trace_of_another_thread_is_not_disturbed_by_what_is_collected_there()
         thread.join()
         helper()
     assert f"'NUMBER' in module {HERE}" in {place.label for place in recorder.finish()[0].places}
+
+
+MEANWHILE: dict[str, tuple[Callable[[], Any], bool]] = {
+    "nothing": (lambda: None, True),
+    "what was read": (lambda: NUMBER, True),
+    "what was not read yet": (lambda: (PAIR, settings.factor), True),
+    "what was read is changed": (lambda: TABLE["a"].append(2.0), False),
+    "a hook": (lambda: torch.ones(2, requires_grad=True).register_hook(math.sin), False),
+}
+
+
+@pytest.mark.parametrize("done", MEANWHILE)
+def test_all_is_as_it_was_until_what_was_read_changes_or_torch_is_handed_a_callback(
+    done: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TABLE, "a", [1.0])
+    function, is_alike = MEANWHILE[done]
+
+    def run() -> Any:
+        return NUMBER, TABLE["a"][0]
+
+    recorder = Recorder(run, (), ())
+    with recorder:
+        run()
+        alike = watch(recorder)
+        assert alike()
+        function()
+        assert alike() is is_alike
 
 
 class Naming(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -749,3 +750,23 @@ def test_a_hook_that_belongs_to_no_module_is_searched_like_any_other() -> None:
     for hook, expected in ((plain, False), (recording, True)):
         hook.__module__ = None  # type: ignore[assignment]  # as of functions that code has made
         assert differentiates(hook) is expected
+
+
+def test_a_hook_on_a_node_may_take_gradients_by_what_is_marked_after_it() -> None:
+    solver: Any = sys.modules["torch." + "autograd"]  # by no name that tells
+
+    def apply(params: Any, buffers: Any, x: Tensor) -> Any:
+        y = x * params
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(
+            lambda grads: tuple(g + solver.grad(again, point, g, retain_graph=True)[0] for g in grads)
+        )
+        point = x.detach().clone().requires_grad_()
+        again = (point * params).sin()
+        return y, buffers
+
+    params, x, grad = (torch.randn(3) for _ in range(3))
+    leaves = x.clone().requires_grad_(), params.clone().requires_grad_()
+    expected = torch.autograd.grad(apply(leaves[1], (), leaves[0])[0], leaves, grad)
+    (dx,), weight_pullback = fs.stage_vjp(apply, params, (), x)[2](grad)
+    torch.testing.assert_close((dx, weight_pullback()), expected)

@@ -113,6 +113,29 @@ def test_a_second_run_may_find_a_cache_filled() -> None:
     torch.testing.assert_close(split(*fs.functionalize(module), x), eager(copy.deepcopy(module), x))
 
 
+AFTER: dict[str, Callable[[Tensor], Tensor]] = {
+    "a map": lambda y: y + 1,
+    "a write": lambda y: (y + 1).mul_(2),
+    "a write alone": lambda y: y.clone().neg_(),
+    "several results": lambda y: sum(torch.unbind_copy(y + 1)),  # type: ignore[arg-type, return-value]
+    "a view": lambda y: (y + 1).t().neg(),
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_what_follows_the_last_tensor_that_is_saved_may_be_of_any_kind(after: str) -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: AFTER[after](self.linear(x).exp()), x, use_reentrant=False)
+
+    module, x = Maps(), torch.randn(6, WIDTH)
+    torch.testing.assert_close(split(*fs.functionalize(module), x), eager(module, x))
+
+
 LOOK = (torch.Size([2, 3]), (1, 2), torch.float64, torch.device("cpu"))
 
 
