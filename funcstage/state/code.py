@@ -58,6 +58,14 @@ def loads_of(code: CodeType) -> Loads:
     )
 
 
+def may_be_imported(name: str, package: str | None) -> Iterator[str]:
+    """The full names of modules that an import may mean, and of packages around them."""
+    above = package.split(".") if package else []
+    for n in range(len(above) + 1):
+        full = ".".join((*above[:n], name)).rstrip(".")
+        yield from (full.rsplit(".", i)[0] for i in range(full.count(".") + 1))
+
+
 def is_library(module: object) -> bool:
     """Tell whether a module's functions keep no settings of the user's, other than those that are watched."""
     name = module if isinstance(module, str) else ""  # of Cython's metaclass it is a descriptor

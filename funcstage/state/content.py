@@ -279,6 +279,12 @@ def _reference(value: weakref.ref[Any]) -> Parts:
     return type(value), (("()", value()),)
 
 
+def _proxy_of(value: Any) -> Parts:
+    with suppress(ReferenceError):  # it is gone
+        return type(value), (("()", value.__repr__.__self__),)
+    return type(value), ()
+
+
 def _variable(value: contextvars.ContextVar[Any]) -> Parts:
     try:
         return Same(value), (("get()", value.get()),)
@@ -354,6 +360,7 @@ _READERS: dict[type, Callable[[Any], Parts]] = {
     torch.optim.Optimizer: _optimizer,
     **dict.fromkeys((array.array, bytearray, memoryview), _bytes),
     weakref.ref: _reference,
+    **dict.fromkeys(weakref.ProxyTypes, _proxy_of),
     contextvars.ContextVar: _variable,
     threading.local: _local,
     type(os.environ): _environment,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import dropwhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch.messages import is_of_stage, package_of
@@ -44,7 +45,7 @@ def line_of(error: BaseException) -> str | None:
 
 def tried_uncompiled(refusal: TraceError, call: StageCall) -> Exception:
     """Run a stage that cannot be traced uncompiled, and return the error that is to be raised."""
-    if _has_other_ranks():
+    if _has_other_ranks() or any(isinstance(leaf, Iterator) for leaf in call.argument_leaves):
         return TraceError(f"{refusal} {_UNTRIED}")
     found = _error_of(call, backward=call.diff is not None and torch.is_grad_enabled())
     if found is None:
@@ -84,7 +85,7 @@ def _error_of(call: StageCall, backward: bool = False) -> Exception | None:
 
 
 def _run_backward(leaves: Sequence[Any], tape: InputTape, stage: str) -> None:
-    cotangents = [torch.ones_like(leaf) if trees.is_differentiable(leaf) else None for leaf in leaves]
+    cotangents = [_cotangent(leaf) if trees.is_differentiable(leaf) else None for leaf in leaves]
     phase = "I"
     try:
         weight_tape = tape.input_vjp(cotangents, retain=False)[1]
@@ -93,6 +94,11 @@ def _run_backward(leaves: Sequence[Any], tape: InputTape, stage: str) -> None:
     except RuntimeError as error:
         explain(error, stage, phase)
         raise
+
+
+def _cotangent(leaf: Tensor) -> Tensor:
+    """Some cotangent of an output; torch makes no ones in sparse layouts."""
+    return torch.ones_like(leaf) if leaf.layout is torch.strided else torch.zeros_like(leaf)
 
 
 def _is_a_refusal(error: Exception) -> bool:

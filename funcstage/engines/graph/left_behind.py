@@ -39,6 +39,12 @@ class LeftBehind:
                 refill(container, contents)
 
 
+def is_made_in_trace(value: Any) -> bool:
+    """Tell whether a value is a tensor of the trace, or a list, tuple or dict of some."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(isinstance(each, Tensor) and is_functional(each) for each in (value, *inside))
+
+
 def _holds_traced(container: Any, depth: int = 3) -> bool:
     inside = container.values() if isinstance(container, dict) else container
     return any(

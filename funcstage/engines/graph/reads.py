@@ -29,8 +29,8 @@ class Place(NamedTuple):
 
     Attributes:
         label: what to call it.
-        owner: a namespace, a weak reference to a function, or one to a tensor whose values were read.
-        name: of the value in the namespace, or the number of a function's cell.
+        owner: a namespace, or a weak reference to a function, a class or a tensor whose values were read.
+        name: of the value in the namespace, of an attribute, or the number of a function's cell.
     """
 
     label: str
@@ -50,6 +50,8 @@ class Place(NamedTuple):
             if isinstance(self.name, str):
                 return getattr(owner, self.name)
             return _in_cell(owner, self.name)
+        if isinstance(owner, type):
+            return getattr(owner, self.name)
         return owner if isinstance(owner, Tensor) else ABSENT
 
 
@@ -148,6 +150,7 @@ class Watch:
         functions: dict[int, FunctionType] = {}
         self._cells: list[Any] = []
         self._tensors: list[Tensor] = []
+        self._classes: list[type] = []
         sized: dict[int, Any] = {id(space.entries): space.entries for space in reads.spaces}
         for place in reads.places:
             owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
@@ -155,6 +158,8 @@ class Watch:
                 continue  # it is not called any more, and what held it is watched
             elif isinstance(owner, Tensor):
                 self._tensors.append(owner)
+            elif isinstance(owner, type):
+                self._classes.append(owner)
             elif isinstance(owner, FunctionType) and isinstance(place.name, str):
                 functions[id(owner)] = owner
             elif isinstance(owner, FunctionType):
@@ -167,6 +172,7 @@ class Watch:
         self._readers = [itemgetter(names[0], *names) for _, names in named.values()]  # a tuple of one, too
         self._functions = [*functions.values()]
         self._sized = [*sized.values()]
+        self._bases = [*map(_BASES, self._classes)]
         self._values = self._read()
         self._bare = [v for v in self._values if isinstance(v, FunctionType) and not v.__dict__]
         bare = {*map(id, self._bare)}
@@ -186,6 +192,7 @@ class Watch:
             return False
         before = self._values
         alike = len(values) == len(before) and all(map(is_, values, before))
+        alike = alike and all(map(is_, map(_BASES, self._classes), self._bases))
         return alike and self._say(values) == self._said
 
     def _read(self) -> list[Any]:
@@ -251,3 +258,6 @@ _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
 _NAMESPACE = attrgetter("__dict__")
+
+
+_BASES = attrgetter("__mro__")

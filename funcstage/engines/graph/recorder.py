@@ -23,16 +23,16 @@ from torch.overrides import TorchFunctionMode
 from funcstage._torch import tracing as tt
 from funcstage._torch.modules import hooks_of, hooks_of_backwards
 from funcstage._torch.operators import without_torch_function
-from funcstage._torch.tensors import is_functional, is_functionalized
+from funcstage._torch.tensors import is_functionalized
 from funcstage.engines.graph.classes import refusal_in, refuse
 from funcstage.engines.graph.draws import OF_FILES, Noted
 from funcstage.engines.graph.generators import Asked
-from funcstage.engines.graph.left_behind import LeftBehind
+from funcstage.engines.graph.left_behind import LeftBehind, is_made_in_trace
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, Watch, reach, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.cells import closed_over, function_of
-from funcstage.state.code import is_library, loads_of, nested_codes
+from funcstage.state.code import is_library, loads_of, may_be_imported, nested_codes
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
 from funcstage.state.profilers import resume
 
@@ -229,13 +229,11 @@ class Recorder(TorchFunctionMode):
             self._note(Place(f"{name!r} in {label}", reference, i))
 
     def _import(self, name: str, package: str | None) -> None:
-        above = package.split(".") if package else []
-        for n in range(len(above) + 1):
-            full = ".".join((*above[:n], name)).rstrip(".")
-            for i in range(full.count(".") + 1):
-                module = sys.modules.get(full.rsplit(".", i)[0])
-                if module is not None:
-                    self._reach_module(module)
+        for full in may_be_imported(name, package):
+            if (module := sys.modules.get(full)) is not None:
+                self._reach_module(module)
+                if not is_library(full):
+                    self._note(Place(f"module {full}", sys.modules, full))
 
     def _attributes(self) -> list[Space]:
         """The namespaces of modules and classes within reach, whose entries are looked up as attributes."""
@@ -257,13 +255,13 @@ class Recorder(TorchFunctionMode):
                 continue
             value = space.entries.get(name, ABSENT)
             named = name in self._names or name in self._globals or name[:2] == "__"
-            if not (named or _is_data(value) or value is os.environ):
+            if not (named or _is_data(value) or isinstance(value, _ENVIRONMENT)):
                 continue  # any object, where a namespace is searched by computed names
             space.names.add(name)
             if isinstance(value, ModuleType):
                 self._reach_module(value)
-            function = isinstance(value, FunctionType)
-            of_interest = function or is_plain(value) or is_one_of_its_kind(value) or value is os.environ
+            fixed = is_plain(value) or is_one_of_its_kind(value)
+            of_interest = fixed or isinstance(value, (FunctionType, _ENVIRONMENT))
             if value is not ABSENT and (of_interest or not space.library):
                 self._note(Place(f"{name!r} in {space.label}", space.entries, name))
 
@@ -273,8 +271,8 @@ class Recorder(TorchFunctionMode):
         self._explored[id(module)] = module
         library = is_library(module.__name__)
         self._reach(Space(f"module {module.__name__}", vars(module), set(), library))
-        if "getenv" in self._names and module is os:
-            self._look_up(self._spaces[id(vars(os))], ["environ"])
+        if module is os and not self._names.isdisjoint(("getenv", "getenvb")):
+            self._look_up(self._spaces[id(vars(os))], ["environ", "environb"])
 
     def _reach_class(self, kind: type) -> None:
         for base in (*type.mro(kind), *type.mro(type(kind))):
@@ -282,7 +280,9 @@ class Recorder(TorchFunctionMode):
                 continue
             self._explored[id(base)] = base
             library = is_library(base.__module__)
-            if library and not (issubclass(base, nn.Module) and base is not nn.Module):
+            if not library:
+                self._note(Place(f"{base.__qualname__}.__mro__", weakref.ref(base), "__mro__"))
+            elif base is nn.Module or not issubclass(base, nn.Module):
                 continue
             entries = vars(base)
             for name, value in [*entries.items()]:
@@ -299,7 +299,7 @@ class Recorder(TorchFunctionMode):
         key = id(owner), place.name
         if key in self._places:
             return
-        if isinstance(owner, FunctionType) and _is_made_in_trace(place.value()):
+        if isinstance(owner, FunctionType) and is_made_in_trace(place.value()):
             return  # so is the function, a hook for instance, and the programs have what it does
         self._places[key] = place
         self._kept.append(owner)  # the ids of what is gone may be given anew
@@ -438,14 +438,11 @@ def _attributes_of_tensors(parts: Iterable[nn.Module]) -> Iterator[Space]:
 
 def _is_traced(tensor: Tensor) -> bool:
     """Tell whether a tensor is one of the trace, or of the memory that those have."""
-    traced = isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
-    return traced or is_functionalized(tensor) or tensor.is_meta
-
-
-def _is_made_in_trace(value: Any) -> bool:
-    """Tell whether a value is a tensor of the trace, or a list, tuple or dict of some."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(isinstance(each, Tensor) and is_functional(each) for each in (value, *inside))
+    return (
+        isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
+        or is_functionalized(tensor)
+        or tensor.is_meta
+    )
 
 
 def _run_by_the_interpreter() -> set[CodeType]:
@@ -491,6 +488,7 @@ _WITHOUT_CALLBACKS = (
 )
 
 
+_ENVIRONMENT = type(os.environ)
 _OF_NO_CONSEQUENCE = frozenset(
     {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__warningregistry__"}
     | {"__spec__", "__loader__", "__cached__"}  # of the import, which holds all of pytest's state, say
