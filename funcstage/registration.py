@@ -1,10 +1,10 @@
 """Types that optree was not told of, told to it when they are first met in arguments or outputs.
 
-Dataclasses (and attrs classes), subclasses of dict, list and tuple, as model libraries return them, what is
-registered in `torch.utils._pytree`, FlexAttention's masks (`masks.py`), and named tuples whose constructors
-are their own (`PackedSequence`). They are rebuilt by their contents, without their constructors, as a
-cotangent or a gradient need not be what those accept. The
-namespace is ours alone, and what a user has registered there, or for all namespaces, comes first.
+Dataclasses (and attrs classes), subclasses of dict, list, deque and tuple, as model libraries return them,
+what is registered in `torch.utils._pytree`, FlexAttention's masks (`masks.py`), and named tuples whose
+constructors are their own (`PackedSequence`). They are rebuilt by their contents, without their
+constructors, as a cotangent or a gradient need not be what those accept. The namespace is ours alone, and
+what a user has registered there, or for all namespaces, comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import io
 import threading
 import types
 import warnings
-from collections import OrderedDict, UserDict, UserList, defaultdict
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence, ValuesView
 from contextlib import suppress
 from functools import partial
@@ -120,6 +120,8 @@ def _rule(kind: type) -> tuple[Any, Any, Any] | None:
         return _flatten_dict, partial(_unflatten_dict, kind), optree.AutoEntry
     if issubclass(kind, list):
         return partial(_flatten_items, list), partial(_unflatten_items, kind), optree.AutoEntry
+    if issubclass(kind, deque):
+        return _flatten_deque, partial(_unflatten_deque, kind), optree.AutoEntry
     if issubclass(kind, tuple):
         return partial(_flatten_items, tuple), partial(_unflatten_items, kind), optree.AutoEntry
     if dataclasses.is_dataclass(kind) or hasattr(kind, "__attrs_attrs__"):
@@ -171,9 +173,18 @@ def _unflatten_object(kind: type, names: tuple[str, ...], children: Iterable[Any
 
 
 class _Entries(NamedTuple):
-    """What a dict is made of besides its values: attributes, keys, default factory, whether they are one."""
+    """What a dict is made of besides its values.
+
+    Attributes:
+        attributes: the names of those.
+        alike: those keys under which the dict has what an attribute is that is no field.
+        keys: the other ones. Those of a dataclass's fields are entries wherever they are not None.
+        factory: the default one.
+        is_its_attributes: whether the entries are the attributes.
+    """
 
     attributes: tuple[str, ...]
+    alike: tuple[str, ...]
     keys: tuple[Any, ...]
     factory: Any
     is_its_attributes: bool
@@ -181,9 +192,12 @@ class _Entries(NamedTuple):
 
 def _flatten_dict(instance: Any) -> tuple[Iterable[Any], Any, Any]:
     attributes = attributes_of(instance)
-    keys = [key for key in instance if key not in attributes]  # a dataclass has its fields as entries too
+    items = [*dict.items(instance)]
+    same = [key for key, value in items if key in attributes and attributes[key] is value]
+    keys = [key for key, _ in items if key not in same]
     own = _Entries(
         tuple(attributes),
+        tuple(key for key in same if key not in fields_of(type(instance))),
         tuple(keys),
         instance.default_factory if isinstance(instance, defaultdict) else None,
         getattr(instance, "__dict__", None) is instance,
@@ -199,7 +213,7 @@ def _unflatten_dict(kind: Any, own: _Entries, children: Iterable[Any]) -> Any:
     n = len(own.attributes)
     _set(new, own.attributes, values[:n])
     for name, value in zip(own.attributes, values[:n], strict=True):
-        if value is not None and name in fields_of(kind):
+        if name in own.alike or (value is not None and name in fields_of(kind)):
             put(new, name, value)
     for key, value in zip(own.keys, values[n:], strict=True):
         put(new, key, value)
@@ -229,6 +243,21 @@ def _unflatten_items(kind: Any, names: tuple[str, ...], children: Iterable[Any])
     else:
         new = kind.__new__(kind)
         list.extend(new, values[:n])
+    _set(new, names, values[n:])
+    return new
+
+
+def _flatten_deque(instance: Any) -> tuple[Iterable[Any], Any, Any]:
+    values, names, entries = _flatten_items(deque, instance)
+    return values, (names, instance.maxlen), entries
+
+
+def _unflatten_deque(kind: Any, own: tuple[tuple[str, ...], int | None], children: Iterable[Any]) -> Any:
+    names, maxlen = own
+    values = list(children)
+    n = len(values) - len(names)
+    new: Any = kind.__new__(kind)
+    deque.__init__(new, values[:n], maxlen)
     _set(new, names, values[n:])
     return new
 

@@ -9,7 +9,7 @@ import itertools
 import threading
 import types
 import weakref
-from collections import OrderedDict, UserDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -108,7 +108,20 @@ class Attributes(dict):  # type: ignore[type-arg]
         self.__dict__ = self
 
 
+class Mirrored(OrderedDict):  # type: ignore[type-arg]
+    """Has its entries as attributes as well, and other entries than those of the same name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.__dict__.update(kwargs, tag="of the dict")
+        self["tag"] = "of an entry"
+
+
 class Ordered(OrderedDict):  # type: ignore[type-arg]
+    pass
+
+
+class Window(deque):  # type: ignore[type-arg]
     pass
 
 
@@ -190,9 +203,11 @@ MAKE: dict[str, Any] = {
     "model output": lambda h, e: Encoded(hidden=h, extra=e),
     "dict subclass": lambda h, e: Dict(hidden=h, extra=e),
     "dict with attributes": lambda h, e: Attributes(hidden=h, extra=e),
+    "dict with entries as attributes": lambda h, e: Mirrored(hidden=h, extra=e),
     "OrderedDict subclass": lambda h, e: Ordered(hidden=h, extra=e),
     "defaultdict subclass": lambda h, e: Default(list, hidden=h, extra=e),
     "list subclass": lambda h, e: Items([h, e]),
+    "deque subclass": lambda h, e: Window([h, e], maxlen=3),
     "tuple subclass": lambda h, e: Pair([h, e]),
     "named tuple": Named,
     "named tuple with __new__": Doubled,
@@ -205,6 +220,7 @@ MAKE: dict[str, Any] = {
 }
 READ: dict[str, Any] = {
     "list subclass": lambda v: v[0],
+    "deque subclass": lambda v: v[0],
     "tuple subclass": lambda v: v[0],
     "registered in torch": lambda v: v.keys[0],
     "in a dict": lambda v: v["a"][0].hidden + v["b"].hidden,
@@ -503,6 +519,17 @@ def test_an_argument_whose_tensors_are_not_seen_is_refused_as_what_it_is() -> No
 
     with pytest.raises(fs.StructureError, match=r"mappingproxy, .* dict\(\.\.\.\)"):
         fs.stage_vjp(stage, torch.ones(2), {}, types.MappingProxyType({"y": torch.ones(2)}))
+
+
+def test_a_cotangent_of_another_layout_is_refused_by_both_layouts() -> None:
+    def stage(params: Any, buffers: Any, x: Tensor) -> Any:
+        return (x * params).to_sparse(), buffers
+
+    _, _, pullback = fs.stage_vjp(stage, torch.ones(2, 2), {}, torch.ones(2, 2))
+    with pytest.raises(fs.LeafError, match=r"on cpu, sparse_coo; got float32\[2, 2\] on cpu\."):
+        pullback(torch.ones(2, 2))
+    with pytest.raises(fs.TraceError, match=r"sparse_coo layout.*apply` works"):
+        fs.stage_vjp(fs.compile(stage, backend="aten"), torch.ones(2, 2), {}, torch.ones(2, 2))
 
 
 class DynamicCache:
