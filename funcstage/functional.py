@@ -32,6 +32,7 @@ from funcstage.state.module import locked, look_over
 from funcstage.state.overlaps import names_that_share, refuse_written_buffers
 from funcstage.state.parameter_hooks import check_no_hooks
 from funcstage.state.parts import Parts
+from funcstage.state.subclasses import check_parameters
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe, flatten, leaf_names
 from funcstage.wrappers import check_unwrapped
 
@@ -127,6 +128,7 @@ def function_of(module: nn.Module) -> FunctionalStage:
             )
     show_shards(module)
     named_params = dict(module.named_parameters())
+    check_parameters(type(module).__name__, named_params)
     params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named_params.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers()} | frozen

@@ -3,6 +3,7 @@
 A compiled stage brings its own. The levels take every other call but those that only plain autograd can
 run: DTensors, whose class levels hide, and stages that take gradients or start threads inside themselves,
 or use operators whose gradients are C++ `torch::autograd::Function`s.
+So is one with tensors of a class of the user's, which levels hide, too: as soon as that is known.
 A stage that can get at a queue, an event or the like runs on the tape at once: what other threads compute for
 it is right there, and so is what they hand in. That a stage does anything else of the kind is seen in the
 middle of its run, which is then given up: generators and the attributes of its module go back to what they
@@ -25,6 +26,7 @@ from funcstage.engines.tape import eager as tape
 from funcstage.errors import StageError
 from funcstage.state.before import Before
 from funcstage.state.module import locked
+from funcstage.state.subclasses import any_told
 
 
 def choose(call: StageCall) -> Engine:
@@ -56,7 +58,7 @@ def _by_levels_or_tape(call: StageCall) -> Linearized[Any]:
     with locked(call.module):
         before = Before.of(call.apply, call.module, call.leaves, call.argument_leaves)
         try:
-            if not (_is_known(call.apply) or before.meets_threads):
+            if not (_is_known(call.apply) or before.meets_threads or any_told(call.leaves)):
                 with suppress(TakesGradients):
                     return levels.linearize(call, held=before.held)
                 _start_over(call, before)

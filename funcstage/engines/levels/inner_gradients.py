@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from funcstage._torch.operators import make_dual
 from funcstage.errors import StageError
 from funcstage.state.cells import closed_over
+from funcstage.state.subclasses import is_told
 
 
 class TakesGradients(BaseException):
@@ -44,6 +45,19 @@ def refused(what: str) -> StageError:
 def makes_dtensors(function: str) -> StageError:
     """The refusal where a plain tape will not do for DTensors either."""
     return _in_turn(f"makes DTensors inside itself ({function})")
+
+
+def meet_subclasses(kinds: Iterable[type], alone: bool) -> None:
+    """Leave the run where a stage computes with tensors of the user's classes, which a plain tape takes.
+
+    Raises:
+        TakesGradients: where there is one, if the stage is `alone`.
+        StageError: if it is not.
+    """
+    for kind in filter(is_told, kinds):
+        if alone:
+            raise TakesGradients
+        raise _in_turn(f"computes with tensors of a class of its own ({kind.__qualname__})")
 
 
 def starts_threads() -> StageError:

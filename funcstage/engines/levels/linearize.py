@@ -116,7 +116,7 @@ def linearize(call: StageCall, *, rerun: bool = False, held: Held | None = None)
             )
         output, new_buffers = checked_result(apply, result)
         output_leaves, output_spec = trees.flatten(output)
-        exits = [mode.leave(leaf) for leaf in output_leaves]
+        exits = [mode.leave(leaf).of(type(leaf)) for leaf in output_leaves]
         mode.check_nodes(call.name, exits)
         buffer_leaves, buffers_spec = trees.flatten(new_buffers)
         new_buffers = trees.unflatten(buffers_spec, [mode.leave(leaf).value for leaf in buffer_leaves])

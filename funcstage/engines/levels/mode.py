@@ -93,6 +93,8 @@ class Split(Levels, TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if types:
+            inner_gradients.meet_subclasses(types, self.alone)
         if func in _HEEDED:
             if inner_gradients.takes_gradients(func):
                 self.take_gradients(func.__name__)

@@ -24,6 +24,7 @@ from funcstage.residuals import (
     Residual,
     nodes_behind,
 )
+from funcstage.state.subclasses import is_told
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
@@ -35,6 +36,10 @@ class Exit(NamedTuple):
     value: Any
     outer: GradientEdge | None
     inner: GradientEdge | None
+
+    def of(self, kind: type) -> Exit:
+        """The same with a tensor of a class of the user's, if it is one, which wrappers have hidden."""
+        return self._replace(value=self.value.as_subclass(kind)) if is_told(kind) else self
 
 
 class Site(NamedTuple):

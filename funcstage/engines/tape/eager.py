@@ -54,6 +54,7 @@ from funcstage.state.contents import Held
 from funcstage.state.guise import looking_alike
 from funcstage.state.identity import watching_identity
 from funcstage.state.module import state_with
+from funcstage.state.subclasses import is_told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,11 +263,12 @@ def linearize(call: StageCall, held: Held | None = None) -> Linearized[InputTape
         )
     trained = {i: _fresh(leaf) for i, leaf in enumerate(param_leaves) if trees.is_differentiable(leaf)}
     inputs = {i: _fresh(arg_leaves[i]) for i in call.diff or ()}
-    stage_params = trees.unflatten(params_spec, [trained.get(i, p) for i, p in enumerate(param_leaves)])
-    stage_args = [inputs.get(i, trees.detached(leaf)) for i, leaf in enumerate(arg_leaves)]
+    lent_params = [_as(type(p), trained.get(i, p)) for i, p in enumerate(param_leaves)]
+    stage_params = trees.unflatten(params_spec, lent_params)
+    stage_args = [_as(type(a), inputs.get(i, trees.detached(a))) for i, a in enumerate(arg_leaves)]
     looks = looking_alike(call.name, arg_leaves, stage_args)
     kwarg_leaves, kwargs_spec = call.of_kwargs
-    lent = [(param_leaves[i], stand_in) for i, stand_in in trained.items()]
+    lent = [(param_leaves[i], lent_params[i]) for i in trained]
     watch = watching_identity(call.name, call.twins_with(held), [*stage_args, *kwarg_leaves], lent)
     stage_leaves, stage_args = stage_args, trees.unflatten(args_spec, stage_args)
     stage_kwargs, containers = call.kwargs, None
@@ -334,7 +336,13 @@ def _check_nodes(
 
 
 def _fresh(leaf: Tensor) -> Tensor:
-    return leaf.detach().requires_grad_()
+    leaf = leaf.detach()
+    return (leaf.as_subclass(Tensor) if is_told(type(leaf)) else leaf).requires_grad_()
+
+
+def _as(kind: type, leaf: Any) -> Any:
+    """What the stage is handed for a leaf, which is itself of no class that changes how a tape is read."""
+    return leaf.as_subclass(kind) if is_told(kind) else leaf
 
 
 def _held(leaf: Any) -> Any:
