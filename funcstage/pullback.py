@@ -188,9 +188,15 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         )
 
     def _one(self) -> Tensor:
+        if not any(self._output_metas):
+            raise LeafError(
+                f"The output of {self.stage} holds no floating or complex tensor, so that it has no "
+                "gradient, and there is nothing for I and W to do. Return the tensor that the loss is made "
+                "of as well."
+            )
         meta = self._output_metas[0] if len(self._output_metas) == 1 else None
         if meta is None or meta.shape.numel() != 1 or meta.dtype.is_complex:
-            outputs = ", ".join("no tensor gradient" if m is None else str(m) for m in self._output_metas)
+            outputs = ", ".join("without gradient" if m is None else str(m) for m in self._output_metas)
             raise LeafError(
                 f"output_grads of {self.stage} may be left out only where the output is one real scalar; "
                 f"the output is {outputs}. Pass cotangents with the structure of the output."

@@ -155,10 +155,11 @@ def _check_engine(report: EngineReport, reference: Reference, apply: Callable[..
     cotangents = reference.cotangents(output)
     passed = Snapshot([*tensors_by_name("output", output), *tensors_by_name("output_grads", cotangents)])
     report.input_nbytes = pullback.nbytes
-    input_grads, weight_pullback = pullback(cotangents)
-    report.weight_nbytes = weight_pullback.nbytes
-    reference.another_microbatch(apply)
-    param_grads = weight_pullback()
+    with reference.seeded_backward():
+        input_grads, weight_pullback = pullback(cotangents)
+        report.weight_nbytes = weight_pullback.nbytes
+        reference.another_microbatch(apply)
+        param_grads = weight_pullback()
     results = (output, new_buffers, input_grads, param_grads)
     for what, got, wanted in zip(COMPARED, results, expected[:4], strict=True):
         compare_trees(report, what, got, wanted, reference.tolerance)
@@ -177,7 +178,8 @@ def _check_engine(report: EngineReport, reference: Reference, apply: Callable[..
 
 def _check_flops(report: EngineReport, reference: Reference, apply: Callable[..., Any]) -> None:
     try:
-        report.flops, prices = reference.flops(apply)
+        with reference.seeded_backward():
+            report.flops, prices = reference.flops(apply)
     except UncountableError as error:
         report.notes.append(f"FLOPs were not counted, as eager does not run while they are ({error})")
     else:

@@ -225,6 +225,10 @@ class Reference:
         ):
             yield
 
+    def seeded_backward(self) -> AbstractContextManager[None]:
+        """Fix the random state for a backward, which may draw, too."""
+        return seeded(self.seed, self.subject.accelerators())
+
     def cotangents(self, output: PyTree, offset: int = 0) -> PyTree:
         """The caller's cotangents, or normally distributed ones; `None` where there can be none."""
         if callable(self.output_grads):
@@ -245,7 +249,8 @@ class Reference:
             buffers = trees.map_leaves(_kept, forward.buffers)
             if rounding is not None:
                 cotangents = [rounding(cotangent) for cotangent in cotangents]
-            found = _grad(outputs, forward.inputs + _trainable(forward.params), cotangents)
+            with self.seeded_backward():
+                found = _grad(outputs, forward.inputs + _trainable(forward.params), cotangents)
         leaves, args_spec = trees.flatten(self.subject.args)
         input_grads: list[Tensor | None] = [None] * len(leaves)
         for i, grad in zip(self.subject.diff, found, strict=False):
@@ -284,7 +289,9 @@ class Reference:
             for leaf in self._compared(self.eager(Rounding(trial)), 0.0):
                 moved[leaf.leaf] = max(moved.get(leaf.leaf, 0.0), leaf.absolute)
         return [
-            leaf.widened(_ROUNDINGS * moved.get(leaf.leaf, 0.0)) if leaf.leaf in reproduced else leaf
+            leaf.widened(_ROUNDINGS * moved.get(leaf.leaf, 0.0))
+            if leaf.leaf in reproduced
+            else replace(leaf, reproduced=False)
             for leaf in leaves
         ]
 

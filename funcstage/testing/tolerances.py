@@ -48,6 +48,7 @@ class Difference:
         tolerance: the largest relative error accepted; 0 for what must be equal.
         complaint: what is wrong other than values (structure, shape, `None`), if anything.
         readers: the operations of the stage that read the leaf, noted where it is not accepted.
+        reproduced: whether eager gives the same twice, as far as that was tried.
     """
 
     leaf: str
@@ -56,6 +57,7 @@ class Difference:
     tolerance: float = 0.0
     complaint: str = ""
     readers: tuple[str, ...] = ()
+    reproduced: bool = True
 
     @property
     def accepted(self) -> bool:
@@ -64,6 +66,8 @@ class Difference:
 
     def __str__(self) -> str:
         readers = f"; read by {', '.join(self.readers)}" if self.readers else ""
+        if not self.reproduced:
+            readers += "; eager itself gives another value in each run"
         if self.complaint:
             return f"{self.leaf}: {self.complaint}{readers}"
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 from collections import OrderedDict
@@ -119,6 +120,61 @@ def test_random_generators_of_the_stage_are_left_as_they_were() -> None:
     check_stage(apply, torch.randn(4, 3), engines="closures", params=torch.ones(3), generator=passed)
     for generator, seed in ((own, 3), (passed, 4)):
         assert torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+
+
+class _Drawing(torch.autograd.Function):
+    """Noise in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.rand_like(grad)
+
+
+class Chance(nn.Linear):
+    """Draws from a generator of the process, or in its backward."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__(4, 4)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return _Drawing.apply(y) if self.draw is None else y * self.draw()
+
+
+DRAWS = {"random": random.random, "choice": lambda: random.choice([2, 3]), "numpy": np.random.rand, "": None}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=[*DRAWS])
+def test_random_numbers_from_anywhere_are_no_mismatch(draw: Any) -> None:
+    module, x = Chance(draw), torch.randn(3, 4)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    report = check_stage(module, x, engines=("closures", "aten"))
+    assert [*report.refusals] == ["aten"]  # in which every call would draw the same
+    assert report.exact == len(report.leaves) == 4
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_what_eager_does_not_repeat_itself_is_said_of_each_leaf() -> None:
+    count = iter(range(1, 100))
+    with pytest.raises(StageMismatch, match="eager itself gives another value in each run") as found:
+        check_stage(Chance(lambda: next(count)), torch.randn(3, 4), engines="closures")
+    assert {leaf.reproduced for leaf in found.value.report.leaves} == {False}
+
+
+def test_an_output_that_has_no_gradient_at_all_is_refused_by_name() -> None:
+    class Chooses(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1)
+
+    with pytest.raises(fs.LeafError, match="The output of Chooses holds no floating or complex tensor"):
+        check_stage(Chooses(4, 4), torch.randn(3, 4))
 
 
 def test_every_run_starts_from_the_same_attributes_and_leaves_them() -> None:
