@@ -108,17 +108,23 @@ def of_torch(devices: Iterable[torch.device] = ()) -> Iterator[Generator]:
             yield Generator(str(device), partial(module.get_rng_state, device), set_state)
 
 
+def numpy_random() -> Any:
+    """The module of NumPy's generators; None before it is loaded, also while another thread loads it."""
+    module = sys.modules.get("numpy.random")
+    return None if getattr(getattr(module, "__spec__", None), "_initializing", False) else module
+
+
 def of_process() -> Iterator[Generator]:
     """Python's generator, and NumPy's where that is loaded."""
     yield Generator("random", random.getstate, random.setstate)
-    numpy = sys.modules.get("numpy.random")
+    numpy = numpy_random()
     if numpy is not None:
         yield Generator("numpy.random", numpy.get_state, numpy.set_state)
 
 
 def among(objects: Iterable[Any]) -> Iterator[Generator]:
     """The generators among objects, and those whose methods are among them; torch's default one left out."""
-    numpy = sys.modules.get("numpy.random")
+    numpy = numpy_random()
     for each in objects:
         owner = getattr(each, "__self__", each) if callable(each) else each
         if isinstance(owner, random.Random) and not isinstance(owner, random.SystemRandom):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from funcstage.state.ambient import generators_kept, of_process, of_torch
+from funcstage.state.ambient import generators_kept, numpy_random, of_process, of_torch
 
 
 @contextmanager
@@ -21,7 +20,7 @@ def seeded(seed: int, accelerators: Iterable[torch.device] = ()) -> Iterator[Non
     modules = [(device, torch.get_device_module(device)) for device in accelerators]
     with generators_kept([*of_torch(device for device, _ in modules), *of_process()]):
         random.seed(seed)
-        if numpy := sys.modules.get("numpy.random"):
+        if numpy := numpy_random():
             numpy.seed(seed % 2**32)
         # Cheaper than torch.manual_seed, which formats the whole stack for devices that may not exist.
         torch.default_generator.manual_seed(seed)

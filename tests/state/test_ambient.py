@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy
@@ -320,3 +321,30 @@ def test_states_of_generators_are_read_and_set_by_one_thread_at_a_time() -> None
         list(pool.map(work, range(4)))
     assert len(overlaps) == 36
     assert not any(overlaps)
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_numpy_that_another_thread_has_begun_to_load_is_no_error(engine: str, monkeypatch: Any) -> None:
+    begun = ModuleType("numpy.random")
+    begun.__spec__ = ModuleSpec("numpy.random", None)
+    begun.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "numpy.random", begun)
+    assert [generator.name for generator in of_process()] == ["random"]
+    module, x = nn.Sequential(nn.Linear(3, 3), Checkpointed(nn.Linear(3, 3))), torch.randn(2, 3)
+    module.draw = random.Random(0).random
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    output, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+    torch.testing.assert_close(output, module(x))
+    assert all(grad is not None for grad in pullback(torch.ones_like(output))[1]().values())
+
+
+class Checkpointed(nn.Module):
+    """A checkpoint around a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)

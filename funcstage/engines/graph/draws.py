@@ -11,6 +11,7 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 from funcstage.errors import TraceError
+from funcstage.state.ambient import numpy_random
 
 
 class Noted:
@@ -90,7 +91,7 @@ class Noted:
             )
 
     def _is_shared(self, generator: Any) -> bool:
-        numpy = sys.modules.get("numpy.random")
+        numpy = numpy_random()
         shared = [random.random.__self__, *([] if numpy is None else [numpy.rand.__self__])]  # type: ignore[attr-defined]
         return id(generator) in map(id, shared) or id(generator) in self._within_reach
 

@@ -106,7 +106,7 @@ class Recorder(TorchFunctionMode):
         resume(self._before)
         gc.callbacks.remove(self._collect)
         for name in self._random.moved():  # by whatever way
-            self._noted.draws.setdefault(name, "a place that is not known")
+            self._noted.draws.setdefault(name, "a place that is not known, maybe in another thread")
         super().__exit__(*error)
 
     def __torch_function__(
