@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
@@ -25,13 +26,14 @@ AnyTape = TypeVar("AnyTape", bound=Tape)
 class Linear(CopiedByLeaves, Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
-    __slots__ = ("_away", "_failed", "_gone", "_tape", "_watches", "stage")
+    __slots__ = ("_away", "_failed", "_gone", "_taker", "_tape", "_watches", "stage")
 
     def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
         self._tape = tape
         self._watches = watches
         self._failed = False
         self._away: Away | None = None
+        self._taker: int | None = None  # the thread in which a call uses it up
         self._gone = ""  # where the residuals went, if it was not a call that used them up
         self.stage = stage
 
@@ -75,6 +77,23 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
             self._away = None
         return tape
 
+    def _taken(self, phase: str, retain: bool = False) -> AnyTape:
+        """The same for a call, which uses it up unless it retains: of several threads' calls, the first.
+
+        A thread that was interrupted may take it again.
+        """
+        with _ONE_TAKER:
+            tape = self._at_hand(phase)
+            here = threading.get_ident()
+            if self._taker not in (None, here):
+                raise ConsumedError(
+                    f"This {type(self).__name__} of {self.stage} is being used by a call in another thread, "
+                    "which frees its residuals. To use it again, call it with retain=True the first time."
+                )
+            if not retain:
+                self._taker = here
+        return tape
+
     def _given_to(self, tape: AnyTape, away: Away | None, how: str) -> Self:
         """The same over another tape, in place of this one."""
         new = self._rebuilt(tape)
@@ -85,6 +104,7 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
 
     def _fail(self, tape: AnyTape) -> None:
         """A run failed, or was interrupted: count as consumed if it has used up some of the tape."""
+        self._taker = None
         if not tape.intact:
             self._tape, self._watches, self._failed = None, (), True
 
@@ -120,6 +140,10 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
 
     def _rebuilt(self, tape: AnyTape | None) -> Self:
         raise NotImplementedError
+
+
+_ONE_TAKER = threading.RLock()
+"""Reentrant, as a finalizer or a signal's handler may use a pullback in the midst of it."""
 
 
 def held_together(pullbacks: Iterable[Linear[Any]]) -> int:

@@ -112,7 +112,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
             self._refuse_differentiated(cotangents)
         refuse_unchecked(tape.checks_nan, self.stage, "I")
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
-        tape = self._at_hand("I")
+        tape = self._taken("I", retain)
         if at_once:
             self._tape = tape = tape.at_once()  # in its place, as I frees what the tape holds
         try:

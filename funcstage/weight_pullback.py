@@ -75,7 +75,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
             )
         tape = self._live()
         self._check_ready(tape)
-        tape = self._at_hand("W")
+        tape = self._taken("W", retain)
         try:
             grads, left = tape.weight_vjp(retain)
             self._keep(left)
@@ -134,7 +134,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         parts = checked_parts(parts)
         tape = self._live()
         self._check_ready(tape)
-        tape = self._at_hand("W")
+        tape = self._taken("W")
         try:
             tapes = tape.split(parts)
         except BaseException as error:
@@ -204,7 +204,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         """Compute the gradients and add them into `totals`, which are donated."""
         if torch.is_inference_mode_enabled():  # only there can be added into what was made there
             return added(totals, trees.flatten(self())[0])
-        tape = self._at_hand("W")
+        tape = self._taken("W")
         try:
             totals = tape.add_into(totals)
             self._keep(None)

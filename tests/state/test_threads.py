@@ -507,3 +507,44 @@ def test_who_takes_a_stage_takes_all_of_its_locks(n: int) -> None:
     with locked(module):
         assert not any(ELSEWHERE.map(is_free, locks))
     assert all(ELSEWHERE.map(is_free, locks))
+
+
+@pytest.mark.parametrize("phase", ["I", "W", "a sum of W"])
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_of_two_threads_that_use_one_pullback_up_the_second_is_told(engine: str, phase: str) -> None:
+    module, x, grad = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), VECTORS, VECTORS.cos()
+    function, params, buffers = stage(module, engine)
+    expected = torch.autograd.grad(module(x), [*module.parameters()], grad)
+    together = threading.Barrier(2)
+
+    def use(pullback: Any, weight_pullback: Any) -> Any:
+        together.wait()
+        try:
+            if phase == "I":
+                return pullback(grad)[1]
+            return weight_pullback() if phase == "W" else fs.stage_backward_weight(weight_pullback)
+        except fs.ConsumedError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(30):
+            pullback = fs.stage_vjp(function, params, buffers, x)[2]
+            weight_pullback = None if phase == "I" else pullback(grad)[1]
+            ends = [pool.submit(use, pullback, weight_pullback) for _ in range(2)]
+            first, second = sorted((end.result() for end in ends), key=lambda e: isinstance(e, Exception))
+            assert isinstance(second, fs.ConsumedError)
+            grads = first() if phase == "I" else first
+            torch.testing.assert_close([*grads.values()], [*expected])
+
+
+def test_what_a_thread_failed_to_begin_another_one_may_use(monkeypatch: Any) -> None:
+    function, params, buffers = stage(nn.Sequential(nn.Linear(4, 4), nn.GELU()), "aten")
+    pullback = fs.stage_vjp(function, params, buffers, VECTORS)[2]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pullback._tape), "input_vjp", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pullback(VECTORS)
+    assert ELSEWHERE.submit(pullback, VECTORS).result(LONG)[1]().keys() == {"0.weight", "0.bias"}
+
+
+VECTORS = torch.linspace(-1, 1, 12).view(3, 4)
