@@ -1,10 +1,11 @@
-"""Pullbacks whose residuals a `tree_map` has turned into what is no tensor: shapes, names, placements."""
+"""Pullbacks whose residuals a `tree_map` has made something else of: shapes, another dtype or device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcstage import trees
@@ -13,18 +14,28 @@ from funcstage.errors import StructureError
 
 def over(tape: Any, leaves: Sequence[Any]) -> Any:
     """A tape over other residuals, of whatever kind."""
-    if all(isinstance(leaf, Tensor) for leaf in leaves):
+    if isinstance(tape, Described):
+        kinds, tape = tape.kinds, tape.tape
+    else:
+        kinds = [*map(trees.describe, tape.leaves())]
+    if [*map(trees.describe, leaves)] == kinds:
         return tape.with_leaves(leaves)
-    return Described(tape, leaves)
+    return Described(tape.with_leaves([*map(_empty, tape.leaves())]), kinds, leaves)
 
 
 class Described:
-    """In the place of a tape: what became of its residuals. Given tensors again, it is a tape again."""
+    """In the place of a tape: what became of its residuals. Given what they were again, it is a tape again.
 
-    __slots__ = ("_leaves", "_tape")
+    Attributes:
+        tape: it, over what takes no memory.
+        kinds: what its residuals were.
+    """
 
-    def __init__(self, tape: Any, leaves: Sequence[Any]) -> None:
-        self._tape = tape
+    __slots__ = ("_leaves", "kinds", "tape")
+
+    def __init__(self, tape: Any, kinds: Sequence[str], leaves: Sequence[Any]) -> None:
+        self.tape = tape
+        self.kinds = kinds
         self._leaves = leaves
 
     def leaves(self) -> list[Tensor]:
@@ -33,15 +44,20 @@ class Described:
     def share(self) -> list[Any]:
         return [*self._leaves]
 
-    def with_leaves(self, leaves: Sequence[Any]) -> Any:
-        return self._tape.with_leaves(leaves)
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tape, name)
+        return getattr(self.tape, name)
 
     def refusal(self, of: str) -> StructureError:
-        (found, *_) = (leaf for leaf in self._leaves if not isinstance(leaf, Tensor))
+        now = map(trees.describe, self._leaves)
+        found, was = next((found, was) for found, was in zip(now, self.kinds, strict=True) if found != was)
         return StructureError(
-            f"The residuals of this {of} were replaced by what is no tensor, such as "
-            f"{trees.describe(found)}. Call the one that tree_map was given, or map these to tensors again."
+            f"A residual of this {of} was replaced: it is {found}, and was {was}. Call the one that tree_map "
+            "was given, or map it to that again."
         )
+
+
+def _empty(leaf: Tensor) -> Tensor:
+    """A stand-in without memory, laid out alike."""
+    if leaf.layout is not torch.strided or leaf.is_nested:
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -102,12 +103,42 @@ def test_residuals_may_be_mapped_to_what_is_no_tensor_and_back(
         assert shapes.nbytes == 0
         assert "residuals replaced" in shapes._repr_html_()
         with pytest.raises(
-            fs.StructureError, match=r"no tensor, such as SimpleNamespace\. Call the one that tree_map"
+            fs.StructureError, match=r"it is SimpleNamespace, and was float64\[4, \d\] on cpu\. Call the one"
         ):
             shapes()
     zeros = tree_map(lambda like: torch.zeros(like.shape, dtype=torch.float64), shapes)
     assert torch.equal(zeros()["weight"], torch.zeros(2, 3, dtype=torch.float64))
     assert torch.equal(value()["weight"], torch.ones(2, 4, dtype=torch.float64) @ x)
+
+
+@pytest.mark.parametrize("backend", [None, "aten", "inductor"])
+@pytest.mark.parametrize(
+    ("change", "is_now"),
+    [
+        (torch.Tensor.float, r"float32\[4, \d\] on cpu"),
+        (lambda leaf: leaf.to("meta"), r"float64\[4, \d\] on meta"),
+        (lambda leaf: leaf.flatten().clone(), r"float64\[\d+\] on cpu"),
+        (torch.Tensor.to_sparse, r"float64\[4, \d\] on cpu, sparse_coo"),
+    ],
+)
+def test_residuals_that_became_others_are_refused_until_they_are_what_they_were(
+    linear: Any, backend: Any, change: Any, is_now: str
+) -> None:
+    _, (apply, params, buffers), x = linear
+    apply = apply if backend is None else fs.compile(apply, backend=backend)
+    _, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    for half in (pullback, pullback(torch.ones(4, 2, dtype=torch.float64), retain=True)[1]):
+        changed = optree.tree_map(change, half, namespace=NAMESPACE)
+        with pytest.raises(
+            fs.StructureError, match=rf"it is {is_now}, and was float64\[4, \d\] on cpu\. Call the one"
+        ):
+            changed()
+        leaves = optree.tree_leaves(half, namespace=NAMESPACE)
+        copies, held = [leaf.clone() for leaf in leaves], [*map(weakref.ref, leaves)]
+    del half, pullback, leaves
+    assert not any(ref() is not None and ref() is not x for ref in held)
+    again = optree.tree_map(lambda _: copies.pop(0), changed, namespace=NAMESPACE)
+    assert torch.equal(again()["weight"], torch.ones(2, 4, dtype=torch.float64) @ x)
 
 
 def test_a_module_is_no_stage_function_however_it_is_called(linear: Any) -> None:

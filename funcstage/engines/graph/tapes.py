@@ -11,7 +11,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from funcstage import trees
@@ -23,7 +22,7 @@ from funcstage.engines.graph.programs import Backward, Programs
 from funcstage.engines.graph.runners import plain_run
 from funcstage.engines.graph.sites import restored
 from funcstage.state.writes import Watch
-from funcstage.tensors import added
+from funcstage.tensors import added, with_strides
 
 
 def linearize(programs: Programs, tensors: Sequence[Any]) -> Linearized[InputTape]:
@@ -97,9 +96,9 @@ class OnList(Unpicklable):
         return flight is not None and not self.shared and flight.slot.can_run(name, self.residuals)
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
-        """The same tape over other residuals."""
+        """The same tape over other residuals, laid out as these are: programs read them by their strides."""
         new = iter(leaves)
-        residuals = tuple(None if r is None else next(new) for r in self.residuals)
+        residuals = tuple(None if r is None else with_strides(next(new), r.stride()) for r in self.residuals)
         return replace(self, residuals=residuals, flight=None, shared=True)
 
 
@@ -127,7 +126,7 @@ class InputTape(OnList):
         """Run I: return the gradient of every argument leaf, the tape of W, and the tape that is left."""
         programs, backward = self.programs, self._backward(cotangents)
         given: list[Any] = [
-            _with_strides(cotangents[leaf], strides)
+            None if (cotangent := cotangents[leaf]) is None else with_strides(cotangent, strides)
             for (leaf, _), strides in zip(
                 backward.cotangents, programs.strides(backward, self.state), strict=True
             )
@@ -164,7 +163,14 @@ class InputTape(OnList):
         for i in backward.made:
             residuals[size + i] = results[n + i]
         weight_tape = WeightTape(
-            programs, self.state, tuple(residuals), self.flight, self.shared, backward, shares, replay
+            programs,
+            self.state,
+            tuple(residuals),
+            self.flight,
+            self.shared or retain,
+            backward,
+            shares,
+            replay,
         )
         self.intact = retain
         return grads, weight_tape, self if retain else None
@@ -274,14 +280,3 @@ class WeightTape(OnList):
         inputs = step.inputs(self.state, self.residuals)
         self.residuals, self.intact = (), False
         return list(plain_run(run, inputs))
-
-
-def _with_strides(cotangent: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
-    """The programs view their cotangents as the trace did, so these must lie in memory as they did there."""
-    if cotangent is None or cotangent.stride() == strides:
-        return cotangent
-    with torch.no_grad():
-        laid_out = torch.empty_strided(
-            cotangent.shape, strides, dtype=cotangent.dtype, device=cotangent.device
-        )
-        return laid_out.copy_(cotangent)
