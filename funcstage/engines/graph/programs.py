@@ -10,7 +10,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -111,9 +110,7 @@ class Programs:
             found, n_state = names(), len(of_state)
             return [*found[:n_state], *captured.values(), *found[n_state:]]
 
-        state = [*map(held_by_caller.__getitem__, of_state)]
-        if any(map(_REQUIRES_GRAD, state)):  # they have a history where the caller has turned gradients off
-            state = [leaf.detach() if leaf.requires_grad else leaf for leaf in state]
+        state = map(held_by_caller.__getitem__, of_state)
         return Watch([*state, *captured], [*map(held_by_caller.__getitem__, rest)], ordered)
 
     def _watched(
@@ -395,9 +392,6 @@ class Programs:
             parts.linear,
             frozenset(node.name for node in dependents(joint.module.graph, joint.args)) - parts.linear,
         )
-
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def _constants(program: Program) -> list[Tensor]:
