@@ -16,7 +16,7 @@ from sharded_pipelines import Pipeline
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -307,6 +307,26 @@ def test_a_step_that_failed_leaves_no_gradients_and_the_next_one_is_right(
     assert all(p.grad is None for p in module.parameters())
     fails.clear()
     check_step(module, runner, expected)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_the_input_came_from_has_its_gradient_whether_or_not_it_is_scaled(
+    mesh: DeviceMesh, scaled: bool
+) -> None:
+    module, twin = made()
+    x, target = batch(0)
+    leaf = x.clone().requires_grad_()
+    parts = zip(leaf.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True)
+    losses = [F.mse_loss(twin(part), wanted) for part, wanted in parts]
+    torch.stack(losses).sum().div(MICROBATCHES if scaled else 1).backward()
+    fully_shard(module, mesh=mesh)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", group=alone())
+    source = x.clone().requires_grad_()
+    schedule = ScheduleGPipe(stage, MICROBATCHES, loss_fn=F.mse_loss, scale_grads=scaled)
+    schedule.step(source * 1, target=target)
+    torch.testing.assert_close(source.grad, leaf.grad)
+    grads = {name: full(p.grad) for name, p in module.named_parameters()}
+    torch.testing.assert_close(grads, {name: p.grad for name, p in twin.named_parameters()})
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])

@@ -192,9 +192,9 @@ def expected() -> tuple[dict[str, Tensor], list[float]]:
     return grads, losses
 
 
-def assert_trains(case: Case, crossing: Placement | None) -> list[Any]:
+def assert_trains(case: Case, crossing: Placement | None, *options: Any) -> list[Any]:
     """Compare with the whole model; return what the stages said of what crosses."""
-    answers = run(4, steps, case, crossing)
+    answers = run(4, steps, case, crossing, *options)
     grads, losses = expected()
     found: dict[str, Tensor] = {}
     for mine, _, mine_losses in answers:
@@ -229,6 +229,15 @@ def test_tensor_parallel_stages_train_as_the_whole_model_and_say_what_torchs_say
 def test_dtensors_go_from_torchs_stages_to_ours_and_back(torchs: tuple[int, ...]) -> None:
     for crossing in (Shard(1), Replicate()):
         assert_trains(Case("Interleaved1F1B", STAGES, MICROBATCHES, compile=ATEN, torchs=torchs), crossing)
+
+
+def not_the_first(mesh: DeviceMesh, i: int) -> dict[str, Any]:
+    return {"get_mesh": None} if i == 0 else {}
+
+
+@across_stages
+def test_a_stage_knows_the_meshes_of_what_it_sends() -> None:
+    assert_trains(Case("Interleaved1F1B", STAGES, MICROBATCHES), Shard(1), not_the_first)
 
 
 def refused(

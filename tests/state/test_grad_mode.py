@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
@@ -156,6 +158,31 @@ def test_state_that_requires_grad_is_recorded_by_nobody_else_under_a_mode(mode: 
     for mine, grad in zip((dx, *dw.values()), wanted, strict=True):
         torch.testing.assert_close(mine, grad)
     assert not any(leaf.requires_grad for leaf in (output, dx, *dw.values()))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mode", ["no_grad", "inference"])
+def test_no_pullback_keeps_a_history_that_was_turned_off(mode: str, engine: str) -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, history: Any) -> Tensor:
+            ctx.history = history
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return grad * 2, None
+
+    history = nn.Identity()
+    reference = weakref.ref(history)
+    params = Doubled.apply(torch.randn(3, requires_grad=True), history)
+    stage = ENGINES[engine](lambda params, buffers, x: ((x * params).sin(), buffers))
+    with MODES[mode]():
+        pullback = fs.stage_vjp(stage, params, (), torch.randn(3))[2]
+    del params, history
+    gc.collect()
+    assert reference() is None
+    assert not pullback.consumed
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -17,6 +17,7 @@ from torch.fx import Graph
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.engines.graph import budget as budget_module
 from funcstage.engines.graph.budget import _groups
 from funcstage.report import size
 
@@ -75,6 +76,20 @@ def test_budgets_lie_between_full_and_none_and_are_kept() -> None:
         assert smaller.held_after_forward <= larger.held_after_forward
         assert smaller.recomputed_flops >= larger.recomputed_flops
     assert len({plan.held_after_forward for plan in plans}) > 4
+
+
+def test_budgets_are_kept_where_there_are_too_many_choices_to_look_at_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = narrow_and_wide()
+    budgets = BUDGETS[::5]
+    each = [planned(case, budget) for budget in budgets]
+    monkeypatch.setattr(budget_module, "FEW", 0)
+    for budget, looked_at in zip(budgets, each, strict=True):
+        plan = planned(case, budget)
+        assert plan.held_after_forward <= plan.budget == looked_at.budget
+        assert plan.recomputed_flops >= looked_at.recomputed_flops
+    assert plan.recomputed_flops == 0
 
 
 @pytest.mark.slow

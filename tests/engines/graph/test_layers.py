@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import operator
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage.engines.graph.alike import description
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint
 
 compiling = importlib.import_module("funcstage.engines.graph.compile")
@@ -58,6 +60,23 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Holds(nn.Module):
+    """Holds lists: which of them are one."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        lists = {name: [1.0] for name in which}
+        self.first, self.second, self.third = (lists[name] for name in which)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [*itertools.product(("abc", "aba", "abb", "aab", "aaa"), repeat=2)]
+)
+def test_layers_are_alike_where_they_hold_one_object_in_the_same_places(one: str, other: str) -> None:
+    said = [description(Holds(which), (), [set()]).said for which in (one, other)]
+    assert (said[0] == said[1]) is (one == other)
 
 
 def nodes_of(joint: Joint) -> list[Any]:

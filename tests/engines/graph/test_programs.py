@@ -175,3 +175,21 @@ def test_another_thread_may_run_while_a_first_run_is_looked_at(
 
     monkeypatch.setattr(owner, name, look)
     torch.testing.assert_close([run(), *meanwhile], [(x * params).cos() * x] * 2)
+
+
+@pytest.mark.parametrize("name", ["_watched", "_captured", "note", "note_shared"])
+def test_what_is_read_off_a_first_run_is_not_read_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = getattr(Programs, name), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(Programs, name, counted)
+    fast, x = (
+        fs.compile(lambda params, buffers, x: ((x * params).sin(), buffers), backend="aten"),
+        torch.ones(3),
+    )
+    for _ in range(3):
+        fs.stage_vjp(fast, x, (), x)[2](x)[1]()
+    assert len(calls) == 1

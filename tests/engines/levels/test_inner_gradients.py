@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -739,17 +741,60 @@ def test_a_keyword_argument_with_a_history_is_a_constant_beside_gradients_taken_
     torch.testing.assert_close(weight_pullback()["weight"], module.weight.grad)
 
 
-def test_a_hook_that_belongs_to_no_module_is_searched_like_any_other() -> None:
-    def plain(grad: Tensor) -> Tensor:
+def plain(grad: Tensor, other: Any = None) -> Tensor:
+    return grad * 2
+
+
+def recording(grad: Tensor, other: Any = None) -> Tensor:
+    with torch.enable_grad():
         return grad * 2
 
-    def recording(grad: Tensor) -> Tensor:
-        with torch.enable_grad():
-            return grad * 2
 
+class Searched:
+    """Holds methods that are searched."""
+
+    def recording(self, grad: Tensor) -> Tensor:
+        return recording(grad)
+
+    def plain(self, grad: Tensor) -> Tensor:
+        return plain(grad)
+
+
+def closing_over(function: Any) -> Any:
+    return lambda grad: function(grad)
+
+
+HOOKS: dict[str, tuple[Any, bool]] = {
+    "plain": (plain, False),
+    "recording": (recording, True),
+    "by a global name": (lambda grad: recording(grad), True),
+    "of a global that is plain": (lambda grad: plain(grad), False),
+    "in a function within": (lambda grad: (lambda: torch.autograd.grad(grad, grad))(), True),
+    "a partial": (functools.partial(recording, other=1), True),
+    "a partial that is plain": (functools.partial(plain, other=1), False),
+    "a method": (Searched().recording, True),
+    "a method that is plain": (Searched().plain, False),
+    "closed over": (closing_over(recording), True),
+    "closed over and plain": (closing_over(plain), False),
+    "a partial closed over": (closing_over(functools.partial(recording, other=1)), True),
+    "decorated": (torch.enable_grad()(plain), True),
+    "decorated otherwise": (torch.no_grad()(plain), False),
+    "torch's": (torch.nn.functional.relu, False),
+    "no function": (1, False),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_hook_refers_to_is_searched_for_gradients(hook: str) -> None:
+    function, expected = HOOKS[hook]
+    assert differentiates(function) is expected
+
+
+def test_a_hook_that_belongs_to_no_module_is_searched_like_any_other() -> None:
     for hook, expected in ((plain, False), (recording, True)):
-        hook.__module__ = None  # type: ignore[assignment]  # as of functions that code has made
-        assert differentiates(hook) is expected
+        copy = types.FunctionType(hook.__code__, hook.__globals__)
+        copy.__module__ = None  # type: ignore[assignment]  # as of functions that code has made
+        assert differentiates(copy) is expected
 
 
 def test_a_hook_on_a_node_may_take_gradients_by_what_is_marked_after_it() -> None:
