@@ -54,6 +54,13 @@ def test_a_cotangent_of_a_leaf_that_is_no_tensor_is_that_leaf_or_none(other: Any
     assert torch.equal(dx, torch.ones(2))
 
 
+@pytest.mark.parametrize("other", [1, torch.ones(2), torch.ones(2) > 0], ids=str)
+def test_a_cotangent_of_an_output_that_has_none_is_refused(other: Any) -> None:
+    _, _, pullback = fs.stage_vjp(lambda params, buffers, x: (x > 0, buffers), {}, {}, torch.ones(2))
+    with pytest.raises(fs.LeafError, match=r"output_grads of .* must be None"):
+        pullback(other)
+
+
 class Failing(Identity):
     """Fails in its backward as long as it is told to."""
 
