@@ -4,6 +4,10 @@ Inside a `torch.func` level autocast acts on a composite operation and then, bel
 on the operations it consists of. Where the composite is to run in float32 its matrix products are so
 cast back to the lower precision, after autograd has saved the float32 operands. Going straight to the
 autocast kernel makes it act once, as in eager, and before the levels.
+
+A few kernels consist of matrix products that autocast casts in turn. A graph runs them out of autocast, in
+another precision, so they are refused where it is on. Of torch's operators these are all, by a comparison of
+each with its trace.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 from funcstage._torch import operators as ops
 from funcstage._torch.settings import is_any_autocast_enabled
 from funcstage.engines.rules.base import Call, Rule
+from funcstage.errors import TraceError
 
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "hpu": "AutocastHPU"}
 
@@ -36,6 +41,28 @@ def _casts(call: Call) -> bool:
         return False
     device = _device_among((*call.args, *call.kwargs.values()))
     return device in _KEYS and torch.is_autocast_enabled(device)
+
+
+def within(name: str) -> tuple[Rule, ...]:
+    """The rules of an operation in whose kernel autocast acts: a graph would run that out of autocast.
+
+    Raises:
+        TraceError: names it, where autocast acts on a call that is recorded.
+    """
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        dtype = str(torch.get_autocast_dtype(_device_among((*args, *kwargs.values())))).removeprefix("torch.")
+        raise TraceError(
+            f"The stage calls {name} under autocast, which multiplies in {dtype} within its kernel. A graph "
+            "would not. Call it under torch.autocast(..., enabled=False), with tensors of the dtype that it "
+            "is to have."
+        )
+
+    return (Rule(_casts_in_trace, refused, whole=True),)
+
+
+def _casts_in_trace(call: Call) -> bool:
+    return call.traced and _casts(call._replace(traced=False))
 
 
 def _device_among(operands: Iterable[Any]) -> str:

@@ -63,6 +63,11 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     # Autocast acts on these as a whole, above the levels.
     ops.scaled_dot_product_attention: autocast.first(torch.ops.aten.scaled_dot_product_attention.default),
     ops.cdist: autocast.first(torch.ops.aten.cdist.default),
+    torch.bilinear: autocast.within("bilinear"),
+    torch.linalg.pinv: autocast.within("pinv"),
+    torch.pinverse: autocast.within("pinverse"),
+    torch.Tensor.pinverse: autocast.within("pinverse"),
+    **({torch.linalg.polar: autocast.within("polar")} if hasattr(torch.linalg, "polar") else {}),
     # Fake tensors get another dtype than real ones.
     F.linear: (Rule(traced, dtypes.linear, whole=True),),
     F.one_hot: (Rule(traced, composites.one_hot, whole=True),),
