@@ -46,7 +46,7 @@ class Numbers:
         def run(func: Any, args: Any, kwargs: Any) -> Any:
             nonlocal following
             noted, numbers = following
-            if numbers and func is noted and torch.is_grad_enabled():
+            if numbers and func == noted and torch.is_grad_enabled():
                 leaves, spec = trees.flatten((args, kwargs))
                 if sum(map(_is_number, leaves)) == len(numbers):
                     left = iter(numbers)
@@ -54,7 +54,7 @@ class Numbers:
                     args, kwargs = trees.unflatten(spec, leaves)
             result = func(*args, **kwargs)
             if _counts(func, result):
-                if func is not noted:
+                if func != noted:  # of an attribute it is another object each time
                     raise StageError(
                         f"A checkpointed region called {_name(noted)} in its first run and {_name(func)} in "
                         "its second, so its gradients would be those of another function. Decide what "

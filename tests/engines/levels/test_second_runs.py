@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,27 @@ class Noted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.region, x, use_reentrant=False)
+
+
+class Reading(nn.Module):
+    """Reads an attribute of an activation and of a parameter in a checkpointed region."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__()
+        self.weight, self.attribute = nn.Parameter(torch.randn(WIDTH, WIDTH)), attribute
+
+    def region(self, x: Tensor) -> Tensor:
+        read = operator.attrgetter(self.attribute)
+        return read(x @ read(self.weight)).tanh().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.region, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("attribute", ["T", "mT", "H", "mH", "real"])
+def test_an_attribute_is_the_same_operation_in_the_second_run(attribute: str) -> None:
+    module, x = Reading(attribute), torch.randn(6, WIDTH)
+    torch.testing.assert_close(split(*fs.functionalize(module), x), eager(module, x))
 
 
 def test_parameters_look_like_parameters_in_the_second_run_too() -> None:
