@@ -12,7 +12,7 @@ that was made in inference mode: torch does not count them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +35,7 @@ _version = attrgetter("_version")
 class _Other(NamedTuple):
     """What is remembered of a tensor that is not kept alive."""
 
+    itself: ref[Tensor]
     memory: ref[torch.UntypedStorage] | None
     dtype: torch.dtype
     shape: torch.Size
@@ -79,7 +80,7 @@ class Watch:
         transformed = ft.current_level() > 0
         for tensor in others:
             self._counters.append(_stand_in(tensor, transformed))
-            self._others.append(_Other(_memory_of(tensor), tensor.dtype, tensor.shape))
+            self._others.append(_Other(ref(tensor), _memory_of(tensor), tensor.dtype, tensor.shape))
         # What a DTensor has on this rank counts its own writes.
         self._inner = [i for i, tensor in enumerate(self._counters) if type(tensor) not in _PLAIN]
         self._counters += [_stand_in(local_part(self._counters[i]), transformed) for i in self._inner]
@@ -111,25 +112,29 @@ class Watch:
             keys = {memory_key(tensor) for tensor in reads()}
         except SavedAndWritten:  # by autograd, which does not say of what
             return " or ".join(map(self._described, changed))
-        return next((self._described(i) for i in changed if self._key(i) in keys), None)
+        return next((self._described(i) for i in changed if not keys.isdisjoint(self._keys(i))), None)
 
     def within(self, memory: Sequence[Tensor]) -> Watching:
         """A watch over those alone that have memory in common with some tensors, whatever is read."""
         keys = {memory_key(tensor) for tensor in memory}
         n = len(self._counters) - len(self._inner)
-        return _Within(self, {i for i in range(n) if self._key(i) in keys})
+        return _Within(self, {i for i in range(n) if not keys.isdisjoint(self._keys(i))})
 
     def _changed(self, now: Sequence[int]) -> list[int]:
         n = len(now) - len(self._inner)
         found = [i for i, before in enumerate(self._versions) if now[i] != before]
         return [i if i < n else self._inner[i - n] for i in found]
 
-    def _key(self, i: int) -> int | None:
-        memory = None if i < self._held else self._others[i - self._held].memory
-        if memory is None:
-            return memory_key(self._counters[i])
-        storage = memory()
-        return None if storage is None else memory_key_of(storage)  # None where it is free by now
+    def _keys(self, i: int) -> Iterator[int]:
+        """The memory that a tensor had, if it is not free by now, and what it has since `Tensor.set_`."""
+        other = None if i < self._held else self._others[i - self._held]
+        if other is None or other.memory is None:
+            yield memory_key(self._counters[i])
+            return
+        if (storage := other.memory()) is not None:
+            yield memory_key_of(storage)
+        if (tensor := other.itself()) is not None:
+            yield memory_key(tensor)
 
     def _described(self, i: int) -> str:
         like: Any = self._counters[i] if i < self._held else self._others[i - self._held]

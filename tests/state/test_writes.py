@@ -178,6 +178,20 @@ def test_a_write_after_f_is_refused_by_name_where_eager_refuses_and_else_changes
             torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_argument_that_is_given_other_memory_after_f_is_refused_as_in_eager(engine: str) -> None:
+    module, apply, params, buffers, args = made("linear", engine)
+    leaf = args[0].clone().requires_grad_()
+    output = module(leaf)
+    with torch.no_grad():
+        leaf.set_(torch.zeros(5, 4))  # type: ignore[call-overload]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, *args)
+    args[0].set_(torch.zeros(5, 4))  # type: ignore[call-overload]
+    assert "W reads it again" in str(run(lambda: pullback(torch.ones_like(output)))[1])
+
+
 @pytest.mark.parametrize("how", ["held by its module", "handed to it"])
 def test_a_write_into_what_a_region_alone_reads_again_is_refused(how: str) -> None:
     """Which no level knows: a buffer of a module that is not the stage's, or an argument that is none."""
