@@ -218,7 +218,8 @@ class Split(Levels, TorchFunctionMode):
             )
         if requires_grad and not now:
             owner = self.owner(tensor)
-            if owner is not None and owner.startswith("buffer"):
+            buffers = trees.flatten(self.given.get("buffer"))[0]
+            if owner is not None and any(buffer is tensor for buffer in buffers):  # and no alias of it
                 raise refused_mark(owner, requires_grad)
             self.marked = True
             if self.hooked:

@@ -220,6 +220,26 @@ def thaws(s: Layers, x: Tensor) -> Tensor:
     return s.proj(x) * s.frozen.requires_grad_()
 
 
+def is_sensitive_to_what_is_frozen(s: Layers, x: Tensor) -> Tensor:
+    point = s.frozen.detach().requires_grad_()
+    gradient = torch.autograd.grad((s.proj(x) * point).tanh().sum(), point, create_graph=True)[0]
+    return s.proj(x) * gradient
+
+
+@ARGNUMS
+@ENGINES
+def test_a_gradient_may_be_taken_at_a_frozen_parameter(engine: str, argnums: Any) -> None:
+    module, x = made(is_sensitive_to_what_is_frozen)
+    module.frozen = nn.Parameter(torch.ones(3).to(x), requires_grad=False)
+    expected, dx, grads, _ = eager_gradients(copy.deepcopy(module), x, argnums)
+    grads.pop("frozen", None)
+    apply, params, buffers = staged(module, engine)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x, argnums=argnums)
+    torch.testing.assert_close(output, expected)
+    (found,), weight_pullback = pullback(torch.ones_like(output))
+    assert_same_gradients({"x": found, **weight_pullback()}, {"x": dx, **grads})
+
+
 @ARGNUMS
 @ENGINES
 @pytest.mark.parametrize(
