@@ -114,6 +114,8 @@ def _reader_of(kind: Any) -> Callable[[Any], Parts]:
         if issubclass(kind, base):
             return reader
     owner = kind.__module__.partition(".")[0]
+    if kind.__module__ == "torch.quasirandom":
+        return _opaque  # it goes on with each draw
     if (
         owner == "torch"
         and not issubclass(kind, nn.Module)

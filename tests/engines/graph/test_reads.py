@@ -627,6 +627,7 @@ UNWATCHED: dict[str, tuple[Callable[[], Any], str]] = {
     "random's integers": (lambda: random.randint(1, 9), "random number"),
     "NumPy's numbers": (lambda: np.random.rand(), "random number"),
     "a generator of NumPy's": (lambda: GENERATOR.random(), "GENERATOR"),
+    "a sequence of quasi-random numbers": (lambda: float(SOBOL.draw(1)[0, 0]), "SOBOL"),
     "random bytes": (lambda: os.urandom(1)[0], "random number"),
     "an iterator in an object": (lambda: next(HOLDER.table["count"]), "count"),
     "an iterator in a dict": (lambda: next(COUNTS["count"]), "count"),
@@ -635,6 +636,7 @@ UNWATCHED: dict[str, tuple[Callable[[], Any], str]] = {
     "an iterator behind a weak reference": (lambda: next(WEAK().table["count"]), "count"),
 }
 COUNT = itertools.count(1)
+SOBOL = torch.quasirandom.SobolEngine(2)
 HOLDS_A_MODULE = SimpleNamespace(of=config)
 COUNTS, NEXT, HOLDER = {"count": COUNT}, functools.partial(next, COUNT), Config(table={"count": COUNT})
 WEAK = weakref.ref(HOLDER)
