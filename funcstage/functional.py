@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funcstage._torch import functorch as ft
-from funcstage._torch.modules import weight_names
+from funcstage._torch.modules import own_cached_weights, weight_names
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional
 from funcstage.errors import LeafError, StageError, StructureError, stage_name
@@ -206,7 +206,7 @@ class ModuleFunction:
         recurrent = self._parts.recurrent
         flat = _flat_weights(recurrent, state) if recurrent else _NOTHING
         hooks = self.gathering.around(module) if self.gathering.groups else _NOTHING
-        with locked(module), flat, hooks:
+        with locked(module), flat, hooks, own_cached_weights():
             # The ties are resolved above, once, rather than in every call.
             output = self._parts.call_with(state, args, kwargs)
         refuse_written_buffers(self.__qualname__, copies, buffers, self.named, self._twins, (args, kwargs))

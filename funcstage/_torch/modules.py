@@ -1,15 +1,24 @@
-"""What a module does not tell publicly: its hooks, what its state dict leaves out, its flat weights."""
+"""What modules do not tell publicly: hooks, flat weights, what a state dict leaves out, cached weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as of_all
+from torch.nn.utils import parametrize
 
-__all__ = ["has_hooks", "hooks_of", "hooks_of_backwards", "is_saved_without", "weight_names"]
+__all__ = [
+    "has_hooks",
+    "hooks_of",
+    "hooks_of_backwards",
+    "is_saved_without",
+    "own_cached_weights",
+    "weight_names",
+]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -38,3 +47,27 @@ def is_saved_without(module: nn.Module) -> set[str]:
 def weight_names(rnn: nn.Module) -> list[str]:
     """The weights of a recurrent layer, in the order in which its operation takes them."""
     return rnn._flat_weights_names  # type: ignore[return-value]
+
+
+def own_cached_weights() -> AbstractContextManager[None]:
+    """Within `torch.nn.utils.parametrize.cached()`, let a call have a cache of its own.
+
+    A weight that another call has left there was computed from other tensors, on another tape.
+    """
+    return _own_cache() if parametrize._cache_enabled else _NOTHING
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    cache: dict[Any, Any] = parametrize._cache
+    before = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        if parametrize._cache_enabled:  # which another thread may have left
+            cache.update(before)
+
+
+_NOTHING = nullcontext()

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from funcstage._torch.modules import own_cached_weights
 from funcstage.state.at_once import at_once
 from funcstage.state.content import content, is_plain
 from funcstage.state.guise import Guise
@@ -131,7 +132,8 @@ def swapped(states: Sequence[ModuleState]) -> Iterator[None]:
     try:
         guise.put_on()
         put_back(states)
-        yield
+        with own_cached_weights():
+            yield
     finally:
         at_once(back)
 

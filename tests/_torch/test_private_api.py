@@ -34,6 +34,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -593,6 +594,21 @@ def traces() -> None:
         for remat in ("none", "min_cut", "full"):
             assert_split_as_eager(module, SEQUENCES, engine="aten", remat=remat)
     assert_split_as_eager(Frequent(), ROWS, engine="aten")
+
+
+@stands_on("_torch/modules.py")
+def cached_weights() -> None:
+    import funcstage as fs
+
+    module = parametrizations.weight_norm(nn.Linear(4, 4))
+    expected = module(ROWS).detach()
+    apply, params, buffers = fs.functionalize(module)
+    with parametrize.cached():
+        for _ in range(2):
+            output, _, pullback = fs.stage_vjp(apply, params, buffers, ROWS)
+            torch.testing.assert_close(output, expected)
+            assert None not in fs.stage_backward(pullback, torch.ones_like(output))[1].values()
+        assert module(ROWS).requires_grad
 
 
 @stands_on("_torch/tracing.py", "_torch/settings.py")

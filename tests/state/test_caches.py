@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage.state.shared import names_of
@@ -197,3 +199,48 @@ def test_a_compiled_stage_that_leaves_tensors_in_containers_is_refused(case: str
 
 def test_a_builtin_that_a_function_calls_leads_nowhere() -> None:
     assert names_of([lambda: float(len("1"))]) == []
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).T
+
+
+class Parametrized(nn.Module):
+    """Has a parametrized weight, which it reads in some way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.proj, self.how = nn.Linear(3, 3), how
+        parametrize.register_parametrization(self.proj, "weight", Symmetric())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "on a tape":
+            point = torch.ones(3, requires_grad=True)
+            x = x * torch.autograd.grad(point.square().sum(), point)[0]
+        if self.how == "in a region":
+            return checkpoint(self.proj, x, use_reentrant=False)
+        return self.proj(self.proj(x))
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+@pytest.mark.parametrize("calls", ["FF", "FE", "EF", "EFE"])
+@pytest.mark.parametrize("how", ["by levels", "on a tape", "in a region"])
+def test_weights_that_a_call_has_cached_are_not_read_by_another(how: str, calls: str, engine: str) -> None:
+    module, x = Parametrized(how), torch.randn(2, 3)
+    apply, params, buffers = fs.functionalize(module)
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+
+    def eagerly() -> list[Tensor]:
+        return [*torch.autograd.grad(module(x).sum(), [*module.parameters()])]
+
+    expected, first = eagerly(), "E" in calls
+    with parametrize.cached():
+        for call in calls:
+            if call == "F":
+                _, _, pullback = fs.stage_vjp(stage, params, buffers, x)
+                found = fs.stage_backward(pullback, torch.ones(2, 3))[1]
+                torch.testing.assert_close([found[name] for name in params], expected)
+            elif first:  # after that eager has no tape any more to the weight that it has cached
+                first = False
+                torch.testing.assert_close(eagerly(), expected)

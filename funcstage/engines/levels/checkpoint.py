@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
+from funcstage._torch.modules import own_cached_weights
 from funcstage.engines.levels.first_run import Numbers, Operations
 from funcstage.errors import StageError
 from funcstage.state.ambient import AmbientState, RandomState, among, of_process, of_torch
@@ -125,6 +126,7 @@ class Region:
         args, kwargs = trees.unflatten(self._spec, self._leaves)
         with ExitStack() as stack:
             stack.enter_context(self._first)
+            stack.enter_context(own_cached_weights())
             if self._operations is not None:
                 stack.enter_context(self._operations.noted())
             stack.enter_context(torch.set_grad_enabled(not self._reentrant))
