@@ -1069,3 +1069,20 @@ def test_two_traces_are_alike_which_read_the_same_places_and_looked_up_the_same_
         for one, another in itertools.product(kind, other):
             assert one.is_like(another) == (kind is other)
     assert reads("a", space("ax")).now() != reads("a", space("ay")).now()
+
+
+def test_a_cell_that_is_empty_or_gone_is_absent() -> None:
+    def outer(fill: bool) -> Callable[[], Any]:
+        def read() -> Any:
+            return value
+
+        if fill:
+            value = 1.0
+        return read
+
+    def value(function: Callable[..., Any], i: int) -> Any:
+        return Place("a cell", weakref.ref(function), i).value()
+
+    filled, empty = outer(True), outer(False)
+    assert value(filled, 0) == 1.0
+    assert value(empty, 0) is value(filled, 1) is value(outer, 0) is ABSENT
