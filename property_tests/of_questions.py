@@ -28,6 +28,7 @@ class _Asking(Around):
         self.held = nn.Buffer(torch.ones(2, 2))
         for tensor in (self.own, self.frozen, self.held):
             tensor.tag = 2.0  # type: ignore[attr-defined]
+        self.marks = MARKS[question](self) if question in MARKS else None
 
     def forward(self, *args: Any, asked: Any, **kwargs: Any) -> Any:
         scale = 1 + float(QUESTIONS[self.question][1](self, asked))
@@ -70,10 +71,24 @@ QUESTIONS: dict[str, tuple[Callable[[Any, int], Any], Callable[[Any, Any], Any]]
     "its class": (lambda m, k: nn.Parameter(torch.ones(2), k > 9), lambda m, t: isinstance(t, nn.Parameter)),
     "a base": (lambda m, k: 0, lambda m, t: (m.own.T._base is m.own) + 2 * (m.own._base is None)),
     "a view": (lambda m, k: 0, lambda m, t: m.own._is_view() + 2 * m.own.T._is_view()),
+    "one of a list": (lambda m, k: 0, lambda m, t: any(m.own is each for each in m.marks)),
+    "one of a set": (lambda m, k: 0, lambda m, t: m.frozen in m.marks),
+    "a key": (lambda m, k: 0, lambda m, t: m.marks.get(m.own, 1)),
+    "one of ids": (lambda m, k: 0, lambda m, t: id(m.own) in m.marks),
+    "one that a function knows": (lambda m, k: 0, lambda m, t: m.marks(m.own)),
     "a base in a region": (lambda m, k: 0, _in_a_region(lambda t: t._base is None)),
     "a view in a region": (lambda m, k: 0, _in_a_region(lambda t: t._is_view())),
 }
 """What is handed over in which microbatch, and what is asked of it."""
+
+MARKS: dict[str, Callable[[Any], Any]] = {
+    "one of a list": lambda m: [m.own],
+    "one of a set": lambda m: {m.frozen},
+    "a key": lambda m: {m.own: 2.0},
+    "one of ids": lambda m: {id(m.own)},
+    "one that a function knows": lambda m: (lambda own: lambda tensor: tensor is own)(m.own),
+}
+"""Where the module holds its own tensors besides, for some of the questions."""
 
 
 @dataclass(frozen=True)
