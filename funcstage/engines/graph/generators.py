@@ -137,7 +137,7 @@ class Asked:
             TraceError: names the first thing that it has done.
         """
         if self._first is None and self._moved():
-            self._first = "a method of a generator that is called by functools.partial, map or the like"
+            self._first = "a method of a generator that is called by functools.partial, map or another thread"
         if self._first is not None:
             raise TraceError(
                 f"The stage seeds a random generator, or reads or sets its state ({self._first}), {_WAYS_OUT}"
