@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import funcstage as fs
+from funcstage.engines.graph.left_behind import is_made_in_trace
 from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import (
     Recorder,
     _is_data,
-    _is_made_in_trace,
     _is_traced,
     _run_by_the_interpreter,
     watch,
@@ -213,6 +213,7 @@ class Doubled(torch.autograd.Function):
 
 
 HELPER = code_of("helper", "'helper' in module here", "'NUMBER' in module here")
+IMPORTED = {"module settings_of_a_user", "module settings_of_a_user.inner"}
 INNER = {"'inner' in module settings_of_a_user", "'deep' in module settings_of_a_user.inner"}
 OF_RELU = {"'relu' in module torch", "'functional' in module torch", "'functional' in module torch.nn"}
 OF_OVERRIDES = {
@@ -239,23 +240,23 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         lambda: settings.inner.deep,
         {"'settings' in module here", *INNER},
     ),
-    "an import": (by_import, {"'deep' in module settings_of_a_user.inner"}),
-    "an import of a module": (by_import_of_a_module, INNER),
+    "an import": (by_import, {*IMPORTED, "'deep' in module settings_of_a_user.inner"}),
+    "an import of a module": (by_import_of_a_module, INNER | IMPORTED),
     "an import of what is beside": (
         in_package("from .inner import deep", "settings_of_a_user"),
-        {"'deep' in module settings_of_a_user.inner"},
+        {*IMPORTED, "'deep' in module settings_of_a_user.inner"},
     ),
     "an import of what is above": (
         in_package("from ..inner import deep", "settings_of_a_user.inner"),
-        {"'deep' in module settings_of_a_user.inner"},
+        {*IMPORTED, "'deep' in module settings_of_a_user.inner"},
     ),
     "an import of a name from the package": (
         in_package("from . import factor", "settings_of_a_user"),
-        {"'factor' in module settings_of_a_user"},
+        {"module settings_of_a_user", "'factor' in module settings_of_a_user"},
     ),
     "a module by its name": (
         lambda: sys.modules["settings_of_a_user"].factor,
-        {"'sys' in module here", "'factor' in module settings_of_a_user"},
+        {"'sys' in module here", "module settings_of_a_user", "'factor' in module settings_of_a_user"},
     ),
     "a constant of a library": (lambda: math.pi, {"'math' in module here", "'pi' in module math"}),
     "a function of a library": (
@@ -268,16 +269,16 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     ),
     "the environment, by a function": (
         lambda: os.getenv("HOME"),
-        {"'os' in module here", "'getenv' in module os", "'environ' in module os"},
+        {"'os' in module here", *(f"'{name}' in module os" for name in ("getenv", "environ", "environb"))},
     ),
     "an attribute of a class": (
         lambda: Base.unit,
-        {"'Base' in module here", "'unit' in class Base"},
+        {"'Base' in module here", "Base.__mro__", "'unit' in class Base"},
     ),
     "an inherited method": (
         lambda: Heir().scaled(),
         {
-            "'Heir' in module here",
+            *("'Heir' in module here", "Heir.__mro__", "Base.__mro__"),
             *("'unit' in class Base", "'scaled' in class Base"),
             *code_of("Base.scaled"),
         },
@@ -293,7 +294,7 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "a backward": (
         lambda: Doubled.apply(torch.ones(2)),
         {
-            *("'Doubled' in module here", "'forward' in class Doubled"),
+            *("'Doubled' in module here", "Doubled.__mro__", "'forward' in class Doubled"),
             *(TORCH | HELPER | code_of("Doubled.forward")),
             *code_of("Doubled.backward") | code_of("Doubled.setup_context"),
         },
@@ -323,6 +324,7 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         {
             *("'Special' in module here", "'__call__' in class Special", "'NUMBER' in module here"),
             *("'__call__' in class Calling", *code_of("Calling.__call__")),
+            *("Special.__mro__", "Calling.__mro__"),
         },
     ),
     "a module in a list": (
@@ -334,7 +336,10 @@ READS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         code_of("of_a_module", "'of_a_module' in module here", "'factor' in module settings_of_a_user"),
     ),
     "a list that holds itself": (lambda: CYCLE, {"'CYCLE' in module here"}),
-    "an attribute of an object": (lambda: MEMBER.unit, {"'MEMBER' in module here", "'unit' in class Base"}),
+    "an attribute of an object": (
+        lambda: MEMBER.unit,
+        {"'MEMBER' in module here", "Heir.__mro__", "Base.__mro__", "'unit' in class Base"},
+    ),
     "a separator of the system": (lambda: os.sep, {"'os' in module here", "'sep' in module os"}),
     "the word getenv": (
         lambda: ("getenv", settings.factor),
@@ -520,8 +525,8 @@ def test_the_users_profiler_is_told_of_what_runs_inside_torch() -> None:
 def test_tensors_of_a_trace_are_told_from_others_and_so_are_containers_of_them() -> None:
     def apply(params: Any, buffers: Any, x: Tensor) -> Any:
         assert _is_traced(x)
-        assert all(map(_is_made_in_trace, (x, [x], (x,), {"a": x}, [1, x])))
-        assert not any(map(_is_made_in_trace, (VECTOR, [VECTOR], "x", [[x]], None, ())))
+        assert all(map(is_made_in_trace, (x, [x], (x,), {"a": x}, [1, x])))
+        assert not any(map(is_made_in_trace, (VECTOR, [VECTOR], "x", [[x]], None, ())))
         return x * params["w"], buffers
 
     fs.compile(apply, backend="aten", fullgraph=True)({"w": VECTOR}, {}, VECTOR)
