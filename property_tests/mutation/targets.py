@@ -56,7 +56,7 @@ CONCERNED = {
     "classes": ("reads", "recorder"),
     "compile": ("soak",),
     "content": ("argument_objects", "contents", "guards", "reads"),
-    "crossing": ("budget", "donation", "partition"),
+    "crossing": ("budget", "checkpoint", "donation", "partition"),
     "decompose": ("absent", "partition"),
     "draws": ("generators", "reads"),
     "examples": ("stage", "transport"),
