@@ -10,16 +10,17 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage.errors import StructureError
+from funcstage.tensors import with_strides
 
 
 def over(tape: Any, leaves: Sequence[Any]) -> Any:
-    """A tape over other residuals, of whatever kind."""
+    """A tape over other residuals, of whatever kind; kernels read them by the strides that they had."""
     if isinstance(tape, Described):
         kinds, tape = tape.kinds, tape.tape
     else:
         kinds = [*map(trees.describe, tape.leaves())]
     if [*map(trees.describe, leaves)] == kinds:
-        return tape.with_leaves(leaves)
+        return tape.with_leaves([*map(_laid_out, leaves, tape.leaves())])
     return Described(tape.with_leaves([*map(_empty, tape.leaves())]), kinds, leaves)
 
 
@@ -56,8 +57,16 @@ class Described:
         )
 
 
+def _laid_out(leaf: Tensor, like: Tensor) -> Tensor:
+    return with_strides(leaf, like.stride()) if _has_strides(like) else leaf
+
+
+def _has_strides(leaf: Tensor) -> bool:
+    return leaf.layout is torch.strided and not leaf.is_nested
+
+
 def _empty(leaf: Tensor) -> Tensor:
     """A stand-in without memory, laid out alike."""
-    if leaf.layout is not torch.strided or leaf.is_nested:
+    if not _has_strides(leaf):
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")

@@ -77,6 +77,7 @@ ENGINES: tuple[dict[str, Any] | None, ...] = (
     {"backend": "aten", "remat": "full", "sites": True},
     {"backend": "inductor"},
     {"backend": "inductor", "remat": "none"},
+    *([{"cuda_graphs": True}, {"cuda_graphs": True, "sites": True}] if DEVICE == "cuda" else []),
 )
 
 

@@ -96,9 +96,9 @@ class OnList(Unpicklable):
         return flight is not None and not self.shared and flight.slot.can_run(name, self.residuals)
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Self:
-        """The same tape over other residuals, laid out as these are: programs read them by their strides."""
+        """The same tape over other residuals."""
         new = iter(leaves)
-        residuals = tuple(None if r is None else with_strides(next(new), r.stride()) for r in self.residuals)
+        residuals = tuple(None if r is None else next(new) for r in self.residuals)
         return replace(self, residuals=residuals, flight=None, shared=True)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from funcstage._torch import operators as ops
 from funcstage.engines.rules import (
+    attention,
     autocast,
     composites,
     custom_functions,
@@ -61,7 +62,9 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         if not group_norm.SURVIVES
     },
     # Autocast acts on these as a whole, above the levels.
-    ops.scaled_dot_product_attention: autocast.first(torch.ops.aten.scaled_dot_product_attention.default),
+    ops.scaled_dot_product_attention: attention.remembering(
+        autocast.first(torch.ops.aten.scaled_dot_product_attention.default)
+    ),
     ops.cdist: autocast.first(torch.ops.aten.cdist.default),
     torch.bilinear: autocast.within("bilinear"),
     torch.linalg.pinv: autocast.within("pinv"),
