@@ -1,9 +1,8 @@
 """FlexAttention under the levels of `torch.func`, which have no rule for it.
 
 It runs below all levels, compiled as it should be on an accelerator, and keeps a tape of its own there. The
-levels see one custom function of query, key, value and what `score_mod` and `mask_mod` read. I takes the
-gradients of the first three; that of a parameter which `score_mod` reads is W's, and costs a second run of
-the backward.
+levels see one custom function of query, key, value and what `score_mod` and `mask_mod` read. What they read
+has no gradient uncompiled, where Dynamo is not there to find it: neither on a plain tape nor in torch itself.
 Private: the operator behind `flex_attention`, and its arguments.
 """
 
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.dynamo import compiled_again, disable_cache_limit
 from funcstage._torch.operators import HigherOrderOperator
 from funcstage.engines.levels.checkpoint import StandIns, modules_in
 from funcstage.engines.rules import custom_functions
 from funcstage.engines.rules.base import Rule, traced
+from funcstage.errors import StageError
 from funcstage.state.module import state_of, swapped
 
 
@@ -33,6 +34,22 @@ def rules(operator: Any) -> tuple[Rule, ...]:
         Rule(lambda call: not call.traced, lambda *args: attend(operator, args)),
         Rule(traced, partial(run_compiled, operator, backend="eager"), whole=True),
     )
+
+
+def refuse_differentiated(function: Any, args: Sequence[Any]) -> None:
+    """Refuse a call of the operator whose functions read what requires grad, if it is one.
+
+    Raises:
+        StageError: says what they read.
+    """
+    if not isinstance(function, HigherOrderOperator) or function.name() != "flex_attention":
+        return
+    for found in _read_by([args[3], args[4][-1]], args[0], ft.requires_grad):
+        raise StageError(
+            f"FlexAttention's score_mod or mask_mod reads {trees.describe(found)}, which requires grad and "
+            "would get no gradient in a stage that runs uncompiled. Compile the stage, "
+            "funcstage.compile(apply), which gives it one, or let them read it detached."
+        )
 
 
 def is_flex_attention_backward(function: Any) -> bool:
@@ -53,7 +70,8 @@ def attend(operator: Any, args: Sequence[Any]) -> Any:
     """
     query, key, value, score_mod, mask, *rest = args
     functions = [score_mod, mask[-1]]
-    read = _read_by(functions, query)
+    refuse_differentiated(operator, args)
+    read = _read_by(functions, query, lambda leaf: ft.level_of(leaf) > 0)
     call = _Call(operator, functions, mask[:-1], rest, read)
     return custom_functions.applied(_Attention, (call, query, key, value, *read))
 
@@ -151,12 +169,14 @@ class _Attention(custom_functions.HasOwnTape, Function):
         return None, *grads
 
 
-def _read_by(functions: Sequence[Callable[..., Any]], query: Tensor) -> list[Tensor]:
-    """The wrapped tensors that the functions read, found by calling them once."""
+def _read_by(
+    functions: Sequence[Callable[..., Any]], query: Tensor, wanted: Callable[[Tensor], bool]
+) -> list[Tensor]:
+    """The tensors of some kind that the functions read, found by calling them once."""
     found: dict[int, Tensor] = {}
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and ft.level_of(leaf) > 0 and id(leaf) not in own:
+        if isinstance(leaf, Tensor) and id(leaf) not in own and wanted(leaf):
             found[id(leaf)] = leaf
         return leaf
 

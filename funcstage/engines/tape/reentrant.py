@@ -18,6 +18,7 @@ from funcstage.effects import MARKS, refuse_effects
 from funcstage.engines.levels.first_reads import FirstReads
 from funcstage.engines.node_hooks import READS_NODE
 from funcstage.engines.rules.base import Call
+from funcstage.engines.rules.flex import refuse_differentiated
 from funcstage.engines.rules.group_norm import GROUP_NORMS, SURVIVES, contiguous_group_norm, crashes
 
 
@@ -83,6 +84,7 @@ class OneTape(TorchFunctionMode):
         """Run an operation."""
         if func in GROUP_NORMS and not SURVIVES and crashes(Call(args, kwargs, traced=False, split=True)):
             return contiguous_group_norm(func, *args, **kwargs)
+        refuse_differentiated(func, args)
         return func(*args, **kwargs)
 
 
