@@ -44,8 +44,7 @@ class Meta(NamedTuple):
         return cls(leaf.shape, leaf.dtype, leaf.device, leaf.layout, mesh_of(leaf))
 
     def __str__(self) -> str:
-        layout = "" if self.layout is torch.strided else f", {str(self.layout).removeprefix('torch.')}"
-        what = f"{trees.look(self)} on {self.device}{layout}"
+        what = trees.look_and_place(self)
         return what if self.mesh is None else f"a DTensor, {what} over {self.mesh}"
 
 

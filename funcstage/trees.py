@@ -143,15 +143,20 @@ def look(like: Any) -> str:
     return f"{str(like.dtype).removeprefix('torch.')}{list(like.shape)}"
 
 
+def look_and_place(like: Any) -> str:
+    """The same with its device, and with its layout where that is not the usual one."""
+    layout = "" if like.layout is torch.strided else f", {str(like.layout).removeprefix('torch.')}"
+    return f"{look(like)} on {like.device}{layout}"
+
+
 def describe(leaf: object) -> str:
     """Return a short description of a leaf for error messages, such as ``float32[2, 3] on cpu``."""
     if isinstance(leaf, torch.Tensor):
         if is_lazy(leaf) or leaf.is_nested:  # which have no shape
             return f"a {'lazy' if is_lazy(leaf) else 'nested'} {type(leaf).__name__}"
-        layout = "" if leaf.layout is torch.strided else f", {str(leaf.layout).removeprefix('torch.')}"
         placed = getattr(leaf, "placements", None)  # of a DTensor
         kind = (
             "" if placed is None else f", a DTensor placed {placed} over {getattr(leaf, 'device_mesh', '')}"
         )
-        return f"{look(leaf)} on {leaf.device}{layout}{kind}"
+        return f"{look_and_place(leaf)}{kind}"
     return "None" if leaf is None else type(leaf).__name__

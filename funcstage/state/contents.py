@@ -23,7 +23,7 @@ from funcstage.registration import holds_tensor
 from funcstage.state.ambient import RandomState, among
 from funcstage.state.caches import Cache, behind
 from funcstage.state.cells import held_by
-from funcstage.state.elsewhere import Elsewhere, holds_tensors
+from funcstage.state.elsewhere import Elsewhere, holds_tensors, values_of
 from funcstage.state.kept import differs, refill, replace_in, replace_in_slots
 from funcstage.state.reach import INERT, holders, put_in_slot, slots_of, with_slots
 from funcstage.state.shared import NOTHING_SHARED, Shared, meet_threads, names_of
@@ -182,7 +182,7 @@ class _Walk:
         self._owners = [each for each in self._passed if id(getattr(each, "__dict__", None)) in found]
         functions = [each for each in self._passed if isinstance(each, FunctionType)]
         self._cells = [cell for function in functions for cell in function.__closure__ or ()]
-        self._views = [_values(each) for each in self.filled]
+        self._views = [values_of(each) for each in self.filled]
         self._sizes = [*map(len, self._views)]
         self._is_loose = [
             id(each) in changing or holds_tensors(view)
@@ -202,7 +202,7 @@ class _Walk:
 
         lasting = {id(own) for part in self._parts for own in (vars(part), part._parameters, part._buffers)}
         passing = [each for each in compress(self.filled, self._is_loose) if id(each) not in lasting]
-        self._passing_views = [_values(each) for each in passing]
+        self._passing_views = [values_of(each) for each in passing]
 
     def may_be_kept(self, *, loose_changed: bool) -> bool:
         """Tell whether that keeps no tensors alive that the module might drop.
@@ -283,16 +283,12 @@ class _Walk:
         return {
             id(each)
             for each, size in zip(firm, compress(self._sizes, map(not_, self._is_loose)), strict=True)
-            if [*map(id, islice(before, size))] != [*map(id, _values(each))]
+            if [*map(id, islice(before, size))] != [*map(id, values_of(each))]
         }
 
 
 def _is_file(value: Any) -> bool:
     return type(value).__module__ == "_io"
-
-
-def _values(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
 
 
 _FREE = INERT | {Tensor, nn.Parameter}

@@ -39,7 +39,7 @@ class Elsewhere:
                 self._fixed |= _tensors(each.args if isinstance(each, partial) else each)
         for each in self._containers:
             self._fixed |= _addresses(each)
-            self._fixed |= _addresses(_values(each))
+            self._fixed |= _addresses(values_of(each))
 
     def narrow(self, changing: Collection[int]) -> None:
         """Look only into containers whose contents may change unnoticed; by their ids."""
@@ -47,7 +47,7 @@ class Elsewhere:
 
     def ids(self, others: Iterable[Any]) -> frozenset[int]:
         """The ids of the module's parameters and buffers that lie there, or among others."""
-        places = (*map(_values, self._containers), *self._keyed, map(held_by, self._cells), others)
+        places = (*map(values_of, self._containers), *self._keyed, map(held_by, self._cells), others)
         found = frozenset(self._fixed.union(*map(_tensors, places)))
         if not found:
             return found
@@ -60,14 +60,15 @@ def holds_tensors(values: Iterable[Any]) -> bool:
     return any(issubclass(kind, Tensor) for kind in {*map(type, values)})
 
 
+def values_of(container: Any) -> Any:
+    """What a container holds, other than keys of a dict."""
+    return container.values() if isinstance(container, dict) else container
+
+
 def _lent(part: nn.Module) -> Iterator[Any]:
     yield from (part._parameters, part._buffers)
     if isinstance(part, nn.RNNBase):
         yield part._flat_weights
-
-
-def _values(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
 
 
 def _tensors(values: Iterable[Any]) -> set[int]:

@@ -26,6 +26,11 @@ def is_told(kind: Any) -> bool:
     )
 
 
+def as_told(kind: type, value: Any) -> Any:
+    """The same as a tensor of such a class, if it is one, which something that stands for it has hidden."""
+    return value.as_subclass(kind) if is_told(kind) else value
+
+
 def any_told(leaves: Iterable[Any]) -> bool:
     """Tell whether such tensors are among leaves."""
     return any(map(is_told, {*map(type, leaves)}))

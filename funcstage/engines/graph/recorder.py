@@ -438,11 +438,8 @@ def _attributes_of_tensors(parts: Iterable[nn.Module]) -> Iterator[Space]:
 
 def _is_traced(tensor: Tensor) -> bool:
     """Tell whether a tensor is one of the trace, or of the memory that those have."""
-    return (
-        isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
-        or is_functionalized(tensor)
-        or tensor.is_meta
-    )
+    traced = isinstance(tensor, (tt.FunctionalTensor, tt.FakeTensor))
+    return traced or is_functionalized(tensor) or tensor.is_meta
 
 
 def _run_by_the_interpreter() -> set[CodeType]:

@@ -163,14 +163,7 @@ class InputTape(OnList):
         for i in backward.made:
             residuals[size + i] = results[n + i]
         weight_tape = WeightTape(
-            programs,
-            self.state,
-            tuple(residuals),
-            self.flight,
-            self.shared or retain,
-            backward,
-            shares,
-            replay,
+            programs, self.state, tuple(residuals), self.flight, self.shared, backward, shares, replay
         )
         self.intact = retain
         return grads, weight_tape, self if retain else None

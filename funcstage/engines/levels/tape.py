@@ -24,7 +24,7 @@ from funcstage.residuals import (
     Residual,
     nodes_behind,
 )
-from funcstage.state.subclasses import is_told
+from funcstage.state.subclasses import as_told
 
 Exits: TypeAlias = list[tuple[int, GradientEdge]]
 """Indices of output leaves, with their places on a tape."""
@@ -39,7 +39,7 @@ class Exit(NamedTuple):
 
     def of(self, kind: type) -> Exit:
         """The same with a tensor of a class of the user's, if it is one, which wrappers have hidden."""
-        return self._replace(value=self.value.as_subclass(kind)) if is_told(kind) else self
+        return self._replace(value=as_told(kind, self.value))
 
 
 class Site(NamedTuple):

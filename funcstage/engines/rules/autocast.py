@@ -33,11 +33,11 @@ def first(overload: Any) -> tuple[Rule, ...]:
         device = _device_among((*args, *kwargs.values()))
         return ops.with_autocast_kernel(overload, _KEYS[device])(*args, **kwargs)
 
-    return (Rule(_casts, at_kernel, whole=True),)
+    return (Rule(lambda call: not call.traced and _casts(call), at_kernel, whole=True),)
 
 
 def _casts(call: Call) -> bool:
-    if call.traced or not is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return False
     device = _device_among((*call.args, *call.kwargs.values()))
     return device in _KEYS and torch.is_autocast_enabled(device)
@@ -58,11 +58,7 @@ def within(name: str) -> tuple[Rule, ...]:
             "is to have."
         )
 
-    return (Rule(_casts_in_trace, refused, whole=True),)
-
-
-def _casts_in_trace(call: Call) -> bool:
-    return call.traced and _casts(call._replace(traced=False))
+    return (Rule(lambda call: call.traced and _casts(call), refused, whole=True),)
 
 
 def _device_among(operands: Iterable[Any]) -> str:

@@ -42,19 +42,17 @@ def refuse_differentiated(function: Any, args: Sequence[Any]) -> None:
     Raises:
         StageError: says what they read.
     """
-    if not isinstance(function, HigherOrderOperator) or function.name() != "flex_attention":
-        return
-    for found in _read_by([args[3], args[4][-1]], args[0], ft.requires_grad):
-        raise StageError(
-            f"FlexAttention's score_mod or mask_mod reads {trees.describe(found)}, which requires grad and "
-            "would get no gradient in a stage that runs uncompiled. Compile the stage, "
-            "funcstage.compile(apply), which gives it one, or let them read it detached."
-        )
+    if _is_operator(function, "flex_attention"):
+        _read_by([args[3], args[4][-1]], args[0])
 
 
 def is_flex_attention_backward(function: Any) -> bool:
     """Tell whether something is the operator behind its backward."""
-    return isinstance(function, HigherOrderOperator) and function.name() == "flex_attention_backward"
+    return _is_operator(function, "flex_attention_backward")
+
+
+def _is_operator(function: Any, name: str) -> bool:
+    return isinstance(function, HigherOrderOperator) and function.name() == name
 
 
 def attend(operator: Any, args: Sequence[Any]) -> Any:
@@ -70,8 +68,7 @@ def attend(operator: Any, args: Sequence[Any]) -> Any:
     """
     query, key, value, score_mod, mask, *rest = args
     functions = [score_mod, mask[-1]]
-    refuse_differentiated(operator, args)
-    read = _read_by(functions, query, lambda leaf: ft.level_of(leaf) > 0)
+    read = _read_by(functions, query)
     call = _Call(operator, functions, mask[:-1], rest, read)
     return custom_functions.applied(_Attention, (call, query, key, value, *read))
 
@@ -169,14 +166,24 @@ class _Attention(custom_functions.HasOwnTape, Function):
         return None, *grads
 
 
-def _read_by(
-    functions: Sequence[Callable[..., Any]], query: Tensor, wanted: Callable[[Tensor], bool]
-) -> list[Tensor]:
-    """The tensors of some kind that the functions read, found by calling them once."""
+def _read_by(functions: Sequence[Callable[..., Any]], query: Tensor) -> list[Tensor]:
+    """The wrapped tensors that the functions read, found by calling them once.
+
+    Raises:
+        StageError: if one requires grad.
+    """
     found: dict[int, Tensor] = {}
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and id(leaf) not in own and wanted(leaf):
+        if not isinstance(leaf, Tensor) or id(leaf) in own:
+            return leaf
+        if ft.requires_grad(leaf):
+            raise StageError(
+                f"FlexAttention's score_mod or mask_mod reads {trees.describe(leaf)}, which requires grad "
+                "and would get no gradient in a stage that runs uncompiled. Compile the stage, "
+                "funcstage.compile(apply), which gives it one, or let them read it detached."
+            )
+        if ft.level_of(leaf) > 0:
             found[id(leaf)] = leaf
         return leaf
 

@@ -54,7 +54,7 @@ from funcstage.state.contents import Held
 from funcstage.state.guise import looking_alike
 from funcstage.state.identity import watching_identity
 from funcstage.state.module import state_with
-from funcstage.state.subclasses import is_told
+from funcstage.state.subclasses import as_told, is_told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,9 +263,9 @@ def linearize(call: StageCall, held: Held | None = None) -> Linearized[InputTape
         )
     trained = {i: _fresh(leaf) for i, leaf in enumerate(param_leaves) if trees.is_differentiable(leaf)}
     inputs = {i: _fresh(arg_leaves[i]) for i in call.diff or ()}
-    lent_params = [_as(type(p), trained.get(i, p)) for i, p in enumerate(param_leaves)]
+    lent_params = [as_told(type(p), trained.get(i, p)) for i, p in enumerate(param_leaves)]
     stage_params = trees.unflatten(params_spec, lent_params)
-    stage_args = [_as(type(a), inputs.get(i, trees.detached(a))) for i, a in enumerate(arg_leaves)]
+    stage_args = [as_told(type(a), inputs.get(i, trees.detached(a))) for i, a in enumerate(arg_leaves)]
     looks = looking_alike(call.name, arg_leaves, stage_args)
     kwarg_leaves, kwargs_spec = call.of_kwargs
     lent = [(param_leaves[i], lent_params[i]) for i in trained]
@@ -338,11 +338,6 @@ def _check_nodes(
 def _fresh(leaf: Tensor) -> Tensor:
     leaf = leaf.detach()
     return (leaf.as_subclass(Tensor) if is_told(type(leaf)) else leaf).requires_grad_()
-
-
-def _as(kind: type, leaf: Any) -> Any:
-    """What the stage is handed for a leaf, which is itself of no class that changes how a tape is read."""
-    return leaf.as_subclass(kind) if is_told(kind) else leaf
 
 
 def _held(leaf: Any) -> Any:
