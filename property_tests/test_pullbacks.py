@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_batches import FEW
 from torch import Tensor
 
 import funcstage as fs
@@ -23,12 +24,6 @@ from funcstage.testing.tolerances import compare
 
 SHARE = settings(max_examples=settings.default.max_examples // 2)
 """Each of these properties is tried on half as many stages as one family of the main one."""
-
-FEW = settings(
-    max_examples=max(4, settings.default.max_examples // 25),
-    phases=[phase for phase in settings.default.phases if phase is not Phase.shrink],
-)
-"""A compiler of C++ or Triton runs for seconds on every program."""
 
 PRECISE = strategies.stages(
     dtype=st.just(torch.float64), blocks=("residual", "branch", "repeat", "tied", "frozen", "eval")

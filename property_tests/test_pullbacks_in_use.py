@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 import torch.nn.functional as F
+from gated import Gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,20 +24,6 @@ import funcstage as fs
 from funcstage import trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class Gated(nn.Module):
-    """A gated unit with a norm and a residual: much to recompute, sums in I, halves of a product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(8)
-        self.both = nn.Linear(8, 32)
-        self.down = nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.both(self.norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up).sin()
 
 
 class Attends(nn.Module):

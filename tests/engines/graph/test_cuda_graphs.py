@@ -55,6 +55,24 @@ def batch(n: int = 1) -> Any:
     return pairs if n > 1 else pairs[0]
 
 
+def replaying(apply: Any, params: dict[str, Tensor], **options: Any) -> Any:
+    """The stage as CUDA graphs, after microbatches that ran without and that were captured."""
+    fast = compile(apply, cuda_graphs=True, **options)
+    for x, cotangent in batch(3):
+        split(fast, params, x, cotangent)
+    return fast
+
+
+def assert_not_overwritten(
+    held: list[Tensor], copies: list[Tensor], fast: Any, params: dict[str, Tensor]
+) -> None:
+    """Run other microbatches, which leave what is held as it was."""
+    for x, cotangent in batch(4):
+        split(fast, params, x, cotangent)
+    for mine, copy in zip(held, copies, strict=True):
+        assert torch.equal(mine, copy)
+
+
 @pytest.mark.parametrize("options", [{"backend": "aten"}, {}, {"cuda_graphs": True}])
 def test_gradients_are_those_of_eager(made: Any, options: dict[str, Any]) -> None:
     apply, params = made
@@ -97,21 +115,16 @@ def test_microbatches_in_flight_do_not_disturb_each_other(made: Any, count: int)
 
 def test_results_that_a_caller_holds_are_never_overwritten(made: Any) -> None:
     apply, params = made
-    fast = compile(apply, cuda_graphs=True)
+    fast = replaying(apply, params)
     x, cotangent = batch()
     held = [result.view(-1) for result in split(fast, params, x, cotangent)]
     copies = [result.clone() for result in held]
-    for other, c in batch(4):
-        split(fast, params, other, c)
-    for mine, copy in zip(held, copies, strict=True):
-        assert torch.equal(mine, copy)
+    assert_not_overwritten(held, copies, fast, params)
 
 
 def test_gradients_of_a_microbatch_that_ended_without_graphs_are_never_overwritten(made: Any) -> None:
     apply, params = made
-    fast = compile(apply, cuda_graphs=True)
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
+    fast = replaying(apply, params)
     x, cotangent = batch()
     _, _, pullback = fs.stage_vjp(fast, params, {}, x)
     optree.tree_leaves(pullback, namespace="funcstage")
@@ -119,18 +132,13 @@ def test_gradients_of_a_microbatch_that_ended_without_graphs_are_never_overwritt
     held = list(weight_pullback().values())
     copies = [grad.clone() for grad in held]
     del pullback, weight_pullback
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
-    for mine, copy in zip(held, copies, strict=True):
-        assert torch.equal(mine, copy)
+    assert_not_overwritten(held, copies, fast, params)
 
 
 @pytest.mark.parametrize("half", ["pullback", "weight pullback"])
 def test_residuals_that_a_caller_holds_are_never_overwritten(made: Any, half: str) -> None:
     apply, params = made
-    fast = compile(apply, cuda_graphs=True)
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
+    fast = replaying(apply, params)
     x, cotangent = batch()
     output, _, of_input = fs.stage_vjp(fast, params, {}, x)
     if half == "pullback":
@@ -148,9 +156,7 @@ def test_residuals_that_a_caller_holds_are_never_overwritten(made: Any, half: st
 
 def test_what_sites_show_is_never_overwritten(made: Any) -> None:
     apply, params = made
-    fast = compile(apply, cuda_graphs=True, sites=True)
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
+    fast = replaying(apply, params, sites=True)
     x, cotangent = batch()
     _, _, pullback = fs.stage_vjp(fast, params, {}, x)
     _, weight_pullback = pullback(cotangent)
@@ -159,17 +165,12 @@ def test_what_sites_show_is_never_overwritten(made: Any) -> None:
     copies = [tensor.clone() for tensor in held]
     weight_pullback()
     del pullback, weight_pullback
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
-    for mine, copy in zip(held, copies, strict=True):
-        assert torch.equal(mine, copy)
+    assert_not_overwritten(held, copies, fast, params)
 
 
 def test_retained_weight_passes_are_right_after_replays(made: Any) -> None:
     apply, params = made
-    fast = compile(apply, cuda_graphs=True)
-    for x, cotangent in batch(3):
-        split(fast, params, x, cotangent)
+    fast = replaying(apply, params)
     for retain_first in (True, False):
         x, cotangent = batch()
         output, _, pullback = fs.stage_vjp(fast, params, {}, x)
