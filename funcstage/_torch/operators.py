@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "NO_WRITES",
+    "SOBOL_ENGINE_WRITES",
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
@@ -35,6 +36,7 @@ __all__ = [
     "pad_packed_sequence",
     "returns_of",
     "scaled_dot_product_attention",
+    "sobol_engine_draw",
     "suggest_memory_format",
     "with_autocast_kernel",
     "without_torch_function",
@@ -48,6 +50,13 @@ meshgrid = torch._VF.meshgrid  # type: ignore[attr-defined]
 make_dual = torch._VF._make_dual
 pack_padded_sequence = torch._pack_padded_sequence
 pad_packed_sequence = torch._pad_packed_sequence
+sobol_engine_draw = torch._sobol_engine_draw
+SOBOL_ENGINE_WRITES: tuple[Callable[..., Tensor], ...] = (
+    torch._sobol_engine_initialize_state_,
+    torch._sobol_engine_scramble_,
+    torch._sobol_engine_ff_,
+)
+"""What a `torch.quasirandom.SobolEngine` writes into its state by."""
 copy_into_all: Callable[..., None] = torch._foreach_copy_
 divide_all: Callable[..., None] = torch._foreach_div_
 

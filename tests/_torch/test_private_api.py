@@ -285,6 +285,16 @@ class UnderAutocast(nn.Module):
         return distances.float().sum(-1) + attended.float().sum(-1)[0]
 
 
+class QuasiRandom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        engine = torch.quasirandom.SobolEngine(4, scramble=True, seed=0)
+        return self.linear(x) * engine.fast_forward(1).draw(3)
+
+
 class Frequent(nn.Module):
     """What has composites, views and zeros without memory in it."""
 
@@ -314,6 +324,7 @@ def levels() -> None:
     for module in (Attention(), convolutional(), Recurrent(), Recurrent(packed=True)):
         assert_split_as_eager(module, SEQUENCES)
     assert_split_as_eager(Frequent(), ROWS)
+    assert_split_as_eager(QuasiRandom(), ROWS)
     assert_split_as_eager(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()), ROWS)
 
 

@@ -143,6 +143,28 @@ def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> t
     return packed, ft.innermost(batch_sizes)
 
 
+def sobol_engine_draw(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Points of a Sobol sequence, and its next state; the kernel reads memory, which wrappers do not have."""
+    fresh = torch.ops.aten.lift_fresh.default
+    points, state = _below_levels(ops.sobol_engine_draw, args, kwargs)
+    return fresh(points), fresh(state)
+
+
+def writing_below_levels(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation that writes into the memory of its first operand, which a wrapper does not have."""
+
+    def write(written: Tensor, *args: Any) -> Tensor:
+        return written.copy_(_below_levels(function, (written.clone(), *args), {}))
+
+    return write
+
+
+def _below_levels(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bare = [ft.innermost(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    with ops.without_torch_function(), ft.down_to(0):
+        return function(*bare, **kwargs)
+
+
 def pad_packed_sequence(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:

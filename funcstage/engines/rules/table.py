@@ -33,6 +33,11 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     torch.meshgrid: (Rule(under_levels, composites.meshgrid),),
     ops.pack_padded_sequence: (Rule(under_levels, composites.pack_padded_sequence),),
     ops.pad_packed_sequence: (Rule(under_levels, composites.pad_packed_sequence),),
+    ops.sobol_engine_draw: (Rule(under_levels, composites.sobol_engine_draw),),
+    **{
+        function: (Rule(under_levels, composites.writing_below_levels(function)),)
+        for function in ops.SOBOL_ENGINE_WRITES
+    },
     torch.ctc_loss: (Rule(composites.is_mean_over_listed_lengths, composites.ctc_loss),),
     torch.lstm: recurrent.LSTM,
     torch.gru: recurrent.layers(recurrent.gru_step),

@@ -111,3 +111,41 @@ def test_inference_mode_inside_is_refused_with_no_grad_as_the_way_out() -> None:
         fs.stage_vjp(*fs.functionalize(Within(torch.inference_mode)), x)
     module = Within(torch.no_grad)
     torch.testing.assert_close(fs.stage_vjp(*fs.functionalize(module), x)[0], module(x))
+
+
+class Quasi(nn.Module):
+    """Multiplies by points of a Sobol sequence, whose kernels read and write memory."""
+
+    def __init__(self, inside: bool, **options: Any) -> None:
+        super().__init__()
+        self.proj, self.inside, self.options = nn.Linear(3, 3), inside, options
+        self.engine = torch.quasirandom.SobolEngine(3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inside:
+            return self.proj(x) * self.engine.draw(len(x)) + self.engine.draw(1)
+        engine = torch.quasirandom.SobolEngine(3, **self.options)
+        drawn = [engine.fast_forward(2).draw(len(x)), engine.draw(1), engine.reset().draw_base2(2)[:2]]
+        return self.proj(x) * torch.stack([drawn[0], drawn[2]]).sum(0) + drawn[1]
+
+
+@pytest.mark.parametrize("argnums", [None, ()])
+@pytest.mark.parametrize("options", [{}, {"scramble": True, "seed": 2}, {"scramble": True}], ids=str)
+@pytest.mark.parametrize("inside", [False, True])
+def test_quasi_random_draws_go_on_as_in_eager(inside: bool, options: dict[str, Any], argnums: Any) -> None:
+    torch.manual_seed(0)
+    module, x = Quasi(inside, **options), torch.randn(2, 3)
+    eager = copy.deepcopy(module)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = eager(x)
+        dparams = torch.autograd.grad(expected.sum(), [*eager.parameters()])
+        then = torch.get_rng_state()
+        torch.manual_seed(seed)
+        output, _, pullback = fs.stage_vjp(*fs.functionalize(module), x, argnums=argnums)
+        assert torch.equal(torch.get_rng_state(), then)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        got = pullback(torch.ones_like(output))[1]()
+        torch.testing.assert_close([*got.values()], [*dparams], rtol=0, atol=0)
+    assert torch.equal(module.engine.quasi, eager.engine.quasi)
+    assert module.engine.num_generated == eager.engine.num_generated
