@@ -135,7 +135,7 @@ def test_tests_in_files_about_the_mutants_file_come_first_and_the_quickest_of_th
     seconds = {"tests/test_a.py::a": 0.1, "tests/test_core.py::b": 0.5, "tests/test_core.py::c": 0.2}
     reach = Reach(seconds, {"toy/core.py": {1: 0b111, 2: 0b101}}, [], {})
     [c, b, a] = ["tests/test_core.py::c", "tests/test_core.py::b", "tests/test_a.py::a"]
-    mutant = Mutant("toy/core.py", "f", "1", "2", (1, 1), (0, 1))
+    mutant = Mutant("toy/core.py", "f", "1", "2", "number", (1, 1), (0, 1))
     assert reach.tests_for(mutant, budget=1.0) == [c, b, a]
     assert reach.tests_for(mutant, budget=0.3) == [c]
     assert reach.tests_for(replace(mutant, lines=(2, 2)), budget=1.0) == [c, a]
@@ -192,7 +192,7 @@ def test_no_fault_is_planted_twice_or_is_none() -> None:
 
 
 def test_a_score_counts_what_was_tried_and_is_clear() -> None:
-    mutant = Mutant("a.py", "f", "1", "2", (1, 1), (0, 1))
+    mutant = Mutant("a.py", "f", "1", "2", "number", (1, 1), (0, 1))
     found = [Outcome(mutant, status) for status in ("killed", "endless", "unclear", "survived", "unreached")]
     assert "| a.py | 1 | 1 | 1 | 1 | 0 | 1 | 50.0% |" in table(found, [])
     assert "| a.py | 1 | 1 | 0 | 0 | 2 | 1 | 100.0% |" in table(
@@ -205,7 +205,7 @@ def test_a_survivor_is_accepted_for_a_reason_that_names_it_or_all_like_it() -> N
     reasons = {}
     for name in ("f | 1 -> (2)", "f | 1 -> (22)", "g | x.is_cuda -> (not x.is_cuda)", "g | 1 -> (2)"):
         function, old, new = re.fullmatch(r"(.*) \| (.*) -> (.*)", name).groups()
-        mutant = Mutant("a.py", function, old, new, (1, 1), (0, 1))
+        mutant = Mutant("a.py", function, old, new, "number", (1, 1), (0, 1))
         reasons[name] = reason_for(Outcome(mutant, "survived"), accepted)
     assert list(reasons.values()) == ["Why.", None, "Why.", None]
     assert reason_for(Outcome(mutant, "killed"), accepted) is None

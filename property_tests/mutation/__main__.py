@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from .operators import Mutant, mutants_of, sample
+from .operators import OPERATORS, Mutant, mutants_of, sample
 from .reach import Reach
 from .targets import PACKAGE, ROOT, files_of_tests, target_files
 from .trial import Outcome, collect, outcomes
@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants; all, if not given")
     parser.add_argument("--seed", type=int, default=0, help="for the sample")
     parser.add_argument("--only", default="", metavar="TEXT", help="try mutants whose name has TEXT")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=OPERATORS, default=[*OPERATORS], help="of faults, all if not given"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
@@ -42,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # which torch reads when it is imported
     mutants = [m for file in target_files() for m in mutants_of(file, (ROOT / file).read_text())]
-    mutants = [mutant for mutant in mutants if options.only in mutant.name]
+    mutants = [m for m in mutants if options.only in m.name and m.kind in options.kinds]
     if options.sample is not None:
         mutants = sample(mutants, options.sample, options.seed)
     if options.list:

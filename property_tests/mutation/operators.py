@@ -22,6 +22,7 @@ class Mutant:
         function: the qualified name of the function or class that the fault is in; empty at module level.
         old: what stood there, on one line.
         new: what stands there instead.
+        kind: of fault, a key of `OPERATORS`.
         lines: the first and last line of what is replaced, and of the statement that it is a part of.
         span: the place in the file, as offsets of bytes.
         number: of those that are called the same.
@@ -31,6 +32,7 @@ class Mutant:
     function: str
     old: str
     new: str
+    kind: str
     lines: tuple[int, int]
     span: tuple[int, int]
     number: int = 1
@@ -58,14 +60,14 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     found = []
     alike: Counter[str] = Counter()
     for place in _places(ast.parse(text), Place("", 1, len(starts))):
-        for operator in OPERATORS:
+        for kind, operator in OPERATORS.items():
             for old, new in operator(place.node):
                 span = tuple(
                     starts[line - 1] + column
                     for line, column in ((old.lineno, old.col_offset), (old.end_lineno, old.end_col_offset))
                 )
                 lines = place.first, place.last or old.end_lineno
-                mutant = Mutant(file, place.function, _line(ast.unparse(old)), new, lines, span)
+                mutant = Mutant(file, place.function, _line(ast.unparse(old)), new, kind, lines, span)
                 alike[mutant.name] += 1
                 found.append(replace(mutant, number=alike[mutant.name]))
     return found
@@ -162,7 +164,7 @@ def _has_opposite(test: Any) -> bool:
 
 
 def _other_logic(node: Any) -> Iterator[Fault]:
-    """`and` for `or`, an operand less, another comparison, another boolean."""
+    """`and` for `or`, an operand less, another comparison."""
     if isinstance(node, ast.BoolOp):
         other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
         yield _put(node, ast.unparse(ast.BoolOp(other, node.values)))
@@ -172,6 +174,10 @@ def _other_logic(node: Any) -> Iterator[Fault]:
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         other_op = _COMPARED[type(node.ops[0])]()
         yield _put(node, ast.unparse(ast.Compare(node.left, [other_op], node.comparators)))
+
+
+def _other_flag(node: Any) -> Iterator[Fault]:
+    """Another boolean."""
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield _put(node, repr(not node.value))
 
@@ -193,18 +199,34 @@ def _off_by_one(node: Any) -> Iterator[Fault]:
                 yield _put(bound, f"{ast.unparse(bound)} - 1")
 
 
-def _left_out(node: Any) -> Iterator[Fault]:
-    """A statement, a context, an element or a result is left out."""
-    if isinstance(node, (ast.AugAssign, ast.Raise, ast.Delete, ast.Continue, ast.Break)) or (
+def _not_refused(node: Any) -> Iterator[Fault]:
+    """An error is not raised."""
+    if isinstance(node, ast.Raise):
+        yield _put(node, "pass")
+
+
+def _without_statement(node: Any) -> Iterator[Fault]:
+    if isinstance(node, (ast.AugAssign, ast.Delete, ast.Continue, ast.Break)) or (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ):
         yield _put(node, "pass")
+
+
+def _without_result(node: Any) -> Iterator[Fault]:
     if isinstance(node, ast.Return) and ast.unparse(node.value or node) not in ("return", "None", "False"):
         yield _put(node.value, "None")
+
+
+def _without_context(node: Any) -> Iterator[Fault]:
+    """A block runs without a context that is entered around it."""
     if isinstance(node, ast.With):
         for item in node.items:
             if item.optional_vars is None and isinstance(item.context_expr, ast.Call):
                 yield _put(item.context_expr, "__import__('contextlib').nullcontext()")
+
+
+def _with_fewer_elements(node: Any) -> Iterator[Fault]:
+    """The last of a tuple is left out, or all of another container."""
     if isinstance(node, ast.Tuple) and len(node.elts) > 1:
         yield _put(node, f"{', '.join(map(ast.unparse, node.elts[:-1]))},")
     if isinstance(node, (ast.List, ast.Set, ast.Dict)) and ast.unparse(node) not in ("[]", "{}"):
@@ -228,11 +250,16 @@ def _swapped(node: Any) -> Iterator[Fault]:
         yield _put(node, ast.unparse(ast.Call(node.func, [second, first, *rest], node.keywords)))
 
 
-OPERATORS: tuple[Callable[[Any], Iterator[Fault]], ...] = (
-    _negated,
-    _other_logic,
-    _uncopied,
-    _off_by_one,
-    _left_out,
-    _swapped,
-)
+OPERATORS: dict[str, Callable[[Any], Iterator[Fault]]] = {
+    "negation": _negated,
+    "logic": _other_logic,
+    "flag": _other_flag,
+    "copy": _uncopied,
+    "number": _off_by_one,
+    "refusal": _not_refused,
+    "statement": _without_statement,
+    "result": _without_result,
+    "context": _without_context,
+    "element": _with_fewer_elements,
+    "order": _swapped,
+}
