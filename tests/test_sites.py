@@ -311,6 +311,19 @@ def test_pieces_of_a_first_stage_are_its_sites_of_some_parameters(engine: str) -
     assert sorted(had) == sorted(name for name, _ in module.named_parameters())
 
 
+@pytest.mark.parametrize("engine", ["uncompiled", "plain tape"])
+def test_pieces_of_a_retained_first_stage_leave_it_what_it_needs(engine: str) -> None:
+    module, tokens = FirstStage(), torch.randint(9, (4, 6))
+    output, pullback = first_stage_of(module, tokens, engine)
+    cotangent = torch.randn_like(output)
+    for piece in pullback(cotangent, retain=True)[1].split(2):
+        piece(retain=True)
+        piece()
+    module(tokens).backward(cotangent)
+    for name, grad in pullback(cotangent)[1]().items():
+        torch.testing.assert_close(grad, module.get_parameter(name).grad)
+
+
 def test_a_site_of_a_first_stage_costs_its_cotangent_times_the_rows_of_its_widest_weight() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4))
     apply, params, buffers = fs.functionalize(module)

@@ -32,7 +32,7 @@ class Origin(on_nodes.Origin):
 
     params: Entries
     higher: bool
-    apart: bool = False
+    apart: bool
 
     @property
     def by_autograd(self) -> bool:

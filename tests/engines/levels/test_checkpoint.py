@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcstage as fs
 from funcstage import testing
+from funcstage.engines.levels import tape as of_levels
 from funcstage.engines.levels.checkpoint import modules_in
 
 check_stage = functools.partial(testing.check_stage, engines="closures")
@@ -100,6 +102,10 @@ def several_outputs(stage: Mixer, block: nn.Module, x: Tensor) -> Tensor:
     return y.gather(-1, index[..., None]) * constant + same
 
 
+def one_output_read(stage: Mixer, block: nn.Module, x: Tensor) -> Tensor:
+    return stage.run(lambda x: (block(x), x @ stage.extra), x, use_reentrant=False)[0]
+
+
 def nested(stage: Mixer, block: nn.Module, x: Tensor) -> Tensor:
     def inner(y: Tensor) -> Tensor:
         return torch.sin(y @ stage.extra)
@@ -141,6 +147,7 @@ REGIONS = [
     from_closures,
     with_keywords,
     several_outputs,
+    one_output_read,
     nested,
     nested_reentrant,
     weights_alone,
@@ -211,6 +218,13 @@ def test_gradients_are_those_without_checkpoints(engine: str, region: Any, argnu
     bitwise = engine == "closures" and region is not nested
     exact = {"rtol": 0.0, "atol": 0.0} if bitwise else {}
     assert_equal_to_eager(plain_copy(module), stage_of(module, engine), x, argnums, **exact)
+
+
+@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.__name__)
+def test_a_region_needs_no_plain_tape(region: Any) -> None:
+    module = Mixer(region)
+    pullback = fs.stage_vjp(*fs.functionalize(module), torch.randn(6, WIDTH))[2]
+    assert isinstance(pullback._tape, of_levels.InputTape)
 
 
 @pytest.mark.slow
@@ -705,3 +719,28 @@ def test_the_modules_that_a_region_may_run_are_found_where_functions_hold_them(h
 @pytest.mark.parametrize("other", [None, 1.0, torch.ones(2), print, len, dict, functools.partial(print, 1)])
 def test_where_nothing_holds_a_module_none_is_found(other: Any) -> None:
     assert [*modules_in([other, lambda x: x])] == []
+
+
+class HalfHidden(nn.Module):
+    """A region that is seen to hold one module, and gets at another one by an object of its own."""
+
+    def __init__(self, passes: bool) -> None:
+        super().__init__()
+        self.seen, self.hidden = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.passes = passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, holder = self.seen, SimpleNamespace(hidden=self.hidden)
+
+        def body(x: Tensor, *_: nn.Module) -> Tensor:
+            return seen(x) * holder.hidden(x)
+
+        return checkpoint(body, x, *[self.hidden] * self.passes, use_reentrant=False)
+
+
+def test_a_parameter_of_a_module_that_is_not_found_is_refused_with_a_way_out() -> None:
+    x = torch.randn(2, WIDTH)
+    output, _, pullback = fs.stage_vjp(*fs.functionalize(HalfHidden(passes=False)), x)
+    with pytest.raises(fs.StageError, match=r"its module was not found\. Pass the module to `checkpoint`"):
+        pullback(torch.ones_like(output))
+    check_stage(HalfHidden(passes=True), x)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 import funcstage as fs
+from funcstage._torch.operators import without_torch_function
 from funcstage.engines.levels import tape as of_levels
 from funcstage.engines.levels.inner_gradients import differentiates
 from funcstage.testing import check_stage
@@ -148,6 +149,15 @@ def backward_to_a_tensor_of_its_own(s: Energy, x: Tensor) -> Tensor:
 def backward_by_function(s: Energy, x: Tensor) -> Tensor:
     point = x.detach().clone().requires_grad_()
     torch.autograd.backward(s.energy(point), inputs=[point], create_graph=True)
+    assert point.grad is not None
+    return point.grad * x
+
+
+def backward_that_no_mode_sees(s: Energy, x: Tensor) -> Tensor:
+    point = x.detach().clone().requires_grad_()
+    energy = s.energy(point)
+    with without_torch_function():  # as in the methods of a tensor's class
+        energy.backward(inputs=[point], create_graph=True)
     assert point.grad is not None
     return point.grad * x
 
@@ -321,6 +331,7 @@ CASES = [
     adapted_weights,
     backward_to_a_tensor_of_its_own,
     backward_by_function,
+    backward_that_no_mode_sees,
     old_functional_api,
     without_grad,
     between_random_draws,

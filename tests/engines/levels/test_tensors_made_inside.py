@@ -267,6 +267,17 @@ def test_a_mark_on_a_differentiated_input_is_refused_by_name(engine: str) -> Non
         fs.stage_vjp(apply, params, buffers, x)
 
 
+@ENGINES
+def test_the_mark_cannot_be_taken_from_a_computed_tensor_as_in_eager(engine: str) -> None:
+    module, x = made(lambda s, x: s.proj(x).requires_grad_(False))
+    with pytest.raises(RuntimeError, match="can only change requires_grad flags of leaf") as eagers:
+        module(x.requires_grad_())
+    apply, params, buffers = staged(module, engine)
+    with pytest.raises(RuntimeError, match="can only change requires_grad flags of leaf") as ours:
+        fs.stage_vjp(apply, params, buffers, x.detach())
+    assert type(ours.value) is type(eagers.value)
+
+
 @ARGNUMS
 @ENGINES
 def test_a_write_into_a_parameter_that_was_made_is_torchs_error_as_in_eager(
