@@ -86,7 +86,7 @@ def functionalize(module: nn.Module) -> FunctionalStage:
 
     Raises:
         StageError: if `module` is not a module, is wrapped for data parallelism, has parameters with hooks,
-            or has lazy parameters that were never initialised.
+            buffers that require grad, or lazy parameters that were never initialised.
 
     Example:
         >>> import torch, funcstage as fs
@@ -129,6 +129,12 @@ def function_of(module: nn.Module) -> FunctionalStage:
     show_shards(module)
     named_params = dict(module.named_parameters())
     check_parameters(type(module).__name__, named_params)
+    for name, buffer in module.named_buffers():
+        if buffer.requires_grad:
+            raise StructureError(
+                f"{type(module).__name__}: the buffer {name!r} requires grad, and would get no gradient, as "
+                "gradients are those of parameters. Register it as an nn.Parameter, or detach it."
+            )
     params = {name: p.detach() for name, p in named_params.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named_params.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers()} | frozen

@@ -127,6 +127,20 @@ def test_a_lazy_module_is_refused_until_it_was_called() -> None:
     assert list(fs.functionalize(module).params) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize(
+    "buffer",
+    [torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True) * 2, None],
+    ids=["a leaf", "a result", "a parameter"],
+)
+def test_a_buffer_that_requires_grad_is_refused(buffer: Any) -> None:
+    module = nn.BatchNorm1d(2)
+    module._buffers["running_mean"] = module.weight if buffer is None else buffer
+    with pytest.raises(fs.StructureError, match=r"BatchNorm1d: the buffer 'running_mean' requires grad"):
+        fs.functionalize(module)
+    module.running_mean = module.running_mean.detach()
+    fs.functionalize(module)
+
+
 def test_writing_into_a_captured_tensor_is_refused() -> None:
     counter = torch.zeros(3)
 

@@ -120,7 +120,7 @@ class Structure:
                     if p is not None
                 ),
                 tuple(
-                    (name, nth(id(b), len(numbers)), b.shape, b.dtype, trees.is_expanded(b))
+                    (name, nth(id(b), len(numbers)), b.shape, b.dtype, b.requires_grad, trees.is_expanded(b))
                     for name, b in part._buffers.items()
                     if b is not None
                 ),

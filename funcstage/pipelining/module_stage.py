@@ -141,9 +141,7 @@ class ModuleStage(CarryingStage):
         constant = read(self._binding.constant)
         self._params = {name: self._cast(tensor) for name, tensor in parameters.items()}
         # Clones, as the module's own are overwritten while earlier microbatches await their backward.
-        self._buffers = {
-            name: tensor.detach().clone() for name, tensor in read(self._binding.updated).items()
-        }
+        self._buffers = {name: tensor.clone() for name, tensor in read(self._binding.updated).items()}
         self._buffers |= {name: self._cast(tensor) for name, tensor in constant.items()}
         places = {**self._binding.trainable, **self._binding.constant}
         if self._whole is not None:  # FSDP puts shards and whole parameters there

@@ -234,3 +234,18 @@ def test_what_a_stage_refuses_in_its_forward_is_refused_as_it_is_when_schedules_
         fs.PurityError, match=r"^Stage 0 of 1 \(Views\): .*its buffer 'shift', with which 'row'"
     ):
         schedule.step(x, target=x)
+
+
+@ENGINES
+def test_a_buffer_that_requires_grad_is_refused_when_it_does(compile: Any) -> None:
+    module, x, target = made()
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
+    run = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss)
+    run.step(x, target=target)
+    before = grads(module)
+    module.shift.requires_grad_()
+    with pytest.raises(fs.StructureError, match="the buffer 'shift' requires grad"):
+        run.step(x, target=target)
+    torch.testing.assert_close(grads(module), before, rtol=0, atol=0)
+    module.shift = module.shift.detach()
+    run.step(x, target=target)
