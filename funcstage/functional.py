@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from funcstage import forks
 from funcstage._torch import functorch as ft
 from funcstage._torch.modules import own_cached_weights, weight_names
 from funcstage._torch.operators import without_torch_function
@@ -337,16 +338,21 @@ def _flat_weights(recurrent: dict[str, nn.RNNBase], state: dict[str, Tensor]) ->
     them after the call.
     """
     kept = [(rnn, rnn._flat_weights, rnn._flat_weight_refs) for rnn in recurrent.values()]
-    try:
-        for prefix, rnn in recurrent.items():
-            names = (f"{prefix}.{name}" if prefix else name for name in weight_names(rnn))
-            weights: list[Any] = [state.get(name) for name in names]
-            rnn._flat_weights = weights
-            rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
-        yield
-    finally:
+
+    def put_back() -> None:
         for rnn, flat_weights, refs in kept:
             rnn._flat_weights, rnn._flat_weight_refs = flat_weights, refs
+
+    try:
+        with forks.lent(put_back):
+            for prefix, rnn in recurrent.items():
+                names = (f"{prefix}.{name}" if prefix else name for name in weight_names(rnn))
+                weights: list[Any] = [state.get(name) for name in names]
+                rnn._flat_weights = weights
+                rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+            yield
+    finally:
+        put_back()
 
 
 def _check(module: nn.Module, what: str, given: Any, shapes: dict[str, torch.Size]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import optree
 from torch import Tensor
 
-from funcstage import residuals, trees
+from funcstage import forks, residuals, trees
 from funcstage._torch.pytree import register_pytree_node
 from funcstage.away import Away
 from funcstage.copies import CopiedByLeaves
@@ -26,7 +26,7 @@ AnyTape = TypeVar("AnyTape", bound=Tape)
 class Linear(CopiedByLeaves, Generic[AnyTape]):
     """A function that may be called once, because calling it uses up its tape."""
 
-    __slots__ = ("_away", "_failed", "_gone", "_taker", "_tape", "_watches", "stage")
+    __slots__ = ("_away", "_failed", "_gone", "_params", "_taker", "_tape", "_turn", "_watches", "stage")
 
     def __init__(self, tape: AnyTape | None, stage: str, watches: tuple[Watch | Captured, ...]) -> None:
         self._tape = tape
@@ -34,6 +34,8 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         self._failed = False
         self._away: Away | None = None
         self._taker: int | None = None  # the thread in which a call uses it up
+        self._turn = forks.Turn()
+        self._params: Sequence[Any] = ()  # of the stage; the tape has them too
         self._gone = ""  # where the residuals went, if it was not a call that used them up
         self.stage = stage
 
@@ -80,7 +82,8 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
     def _taken(self, phase: str, retain: bool = False) -> AnyTape:
         """The same for a call, which uses it up unless it retains: of several threads' calls, the first.
 
-        A thread that was interrupted may take it again.
+        It still has to wait for its turn, as calls that retain may be under way. A thread that was
+        interrupted may take it again.
         """
         with _ONE_TAKER:
             tape = self._at_hand(phase)
@@ -94,6 +97,13 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
                 self._taker = here
         return tape
 
+    def _left(self, tape: AnyTape, left: AnyTape | None) -> None:
+        """What a run has left of the tape: nothing, if it or a call in its midst has used it up."""
+        if left is None or self._tape is tape:
+            self._tape = left
+        if self._tape is None:
+            self._params, self._watches = (), ()
+
     def _given_to(self, tape: AnyTape, away: Away | None, how: str) -> Self:
         """The same over another tape, in place of this one."""
         new = self._rebuilt(tape)
@@ -105,7 +115,7 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
     def _fail(self, tape: AnyTape) -> None:
         """A run failed, or was interrupted: count as consumed if it has used up some of the tape."""
         self._taker = None
-        if not tape.intact:
+        if self._tape is not None and not tape.intact:
             self._tape, self._watches, self._failed = None, (), True
 
     @property
@@ -142,7 +152,7 @@ class Linear(CopiedByLeaves, Generic[AnyTape]):
         raise NotImplementedError
 
 
-_ONE_TAKER = threading.RLock()
+_ONE_TAKER = forks.lock()
 """Reentrant, as a finalizer or a signal's handler may use a pullback in the midst of it."""
 
 

@@ -46,7 +46,7 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
     As a pytree (namespace "funcstage") its leaves are the residuals of I and W.
     """
 
-    __slots__ = ("_args_spec", "_output_fixed", "_output_metas", "_output_spec", "_params", "_params_spec")
+    __slots__ = ("_args_spec", "_output_fixed", "_output_metas", "_output_spec", "_params_spec")
 
     def __init__(
         self,
@@ -113,21 +113,21 @@ class Pullback(Linear[InputTape], Generic[AnyParams]):
         refuse_unchecked(tape.checks_nan, self.stage, "I")
         refuse_written(self._watches, lambda: tape.reads(cotangents), self.stage, "I")
         tape = self._taken("I", retain)
-        if at_once:
-            self._tape = tape = tape.at_once()  # in its place, as I frees what the tape holds
         try:
-            grads, weight_tape, left = tape.input_vjp(cotangents, retain)
-            watches = self._watches
-            if weight_tape.shares is None or weight_tape.shares:
-                given = Part("output_grads", cotangents, self._output_spec)
-                made = Part("input_grads", grads, self._args_spec)
-                watches += (Watch.over([], [given, made], weight_tape.shares),)
-            weight_pullback = WeightPullback(
-                weight_tape, self.stage, self._params_spec, self._params, watches
-            )
-            self._tape = left
-            if left is None:
-                self._params, self._watches = (), ()
+            with self._turn.taken():
+                tape = self._live()
+                if at_once:
+                    self._tape = tape = tape.at_once()  # in its place, as I frees what the tape holds
+                grads, weight_tape, left = tape.input_vjp(cotangents, retain)
+                watches = self._watches
+                if weight_tape.shares is None or weight_tape.shares:
+                    given = Part("output_grads", cotangents, self._output_spec)
+                    made = Part("input_grads", grads, self._args_spec)
+                    watches += (Watch.over([], [given, made], weight_tape.shares),)
+                weight_pullback = WeightPullback(
+                    weight_tape, self.stage, self._params_spec, self._params, watches
+                )
+                self._left(tape, left)
         except BaseException as error:
             if not retain:
                 self._fail(tape)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import io
-import threading
 import types
 import warnings
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
@@ -25,6 +24,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcstage import forks
 from funcstage._torch.block_masks import is_block_mask
 from funcstage._torch.pytree import SUPPORTED_NODES
 from funcstage.masks import flatten_mask, unflatten_mask
@@ -39,7 +39,7 @@ LEAVES: set[type] = {*ALWAYS_LEAVES}
 """Types that are known to be leaves; what was added may come to be registered."""
 
 _registered: set[type] = set()
-_lock = threading.Lock()
+_lock = forks.lock()
 
 
 def has_new(leaves: Iterable[Any]) -> bool:

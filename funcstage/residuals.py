@@ -9,7 +9,6 @@ That is done only for pullbacks that are rebuilt from leaves.
 from __future__ import annotations
 
 import functools
-import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from funcstage._torch.messages import SAVED_WRITTEN, says
 from funcstage._torch.tape import is_python
 from funcstage._torch.tensors import indices_and_values
 from funcstage.errors import StageError
+from funcstage.forks import Turn
 
 _RAW = "_raw_saved_"
 
@@ -54,10 +54,10 @@ class Switchboard:
         rerun: what checkpointed regions that it runs again leave for W.
     """
 
-    __slots__ = ("_home", "_lock", "rerun", "retain", "taken_out")
+    __slots__ = ("_home", "_turn", "rerun", "retain", "taken_out")
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._home: Home = {}
         self.taken_out = False
         self.retain = False
@@ -66,7 +66,7 @@ class Switchboard:
     @contextmanager
     def rerunning(self, retain: bool) -> Iterator[list[Any]]:
         """Collect what checkpointed regions leave for W while a pullback runs."""
-        with self._lock:
+        with self._turn.taken():
             before = self.rerun, self.retain
             self.rerun, self.retain = [], retain
             try:
@@ -77,7 +77,7 @@ class Switchboard:
     @contextmanager
     def reading(self, home: Home) -> Iterator[None]:
         """Let the nodes read from `home`; pullbacks that share nodes take turns."""
-        with self._lock:
+        with self._turn.taken():
             before, self._home = self._home, home
             try:
                 yield

@@ -34,7 +34,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     and nothing else. As a pytree (namespace "funcstage") its leaves are those tensors.
     """
 
-    __slots__ = ("_params", "_params_spec")
+    __slots__ = ("_params_spec",)
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     ) -> None:
         super().__init__(tape, stage, watches)
         self._params_spec = params_spec
-        self._params = params  # the tape has them too
+        self._params = params
 
     @undone_if_interrupted
     @outside_inference_mode
@@ -77,8 +77,10 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         self._check_ready(tape)
         tape = self._taken("W", retain)
         try:
-            grads, left = tape.weight_vjp(retain)
-            self._keep(left)
+            with self._turn.taken():
+                tape = self._live()
+                grads, left = tape.weight_vjp(retain)
+                self._left(tape, left)
         except BaseException as error:
             if not retain:
                 self._fail(tape)
@@ -89,11 +91,6 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
     def _check_ready(self, tape: WeightTape) -> None:
         refuse_unchecked(tape.checks_nan, self.stage, "W")
         refuse_written(self._watches, tape.reads, self.stage, "W")
-
-    def _keep(self, left: WeightTape | None) -> None:
-        self._tape = left
-        if left is None:
-            self._params, self._watches = (), ()
 
     @undone_if_interrupted
     @outside_inference_mode
@@ -136,13 +133,15 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
         self._check_ready(tape)
         tape = self._taken("W")
         try:
-            tapes = tape.split(parts)
+            with self._turn.taken():
+                tape = self._live()
+                tapes = tape.split(parts)
+                pieces = tuple(map(self._rebuilt, tapes))
+                self._left(tape, None)
         except BaseException as error:
             self._fail(tape)
             explain(error, self.stage, "W")
             raise
-        pieces = tuple(map(self._rebuilt, tapes))
-        self._keep(None)
         self._gone = (
             "was split, and its pieces have its residuals. Use those. If you need the whole too, split a "
             "copy of it, copy.copy(weight_pullback)."
@@ -206,8 +205,10 @@ class WeightPullback(Linear[WeightTape], Generic[AnyParams]):
             return added(totals, trees.flatten(self())[0])
         tape = self._taken("W")
         try:
-            totals = tape.add_into(totals)
-            self._keep(None)
+            with self._turn.taken():
+                tape = self._live()
+                totals = tape.add_into(totals)
+                self._left(tape, None)
         except BaseException as error:
             self._fail(tape)
             explain(error, self.stage, "W")

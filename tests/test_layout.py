@@ -104,12 +104,12 @@ def test_nothing_has_grown_too_long(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "below"),
     [
-        ("_torch", "_torch dtensors errors trees"),
+        ("_torch", "_torch dtensors errors forks trees"),
         ("schedules", "_torch schedules errors report"),
-        ("state", "_torch state trees errors registration functional wrappers copies residuals"),
+        ("state", "_torch state trees errors forks registration functional wrappers copies residuals"),
         (
             "engines",
-            "_torch engines state autograd checks copies dtensors effects errors functional gathered "
+            "_torch engines state autograd checks copies dtensors effects errors forks functional gathered "
             "param_groups report residuals tensors trees",
         ),
     ],

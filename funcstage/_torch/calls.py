@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
+from funcstage import forks
+
 Asked: TypeAlias = Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """Gets torch's own `__call__`, the module and its arguments, and returns the result."""
 
@@ -67,12 +69,18 @@ class _Patch:
     """The patch, in place while any thread asks."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._depths: dict[int, int] = {}  # by thread
 
     def depth(self) -> int:
         """How deep this thread is in stages that ask."""
         return self._depths.get(threading.get_ident(), 0)
+
+    def alone(self) -> None:
+        """Be in place for this thread only, after a fork."""
+        depth = self.depth()
+        self._depths.clear()
+        self.hold(depth)
 
     def hold(self, depth: int) -> None:
         """Be in place as long as any thread holds it; may be broken off anywhere, and called again."""
@@ -88,3 +96,4 @@ class _Patch:
 
 
 _patch = _Patch()
+forks.in_children(_patch.alone)

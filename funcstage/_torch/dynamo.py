@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from funcstage import forks
+
 
 class uncompiled:  # no generator: see `funcstage.state.undone`
     """Let compiled functions run as they were written, in this thread."""
@@ -63,7 +65,7 @@ class _OfThread(threading.local):
 
 
 _own = _OfThread()
-_install_lock = threading.Lock()
+_install_lock = forks.lock()
 
 
 def _install(eval_frame: Any) -> None:

@@ -27,6 +27,8 @@ import torch
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from funcstage import forks
+
 
 class Interceptor(Protocol):
     """What is asked in place of torch."""
@@ -104,7 +106,7 @@ class _Patches:
     """The patches, in place while any stage runs in any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._depths: dict[int, int] = {}  # by thread
         self._in_place: bool | None = False  # None while that changes
         self._checkpoint: Any = None
@@ -116,6 +118,12 @@ class _Patches:
     def depth(self) -> int:
         """How deep this thread is in stages."""
         return self._depths.get(threading.get_ident(), 0)
+
+    def alone(self) -> None:
+        """Be in place for this thread only, after a fork."""
+        depth = self.depth()
+        self._depths.clear()
+        self.hold(depth)
 
     def hold(self, depth: int) -> None:
         """Be in place as long as any thread holds them; may be broken off anywhere, and called again."""
@@ -259,3 +267,4 @@ def _set_threads(*, asked: bool) -> None:
 
 
 _patches = _Patches()
+forks.in_children(_patches.alone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -29,6 +28,7 @@ from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
+from funcstage import forks
 from funcstage.dtensors import first_dtensor
 
 UNTRACEABLE = (
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-one_at_a_time = threading.RLock()
+one_at_a_time = forks.lock()
 """Tracing and lowering patch what all threads of a process share."""
 
 

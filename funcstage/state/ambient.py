@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from funcstage import forks
 from funcstage._torch.settings import default_device, global_flags, is_any_autocast_enabled
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
@@ -146,7 +146,7 @@ def _comparable(state: Any) -> Any:
     return state.tolist() if hasattr(state, "tolist") else state
 
 
-_ONE_THREAD = threading.RLock()
+_ONE_THREAD = forks.lock()
 """Torch locks a generator while it wraps its state. If Python then collects garbage, another thread may run,
 and wait for that lock with Python's own in its hands, for ever; for this lock it waits without."""
 

@@ -32,6 +32,7 @@ class Guise:
 
     Attributes:
         back: the steps by which they look again as before, in the thread that made it; `at_once` takes them.
+        looks: those of them that any thread may take.
     """
 
     def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any], *, of_module: bool = True) -> None:
@@ -48,13 +49,14 @@ class Guise:
         self._around = _current.guise
         self._copied: list[int] = []
         self._copies = copied_otherwise()
-        self.back = chain(
-            map(setattr, (_current,) * of_module, ("guise",), (self._around,)),
+        self.looks = chain(
             map(setattr, self._dressed, repeat("__class__"), repeat(Tensor)),
             map(dict.clear, self._lent),
             map(dict.update, self._lent, self._before),
             map(dict.pop, repeat(self._copies), self._copied, repeat(None)),
         )
+        own = map(setattr, (_current,) * of_module, ("guise",), (self._around,))
+        self.back = chain(own, self.looks)
 
     def put_on(self) -> None:
         """Let the stand-ins look like what they stand for."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
+from funcstage import forks
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import is_functional
@@ -49,7 +50,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
             refill(space, values)
 
     try:
-        yield
+        with forks.lent(put_back):
+            yield
     finally:
         try:
             put_back()

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 import operator
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from operator import call, itemgetter
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from funcstage import forks
 from funcstage._torch.modules import own_cached_weights
 from funcstage.state.at_once import at_once
 from funcstage.state.content import content, is_plain
@@ -35,11 +36,11 @@ class _Lock:
 
     def __init__(self) -> None:
         self.number = next(_NUMBERS)
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
 
 
 _NUMBERS = itertools.count()
-_GUARD = threading.Lock()
+_GUARD = forks.lock()
 _OF_SUBMODULE: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
 _OF_STAGE: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
@@ -129,11 +130,13 @@ def swapped(states: Sequence[ModuleState]) -> Iterator[None]:
     held, holding = _tensors_of(before), _tensors_of(states)
     guise = Guise([held.get(place) for place in holding], [*holding.values()])
     back = chain(steps_to(before), guise.back)
+    in_child = chain(steps_to(before), guise.looks)
     try:
-        guise.put_on()
-        put_back(states)
-        with own_cached_weights():
-            yield
+        with forks.lent(partial(at_once, in_child)):
+            guise.put_on()
+            put_back(states)
+            with own_cached_weights():
+                yield
     finally:
         at_once(back)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from itertools import chain, compress
 from operator import getitem, is_, itemgetter, setitem
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcstage import forks
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import PurityError
 from funcstage.state.at_once import at_once
 from funcstage.state.guise import Guise, keep
+from funcstage.state.module import put_back, state_of
 from funcstage.state.parameter_hooks import any_hooked
 
 
@@ -99,17 +102,20 @@ class Parts:
         except KeyError:  # a buffer was taken away since, which its forward will miss
             before = []
         if not (before and self._names.issuperset(state)):
-            return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
+            with forks.lent(partial(put_back, state_of(self._parts))):
+                return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
         lent = [*map(state.get, self.names, before)]
         guise = Guise(before, lent)
         back = chain(map(setitem, holders, keys, before), guise.back)
+        in_child = chain(map(setitem, holders, keys, before), guise.looks)
         try:
-            guise.put_on()
-            for holder, key, tensor in zip(holders, keys, lent, strict=True):
-                holder[key] = tensor
-            output = self.module(*args, **kwargs)
-            notes = guise.notes()
-            left = self._take_back(before, guise)
+            with forks.lent(partial(at_once, in_child)):
+                guise.put_on()
+                for holder, key, tensor in zip(holders, keys, lent, strict=True):
+                    holder[key] = tensor
+                output = self.module(*args, **kwargs)
+                notes = guise.notes()
+                left = self._take_back(before, guise)
         except BaseException:  # an interrupt may come while the tensors are exchanged
             try:
                 self._take_back(before, guise)

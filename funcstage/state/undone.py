@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from funcstage import forks
 from funcstage._torch import calls as _calls
 from funcstage._torch import dynamo as _dynamo
 from funcstage._torch import functorch as ft
@@ -32,6 +33,7 @@ def undone_if_interrupted(function: Function) -> Function:
         levels, entered, grad = ft.current_level(), modes.function_modes(), torch.is_grad_enabled()
         hooks, refusal, asked = ft.saving_hooks(), ft.saving_refused(), _interception.current()
         eager, dispatched, called = _dynamo.runs_eagerly(), modes.dispatch_modes(), _calls.current()
+        lent = forks.lending()
 
         def undo(error: BaseException) -> None:
             _close_contexts(error)
@@ -44,6 +46,7 @@ def undone_if_interrupted(function: Function) -> Function:
             _dynamo.run_eagerly(eager)
             _interception.restore(asked)
             _calls.restore(called)
+            forks.returned(lent)
             modes.set_grad_enabled(grad)
 
         try:

@@ -6,7 +6,6 @@ The passes, in order: trace -> decompose -> partition -> programs, one result fo
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Generic, Literal
 import torch
 from torch import Tensor, nn
 
+from funcstage import forks
 from funcstage._torch import tracing as tt
 from funcstage._torch.functorch import current_level
 from funcstage.checks import differentiated_leaves
@@ -101,7 +101,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         self._sizes: dict[Signature, list[Sizes]] = {}  # by signatures without them
         self._lengths = Lengths(False if cuda_graphs else dynamic)
         self._recent: tuple[Recent, Programs] | None = None
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._warned = False
         self._unreadable: dict[Hashable, ReadsValue] = {}
         self._changing = 0
