@@ -148,8 +148,10 @@ class StageCall:
         """The same with what the module holds in several places; `held` is what it holds, where known."""
         if held is None and isinstance(self.module, nn.Module):
             held = Contents(self.module).now()
-        found = frozenset() if held is None else held.elsewhere()
-        return self.twins.with_elsewhere(self.apply, self.params, self.buffers, found)
+        if held is None:
+            return self.twins
+        found, views = held.elsewhere(), held.walk.elsewhere.views
+        return self.twins.with_elsewhere(self.apply, self.params, self.buffers, found, views)
 
     @property
     def state(self) -> list[Tensor]:

@@ -33,6 +33,9 @@ class Guise:
     Attributes:
         back: the steps by which they look again as before, in the thread that made it; `at_once` takes them.
         looks: those of them that any thread may take.
+        found: the ids of those of the tensors that an operation has found in another place, and got its
+            stand-in.
+        viewed: those of which an operation has found a view.
     """
 
     def __init__(self, owns: Sequence[Any], stand_ins: Sequence[Any], *, of_module: bool = True) -> None:
@@ -47,6 +50,9 @@ class Guise:
         self._lent: list[dict[str, Any]] = []
         self._before: list[dict[str, Any]] = []
         self._around = _current.guise
+        self._stand_ins: dict[int, Tensor] | None = None
+        self.found: set[int] = set()
+        self.viewed: set[int] = set()
         self._copied: list[int] = []
         self._copies = copied_otherwise()
         self.looks = chain(
@@ -114,6 +120,16 @@ class Guise:
                 return own
         return None if self._around is None else self._around.own(tensor)
 
+    def instead(self, tensor: Tensor) -> Tensor:
+        """What stands in for a tensor that was found in another place; itself where nothing does."""
+        if self._stand_ins is None:
+            self._stand_ins = {id(own): stand_in for own, stand_in in self._pairs}
+        stand_in = self._stand_ins.get(id(tensor))
+        if stand_in is None:
+            return tensor if self._around is None else self._around.instead(tensor)
+        self.found.add(id(tensor))
+        return stand_in
+
 
 class Note(NamedTuple):
     """An attribute that a forward has set on a tensor of its module's or its caller's, or deleted there."""
@@ -180,6 +196,20 @@ def own_of(tensor: Any) -> Tensor | None:
     """The tensor of a module for which one stands in, in this thread, now."""
     guise = _current.guise
     return None if guise is None else guise.own(tensor)
+
+
+def instead_of(tensor: Tensor) -> Tensor:
+    """What stands in for a tensor of a module, in this thread, now."""
+    guise = _current.guise
+    return tensor if guise is None else guise.instead(tensor)
+
+
+def note_viewed(own: int) -> None:
+    """Note that an operation reads a view of a module's tensor, by its id, that was made before."""
+    guise = _current.guise
+    while guise is not None:
+        guise.viewed.add(own)
+        guise = guise._around
 
 
 def noted_alike(tensor: Tensor, kept: Tensor, of: Callable[[Any], Any]) -> Tensor:

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from funcstage._torch.operators import without_torch_function
 from funcstage.errors import StageError
 from funcstage.state.code import is_torchs_or_library
+from funcstage.state.elsewhere import Views, read_instead
 from funcstage.state.expressions import (
     UNKNOWN,
     Attribute,
@@ -49,6 +52,7 @@ class Twins(NamedTuple):
         repeated: whether one of these is there twice, or is of the state.
         of_module: whether the state is a module's, which holds stand-ins of its own.
         elsewhere: those of the module's that it holds in other places, too.
+        views: tensors there that share memory with one of these.
     """
 
     own: Mapping[int, int]
@@ -56,6 +60,7 @@ class Twins(NamedTuple):
     repeated: bool
     of_module: bool = False
     elsewhere: frozenset[int] = frozenset()
+    views: Views = MappingProxyType({})
 
     @classmethod
     def of(
@@ -81,14 +86,19 @@ class Twins(NamedTuple):
         return cls(_own(apply, params, buffers, held, state), given, True, bool(held))
 
     def with_elsewhere(
-        self, apply: Callable[..., Any], params: Any, buffers: Any, elsewhere: frozenset[int]
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        buffers: Any,
+        elsewhere: frozenset[int],
+        views: Views,
     ) -> Twins:
-        """The same where some of the module's tensors, by their ids, lie in other places, too."""
+        """The same where some of the module's tensors, by their ids, or views of them lie in other places."""
         if not elsewhere:
-            return self
+            return self._replace(views=views) if views else self
         held: Any = getattr(apply, "held", tuple)()
         own = self.own or _own(apply, params, buffers, held, [])
-        return self._replace(own=own, repeated=True, of_module=bool(held), elsewhere=elsewhere)
+        return self._replace(own=own, repeated=True, of_module=bool(held), elsewhere=elsewhere, views=views)
 
 
 def _own(apply: Any, params: Any, buffers: Any, held: Sequence[Any], state: Sequence[Any]) -> dict[int, int]:
@@ -123,14 +133,16 @@ def watching_identity(
         StageError: where the forward ends; names the line.
     """
     if not twins.repeated:
-        yield
+        with read_instead((), twins.views):
+            yield
         return
     watch = _Watch(twins, stand_ins, params)
     before = sys.getprofile()
     watch.before = before if callable(before) else None
     sys.setprofile(watch.profile)
     try:
-        yield
+        with read_instead(twins.elsewhere, twins.views):
+            yield
     finally:
         resume(before)
     if watch.found is not None:
@@ -201,9 +213,11 @@ class _Watch:
                     operands = read(frame.f_code).call_at(frame.f_lasti) or (UNKNOWN, UNKNOWN)
                     with without_torch_function():
                         self._look_at(frame, Use(Kind.COMPARED, operands, frame.f_lineno))
-            elif event == "call" and frame.f_code is _HASH and frame.f_back and _is_users(frame.f_back):
-                with without_torch_function():
-                    self._note(frame.f_locals["self"], frame.f_back, frame.f_back.f_lineno)
+            elif event == "call" and frame.f_code in _BY_IDENTITY:
+                asker = _asker(frame)
+                if asker is not None and _is_users(asker):
+                    with without_torch_function():
+                        self._note(frame.f_locals[_BY_IDENTITY[frame.f_code]], asker, asker.f_lineno)
         if self.before is not None:
             self.before(frame, event, argument)
 
@@ -283,6 +297,14 @@ def _is_users(frame: FrameType) -> bool:
     return not is_torchs_or_library(frame.f_globals.get("__name__"))
 
 
+def _asker(frame: FrameType) -> FrameType | None:
+    """The function that looks something up, in a table of weak references for one."""
+    asker = frame.f_back
+    while asker is not None and asker.f_globals.get("__name__") in _OF_WEAK_TABLES:
+        asker = asker.f_back
+    return asker
+
+
 def _is_comparing(value: object) -> bool:
     return any(value is function for function in _COMPARING)
 
@@ -295,4 +317,10 @@ _COMPARING = operator.is_, operator.is_not
 _ANSWERING = frozenset({len, hash, isinstance, issubclass, hasattr, callable})
 """Functions whose results are no tensors."""
 _PASSED = frozenset(function.__name__ for function in _COMPARING)
-_HASH: CodeType = nn.Parameter.__hash__.__code__
+_BY_IDENTITY: dict[CodeType, str] = {
+    nn.Parameter.__hash__.__code__: "self",
+    Tensor.__hash__.__code__: "self",
+    WeakIdRef.__init__.__code__: "key",
+}
+"""Functions that tell by which tensor it is, and what they call that."""
+_OF_WEAK_TABLES = frozenset({WeakIdRef.__module__, weakref.__name__, weakref.WeakSet.__module__})

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from funcstage import forks
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import without_torch_function
+from funcstage._torch.tensors import is_functional, version_of, was_written
 from funcstage.errors import PurityError
 from funcstage.state.at_once import at_once
+from funcstage.state.elsewhere import reads_instead
 from funcstage.state.guise import Guise, keep
 from funcstage.state.module import put_back, state_of
 from funcstage.state.parameter_hooks import any_hooked
+from funcstage.trees import map_leaves
 
 
 class Parts:
@@ -114,6 +117,8 @@ class Parts:
                 for holder, key, tensor in zip(holders, keys, lent, strict=True):
                     holder[key] = tensor
                 output = self.module(*args, **kwargs)
+                if (instead := reads_instead()) is not None:
+                    output = map_leaves(instead, output)
                 notes = guise.notes()
                 left = self._take_back(before, guise)
         except BaseException:  # an interrupt may come while the tensors are exchanged
@@ -124,6 +129,8 @@ class Parts:
                 raise
             raise
         self._check_parameters(before, lent, left)
+        if guise.found or guise.viewed:
+            self._check_found(guise, before, lent, left)
         named = list(zip(self.names, before, strict=True))
         keep(notes, type(self.module).__name__, lambda own: next(repr(name) for name, t in named if t is own))
         places = zip(self.names, left, strict=True)
@@ -157,6 +164,26 @@ class Parts:
                     "first call does so, call the module once before functionalize."
                 )
 
+    def _check_found(self, guise: Guise, before: list[Any], lent: list[Any], left: list[Any]) -> None:
+        """Refuse a forward that changes a buffer for which it has also found another place, or a view there.
+
+        What lies there would not be told.
+        """
+        owner = type(self.module).__name__
+        for name, own, stand_in, now in zip(self.names, before, lent, left, strict=True):
+            if id(own) in guise.found and now is not stand_in:
+                raise PurityError(
+                    f"{owner} assigns its buffer {name!r} anew in its forward, and finds the one "
+                    "before it in another place, too: in a list, a key, an attribute or a global. "
+                    "Read it as the attribute under which it is registered, or keep a clone there."
+                )
+            if id(own) in guise.viewed and (now is not stand_in or _is_written(stand_in)):
+                raise PurityError(
+                    f"{owner} changes its buffer {name!r} in its forward, and reads a view of it that was "
+                    "made before. A stage changes a copy, so that the view would not show it. "
+                    "Make the view in the forward."
+                )
+
     def _put_back_structure(self, known: set[int]) -> None:
         """Take away parameters and submodules that were not there, and put back those that were."""
         for space, empty in self._empty_places:
@@ -183,6 +210,10 @@ class Parts:
 def _is_alias(now: Any, own: Any) -> bool:
     """Tell whether a forward has put back what it found, as another object."""
     return isinstance(now, Tensor) and now.shape == own.shape and ft.storage_key(now) == ft.storage_key(own)
+
+
+def _is_written(stand_in: Tensor) -> bool:
+    return was_written(stand_in) if is_functional(stand_in) else version_of(stand_in) > 0
 
 
 def _exchanged(owner: nn.Module, key: str, tensor: Any) -> Any:

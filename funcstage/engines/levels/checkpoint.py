@@ -38,6 +38,7 @@ from funcstage.state.ambient import AmbientState, RandomState, among, of_process
 from funcstage.state.at_once import at_once
 from funcstage.state.before import undone
 from funcstage.state.cells import closed_over, defaults_of
+from funcstage.state.elsewhere import reads_instead
 from funcstage.state.module import locked, state_of, steps_to, swapped
 from funcstage.state.reach import reached
 
@@ -100,13 +101,19 @@ class Call(NamedTuple):
 
 
 class Region:
-    """A checkpointed call, as it was made and as it can be made again."""
+    """A checkpointed call, as it was made and as it can be made again.
+
+    Attributes:
+        read: maps what it may find of its module's in other places to what stands in for that.
+    """
 
     def __init__(self, call: Call, owner: nn.Module | None) -> None:
         """`owner` is the stage's module: where no module can be found in the call, any may be used."""
         self._function = call.function
         self._reentrant = call.reentrant
-        self._leaves, self._spec = trees.flatten((call.args, call.kwargs))
+        leaves, self._spec = trees.flatten((call.args, call.kwargs))
+        self.read = reads_instead() or _as_it_is
+        self._leaves = [*map(self.read, leaves)]
         self._first, self._second = call.context_fn()
         modules = set(modules_in([call.function, *self._leaves]))
         if not modules and owner is not None:
@@ -176,6 +183,7 @@ class Region:
 
     def stand_in(self, stand_ins: Sequence[Any], leaf: Any) -> Any:
         """What stands in for something in the second run: itself, unless it was captured."""
+        leaf = self.read(leaf)
         place = self.place(leaf)
         if place is None and isinstance(leaf, nn.Parameter):
             raise StageError(
@@ -205,6 +213,10 @@ class Region:
             for name, buffer in state.module._buffers.items():
                 if buffer is not state.buffers.get(name):
                     state.module._buffers[name] = unwrapped(buffer)
+
+
+def _as_it_is(leaf: Any) -> Any:
+    return leaf
 
 
 class StandIns(TorchFunctionMode):

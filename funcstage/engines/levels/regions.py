@@ -137,6 +137,7 @@ class _Captured:
 
     def adopted(self, leaf: Any) -> Any:
         """What stands for something in the first run: a leaf of its own levels, if it is captured."""
+        leaf = self._region.read(leaf)
         place = self._region.place(leaf)
         if place is not None:
             return self._adopted[place]
