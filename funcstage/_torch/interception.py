@@ -47,9 +47,9 @@ class Interceptor(Protocol):
 
 
 class intercepting:
-    """Ask `interceptor` about the calls of this thread."""
+    """Ask `interceptor` about the calls of this thread, or nobody."""
 
-    def __init__(self, interceptor: Interceptor) -> None:
+    def __init__(self, interceptor: Interceptor | None) -> None:
         self._interceptor = interceptor
         self._before = current()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from funcstage._torch.calls import asking_about_calls
+from funcstage._torch.interception import intercepting
 from funcstage.engines.base import StageCall
 from funcstage.engines.levels.apart import Apart, run_apart, split_at_work
 from funcstage.functional import function_of
@@ -103,15 +104,15 @@ class _Part:
     ) -> Apart | None:
         """Run it as a compiled stage, if it can be."""
         call = StageCall.of(self._compiled, params, buffers, args, {}, diff)
-        try:
-            with asking_about_calls(None):
+        with asking_about_calls(None), intercepting(None):  # a compiler may use threads, or call modules
+            try:
                 found = self._compiled.found(call)
-        except Exception:  # the module's own come again as it runs uncompiled
-            found = None
-        if found is None or found[0].joint.changes is not None:  # what it keeps has gradients for the others
-            self.is_traceable = False
-            return None
-        return Apart(self._compiled.run(found, call), found[0].joint.cotangents)
+            except Exception:  # the module's own come again as it runs uncompiled
+                found = None
+            if found is None or found[0].joint.changes is not None:
+                self.is_traceable = False  # what it keeps has gradients for the others
+                return None
+            return Apart(self._compiled.run(found, call), found[0].joint.cotangents)
 
 
 class _OfTrees:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import optree
@@ -547,6 +549,52 @@ def test_a_print_of_a_tensor_is_one_of_its_values_in_every_call(capsys: pytest.C
     assert capsys.readouterr().out.count("0.1250, 0.1250, 0.1250") == 3
     with pytest.raises(fs.TraceError, match=r"test_breaks.py:\d+: it reads the value of a tensor"):
         split(in_parts(apply, fullgraph=True), params, buffers, x, g)
+
+
+class Telling(Block):
+    """Tells of each of its runs, in a way that nobody watches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a run")
+        return super().forward(x) * x.detach().sum().item()
+
+
+def test_what_reads_values_is_traced_once_and_runs_as_often_as_it_is_called(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, x = made(item)
+    module.first = Telling().double()
+    apply, params, buffers = fs.functionalize(module)
+    stage = in_parts(apply)
+    for runs in (3, 1, 1):  # first in a trace of the stage and in one of the part
+        fs.stage_vjp(stage, params, buffers, x)
+        assert capsys.readouterr().out.count("a run") == runs
+
+
+def test_parts_of_a_stage_with_cuda_graphs_have_none_and_so_take_any_length() -> None:
+    module, _ = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    stage = in_parts(apply, cuda_graphs=True)
+    for rows in (5, 6, 7, 8):
+        x, g = torch.randn(2, rows, 4).double()
+        torch.testing.assert_close(split(stage, params, buffers, x, g), eager(module, x, g))
+    assert {len(part._compiled._traced) for part in stage._parts._parts.values()} == {0, 2}
+
+
+def test_threads_of_the_compiler_are_none_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_an_event(step: Callable[..., Any], *given: Any) -> Any:
+        threading.Event().set()
+        return step(*given)
+
+    compiling = sys.modules["funcstage.engines.graph.compile"]
+    for name in ("partition", "linearize"):  # as a part is traced, and as it runs
+        monkeypatch.setattr(compiling, name, partial(with_an_event, getattr(compiling, name)))
+    module, x = made(item)
+    apply, params, buffers = fs.functionalize(module)
+    stage = in_parts(apply)
+    for _ in range(2):
+        fs.stage_vjp(stage, params, buffers, x)
+    assert compiled_parts(stage) == ["first", "second"]
 
 
 def test_it_is_whole_again_in_a_mode_that_reads_nothing() -> None:
