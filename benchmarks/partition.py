@@ -23,7 +23,7 @@ from funcstage.engines.graph.trace import trace
 def report(name: str, module: nn.Module, x: Tensor) -> None:
     """Trace a stage and partition it five times."""
     apply, params, buffers = fs.functionalize(module)
-    joint = decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
+    joint = decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED, copied=False))
     runs = []
     for _ in range(5):
         start = time.perf_counter(), time.process_time()

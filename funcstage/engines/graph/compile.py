@@ -350,9 +350,10 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             raise error from cause
         if error is not None:
             raise error
-        on_cuda = any(getattr(node.meta["val"], "is_cuda", False) for node in joint.placeholders)
-        replayed = self.cuda_graphs and on_cuda and call.diff is not None and draws_in_graphs(joint)
-        slots = SlotPool() if replayed else None
+        replayed = self.cuda_graphs and call.diff is not None and draws_in_graphs(joint)
+        given = (node.meta["val"] for node in joint.placeholders if replayed)
+        on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in given)
+        slots = SlotPool() if on_cuda else None
         joint = decompose(joint)
         if not self.cuda_graphs:  # which cannot read generators
             joint = replay(joint)

@@ -69,7 +69,7 @@ def trace(
     recorder: Recorder | None = None,
     overwritten: bool = False,
     open_dims: Open | None = None,
-    copied: bool = True,
+    copied: bool,
 ) -> Joint:
     """Trace a stage function and its backward; nothing is computed, allocated or mutated.
 

@@ -527,13 +527,28 @@ def test_a_stage_may_overwrite_its_argument_but_the_callers_tensor_stays() -> No
     assert torch.equal(weight_pullback()["w"], torch.full((2,), 2.0))
 
 
-@pytest.mark.parametrize("options", [{"backend": "xla"}, {"remat": "some"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"backend": "xla"}, {"remat": "some"}, {"sites": None}, {"sites": 1}, {"repeated": 1}),
+        *({"dynamic": "no"}, {"fullgraph": "no"}, {"fullgraph": 2}),
+    ],
+    ids=str,
+)
 def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
     apply, *_ = functionalized("mlp")
     with pytest.raises(fs.StructureError):
         compile(apply, **options)
     with pytest.raises(fs.StructureError):
         compile(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+@pytest.mark.parametrize("name", ["dynamic", "repeated", "fullgraph"])
+def test_options_may_be_left_open_chosen_or_ruled_out(name: str, value: bool | None) -> None:
+    stage = compile(functionalized("mlp")[0], **{name: value})
+    assert getattr(stage, name) is value
+    assert (stage.cuda_graphs, stage.sites) == (False, False)
 
 
 def test_a_policy_decides_what_is_saved() -> None:

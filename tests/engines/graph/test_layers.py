@@ -311,6 +311,16 @@ def test_all_but_one_are_copied_where_there_are_three_or_more(n: int) -> None:
     assert compared(Stack(n=n), X) == (n - 1 if n >= 3 else 0)
 
 
+@pytest.mark.parametrize(("repeated", "copies"), [(None, 4), (True, 4), (False, 0)])
+def test_layers_are_copied_unless_each_is_to_be_traced(
+    repeated: bool | None, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = counted_copies(monkeypatch)
+    apply, params, buffers = fs.functionalize(Stack())
+    fs.compile(apply, backend="aten", repeated=repeated).plan(params, buffers, X)
+    assert counts == [copies]
+
+
 def test_layers_around_which_the_stage_adds_their_inputs_are_copied() -> None:
     class Inner(Layer):
         def forward(self, x: Tensor) -> Tensor:

@@ -189,9 +189,10 @@ def test_lengths_that_were_one_and_no_longer_are_are_no_match() -> None:
         call(compiled, module, torch.randn(n, 4), torch.randn(m, 4))
 
 
-def test_without_dynamic_each_length_is_traced_apart() -> None:
+@pytest.mark.parametrize("options", [{"dynamic": False}, {"cuda_graphs": True}], ids=str)
+def test_without_dynamic_and_for_cuda_graphs_each_length_is_traced_apart(options: dict[str, bool]) -> None:
     module = nn.Linear(4, 4)
-    compiled = fs.compile(fs.functionalize(module).apply, backend="aten", dynamic=False)
+    compiled = fs.compile(fs.functionalize(module).apply, backend="aten", **options)
     for n in (5, 6, 7):
         call(compiled, module, torch.randn(n, 4))
     assert len(compiled._traced) == 3

@@ -90,7 +90,7 @@ def test_the_walk_finds_the_operations_that_it_is_for() -> None:
 
 def joint_of(module: nn.Module, x: Tensor) -> Any:
     apply, params, buffers = fs.functionalize(module)
-    return decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED))
+    return decompose(trace(StageCall.of(apply, params, buffers, (x,), {}, [0]), DECOMPOSED, copied=False))
 
 
 def test_gradients_of_norms_are_summed_where_their_terms_are_at_hand() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import funcstage as fs
@@ -55,6 +55,25 @@ def test_a_stage_sees_whether_two_of_its_arguments_are_one() -> None:
             fs.stage_vjp(f, {"w": torch.ones(2)}, {}, *args, argnums=argnums)[0] for f in (fast, apply)
         )
         assert torch.equal(found, expected)
+
+
+class Captures(nn.Module):
+    """Casts a parameter that is nobody's, under an autocast of its own that keeps what it casts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+            return torch.mm(x, CAPTURED)
+
+
+CAPTURED = nn.Parameter(torch.ones(2, 2))
+
+
+def test_what_a_trace_has_cast_is_not_in_the_callers_autocast_cache() -> None:
+    fast = fs.compile(fs.functionalize(Captures()).apply, backend="aten")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(fs.StageError, match="CAPTURED"):
+            fs.stage_vjp(fast, {}, {}, torch.ones(2, 2))
+        assert torch.equal(torch.mm(torch.ones(2, 2), CAPTURED), torch.full((2, 2), 2.0).bfloat16())
 
 
 @pytest.mark.parametrize("seed", range(40))
