@@ -175,8 +175,6 @@ class Split(Levels, TorchFunctionMode):
         if ft.current_level() == self.inner_level:
             return self.outer_level is not None  # or else everything is W's
         self.mixed = True  # a transform of the stage's own is open, whose results stay on both levels
-        if self.alone and self.differentiates():
-            raise inner_gradients.TakesGradients
         return False
 
     def differentiates(self) -> bool:
@@ -202,9 +200,7 @@ class Split(Levels, TorchFunctionMode):
 
     def mark(self, tensor: Tensor, requires_grad: bool = True) -> Tensor:
         """The stage marks a tensor, which has no effect: gradients are those of arguments and parameters."""
-        if self.differentiates():
-            if self.alone:
-                raise inner_gradients.TakesGradients
+        if self.differentiates():  # a transform of torch.func, which takes gradients later if it does
             return tensor.requires_grad_(requires_grad)
         now = ft.requires_grad(self.current(tensor))
         if now and not requires_grad:

@@ -281,4 +281,4 @@ class _Rerun(Rerun):
 def _no_leaf(leaf: Tensor) -> Tensor:
     """The same at its level as no leaf: module trackers put hooks on leaves, which fail in reverse passes."""
     with without_torch_function(), ft.down_to(ft.level_of(leaf)):
-        return leaf.view_as(leaf) if leaf.layout is torch.strided else leaf.clone()
+        return leaf.view_as(leaf) if leaf.layout is torch.strided else leaf

@@ -64,6 +64,10 @@ def pulled_back(s: Energy, x: Tensor) -> Tensor:
     return pull(torch.ones_like(y))[0] + y
 
 
+def not_pulled_back(s: Energy, x: Tensor) -> Tensor:
+    return torch.func.vjp(s.net, s.out(x))[0] * x
+
+
 def jacobian_by_reverse_mode(s: Energy, x: Tensor) -> Tensor:
     return torch.func.jacrev(s.energy)(x) + s.out(x)
 
@@ -315,6 +319,7 @@ CASES = [
     force,
     force_and_energy,
     pulled_back,
+    not_pulled_back,
     jacobian_by_reverse_mode,
     jacobian_by_forward_mode,
     hessian,
