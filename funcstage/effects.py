@@ -36,11 +36,33 @@ def refuse_effects(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func == _ASSIGN_DATA:
         raise PurityError(
             f"The stage assigns to the `.data` of a tensor ({tensor}), which autograd does not see. "
-            "Compute a new tensor; make state that lasts across calls a buffer."
+            "Compute a new tensor; make state that lasts across calls a buffer, and write into it in place "
+            "(buffer.copy_(value))."
         )
     raise StageError(
         f"The stage calls retain_grad() on a tensor ({tensor}), but a split backward does not fill its "
         "`.grad`. Return the tensor as an output, or hook it with register_hook."
+    )
+
+
+def refused_write(what: str, by: str = "", *, frozen: bool = False) -> PurityError:
+    """The refusal of a stage that writes in place into what it was given.
+
+    Args:
+        what: who writes into which leaf.
+        by: which operation does, with a comma before it.
+        frozen: whether that is a parameter of a module, which requires no grad.
+    """
+    if frozen:
+        return PurityError(
+            f"{what} in place{by}. A stage takes parameters that require no grad as constants. Make it a "
+            "buffer before functionalize, whose updates come back in new_buffers (value = "
+            "layer.weight.detach(); del layer.weight; layer.register_buffer('weight', value)), or update it "
+            "outside of the stage."
+        )
+    return PurityError(
+        f"{what} in place{by}. A stage function mutates nothing that it is given: work on a clone, or return "
+        "the new value as a buffer."
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from both_ways import ENGINES, stage_of
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -359,3 +361,56 @@ def test_a_warning_of_many_signatures_says_in_a_word_that_the_structure_differed
 
     with pytest.warns(UserWarning, match=r"(?m)^  2: structure$"):
         run()
+
+
+class MeanTeacher(nn.Module):
+    """A frozen teacher that follows its student in every forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.student, self.teacher, self.how = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False), how
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for mean, value in (
+            (self.teacher.weight, self.student.weight),
+            (self.teacher.bias, self.student.bias),
+        ):
+            if self.how == "in place":
+                mean.mul_(0.9).add_(value, alpha=0.1)
+            elif self.how == "through data":
+                mean.data.mul_(0.9).add_(value.data, alpha=0.1)
+            else:
+                torch._foreach_lerp_([mean], [value], 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.follow()
+        return (self.student(x) - self.teacher(x)).pow(2).sum()
+
+
+@pytest.mark.parametrize("how", ["in place", "through data", "foreach"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_teacher_of_parameters_is_refused_and_one_of_buffers_is_eagers(engine: str, how: str) -> None:
+    torch.manual_seed(0)
+    module, x = MeanTeacher(how), torch.randn(2, 3)
+    eager = copy.deepcopy(module)
+    apply, params, buffers = fs.functionalize(module)
+    refusal = (
+        r"buffers?\W.*teacher\.\w+.*constants. Make it a buffer before functionalize.*or update it outside"
+    )
+    with pytest.raises(fs.PurityError, match=refusal):
+        fs.stage_vjp(stage_of(apply, engine), params, buffers, x)
+    for name in ("weight", "bias"):  # the way out
+        value = getattr(module.teacher, name).detach()
+        delattr(module.teacher, name)
+        module.teacher.register_buffer(name, value)
+    apply, params, buffers = fs.functionalize(module)
+    apply = stage_of(apply, engine)
+    for _ in range(2):
+        loss, buffers, pullback = fs.stage_vjp(apply, params, buffers, x)
+        expected = eager(x)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            [*pullback()[1]().values()], [*torch.autograd.grad(expected, [*eager.student.parameters()])]
+        )
+        torch.testing.assert_close(buffers, dict(eager.teacher.named_parameters(prefix="teacher")))

@@ -27,6 +27,7 @@ from funcstage._torch.messages import (
 from funcstage._torch.operators import OpOverload, writes
 from funcstage._torch.pytree import tree_leaves
 from funcstage.dtensors import unwrapped
+from funcstage.effects import refused_write
 from funcstage.engines.graph.blame import line_of
 from funcstage.engines.graph.joint import is_random
 from funcstage.engines.rules import control_flow
@@ -141,11 +142,14 @@ def warn_of_parts(refusal: ReadsValue) -> None:
     )
 
 
-def impure(apply: Callable[..., Any], which: str = "a tensor that it was given") -> PurityError:
-    return PurityError(
-        f"{stage_name(apply)} writes in place into {which}. A stage function mutates nothing that it is "
-        "given: work on a clone, or return the new value as a buffer."
-    )
+def impure(
+    apply: Callable[..., Any], which: str = "a tensor that it was given", leaf: str = ""
+) -> PurityError:
+    """The refusal of a write into something given, a leaf where its name is known."""
+    module = getattr(apply, "module", None)
+    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+    frozen = leaf in {f"buffers[{name!r}]" for name in parameters}
+    return refused_write(f"{stage_name(apply)} writes into {which}", frozen=frozen)
 
 
 def captured(owner: str, which: str) -> PurityError:

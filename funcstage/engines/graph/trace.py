@@ -271,7 +271,8 @@ class _Run:
                     grads[i] = direct if grad is None else grad if direct is None else grad + direct
             written = next((i for i in range(self.n_state) if was_written(given[i])), None)
             if written is not None:
-                raise impure(call.apply, f"{self._names()[written]} ({trees.describe(self.fakes[written])})")
+                leaf = self._names()[written]
+                raise impure(call.apply, f"{leaf} ({trees.describe(self.fakes[written])})", leaf)
             of_args = grads[self._n_leaves : self._n_leaves + len(call.arg_leaves)]
             of_params = dtensors.placed_alike(grads[: self._n_params], self._specs)
             parts = outputs, fresh, of_args, of_params

@@ -14,6 +14,7 @@ from funcstage._torch import functorch as ft
 from funcstage._torch import messages as torchs
 from funcstage._torch.messages import is_raised_by_stage, says
 from funcstage._torch.tensors import READS_WHETHER_VIEW
+from funcstage.effects import refused_write
 from funcstage.engines.levels import inner_gradients
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.trees import PyTree
@@ -45,11 +46,9 @@ def asks_for_views(func: Any) -> StageError:
     )
 
 
-def impure(owner: str, func: Any) -> PurityError:
-    return PurityError(
-        f"The stage writes into {owner} in place, by {getattr(func, '__name__', func)}. A stage function "
-        "mutates nothing that it is given: work on a clone, or return the new value as a buffer."
-    )
+def impure(owner: str, func: Any, frozen: bool) -> PurityError:
+    by = f", by {getattr(func, '__name__', func)}"
+    return refused_write(f"The stage writes into {owner}", by, frozen=frozen)
 
 
 class explaining:  # no generator: see `funcstage.state.undone`

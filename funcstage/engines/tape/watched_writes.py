@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.operators import HigherOrderOperator, TorchDispatchMode, arguments_of
+from funcstage.effects import refused_write
 from funcstage.engines.rules import control_flow
-from funcstage.errors import PurityError, StageError
+from funcstage.errors import StageError
 from funcstage.trees import PyTree
 
 
@@ -48,11 +49,9 @@ class WatchedWrites(TorchDispatchMode):
             if isinstance(tensor, Tensor) and (found := self._owners.get(ft.storage_key(tensor))):
                 kind, i = found
                 leaves, spec = trees.flatten(self._given[kind])
-                raise PurityError(
-                    f"The stage writes into {kind} {trees.leaf_names(spec, '')[i]} "
-                    f"({trees.describe(leaves[i])}) in place, by {func}. A stage function mutates nothing "
-                    "that it is given: work on a clone, or return the new value as a buffer."
-                )
+                what = f"{kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaves[i])})"
+                frozen = kind == "buffer" and isinstance(leaves[i], nn.Parameter)
+                raise refused_write(f"The stage writes into {what}", f", by {func}", frozen=frozen)
 
 
 def _is_written(argument: Any, args: tuple[Any, ...]) -> bool:

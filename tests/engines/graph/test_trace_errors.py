@@ -99,7 +99,7 @@ REFUSALS: dict[str, tuple[Raising, type[Exception], str]] = {
     "a view of a leaf": (
         writes_into_a_view,
         fs.PurityError,
-        "Layer writes in place into a tensor",
+        "Layer writes into a tensor",
     ),
     "what autograd calls so": (by_torch(ValueError(LEAF)), fs.TraceError, HERE + re.escape(LEAF)),
     "control flow": (has_a_bad_branch, fs.TraceError, "Layer calls the higher-order operator cond, whose"),
