@@ -61,9 +61,12 @@ def refused_write(what: str, by: str = "", *, frozen: bool = False) -> PurityErr
             "outside of the stage."
         )
     return PurityError(
-        f"{what} in place{by}. A stage function mutates nothing that it is given: work on a clone, or return "
-        "the new value as a buffer."
+        f"{what} in place{by}. {WRITTEN}: work on a clone, return the new value as a buffer, or do it before "
+        "functionalize or between calls."
     )
+
+
+WRITTEN = "A stage function mutates nothing that it is given"
 
 
 def refused_mark(owner: str, requires_grad: bool) -> PurityError:

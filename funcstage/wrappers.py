@@ -52,7 +52,7 @@ def check_unwrapped(module: nn.Module) -> None:
             if isinstance(part, kind):
                 raise _wrapped(module, name, wrapper, way_out)
     for held in reached([module]):
-        if not isinstance(held, nn.Module) or held in parts:
+        if not issubclass(type(held), nn.Module) or held in parts:  # a weak proxy says that it is a module
             continue
         for kind, wrapper, _ in kinds:
             name = parts.get(getattr(held, "module", None), "") if isinstance(held, kind) else ""

@@ -414,3 +414,24 @@ def test_a_teacher_of_parameters_is_refused_and_one_of_buffers_is_eagers(engine:
             [*pullback()[1]().values()], [*torch.autograd.grad(expected, [*eager.student.parameters()])]
         )
         torch.testing.assert_close(buffers, dict(eager.teacher.named_parameters(prefix="teacher")))
+
+
+class Loads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.other.load_state_dict(self.one.state_dict())
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_state_dict_that_is_loaded_in_a_forward_is_refused_by_name(engine: str) -> None:
+    module = Loads()
+    before = copy.deepcopy(module.state_dict())
+    apply, params, buffers = fs.functionalize(module)
+    refusal = "load_state_dict" if engine == "uncompiled" else "'other.bias'"
+    with pytest.raises(fs.PurityError, match=rf"{refusal}.* in place\. .*do it before functionalize"):
+        fs.stage_vjp(stage_of(apply, engine), params, buffers, torch.randn(2, 3))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)

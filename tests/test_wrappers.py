@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from both_ways import ENGINES, eager, split, stage_of
 from one_process import one_process
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
@@ -277,3 +279,25 @@ def test_modules_of_torchscript_are_refused_by_name(how: Any, place: str) -> Non
             fs.StructureError, match=rf"{place} was made by torch\.jit\.script.*Pass the module"
         ):
             take(module)
+
+
+class ByProxy(nn.Module):
+    """Holds modules a second time, by weak proxies, which torch takes for submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.scale = nn.Linear(3, 3), nn.Parameter(torch.rand(3))
+        self.again = weakref.proxy(self.own)
+        self.own.owner = weakref.proxy(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(x) * self.own.owner.scale
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weak_proxies_of_modules_are_what_they_stand_for(engine: str) -> None:
+    module, x = ByProxy(), torch.randn(2, 3)
+    apply, params, buffers = fs.functionalize(module)
+    assert list(params) == ["scale", "own.weight", "own.bias"]
+    found = split(stage_of(apply, engine), params, buffers, x)
+    torch.testing.assert_close(found, eager(module, x))

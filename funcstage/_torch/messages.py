@@ -56,6 +56,15 @@ NESTED_IN_TRACE: Signs = ("shape_env must not be None", "_nested_tensor_from", "
 NO_MEMORY: Signs = ("Cannot access data pointer", "Cannot access storage of TensorWrapper")
 """The memory of a wrapper of torch.func is asked for, which has none."""
 
+ORDERED_EFFECT: Signs = ("Could not find a token for effect",)
+"""An operator was recorded that must not be moved, such as a collective in place."""
+
+PLAIN_AMONG_DTENSORS: Signs = ("got mixed torch.Tensor and DTensor",)
+"""An operation has some operands that are DTensors and some that are none."""
+
+LOADING: Signs = ("Error(s) in loading state_dict for",)
+"""`load_state_dict` failed, whatever with: the error behind it is there as text alone."""
+
 NO_VALUES: Signs = (
     ".numpy() is not supported for tensor subclasses",
     "tolist() shouldn't be called on a tensor with unallocated storage",

@@ -82,8 +82,9 @@ def refuse_trainable(found: Iterable[Tensor], apply: Callable[..., Any]) -> None
             raise StageError(
                 f"{stage_name(apply)} computes with {name_of(tensor, apply)} ({trees.look(tensor)}), which "
                 "requires grad and is not handed to it, so that its gradient would be lost. Read a module's "
-                "parameter as the attribute under which it is registered, pass anything else among the "
-                "parameters or arguments, or detach it if it is a constant."
+                "parameter as the attribute under which it is registered (modules in a list are not: take an "
+                "nn.ModuleList), pass anything else among the parameters or arguments, or detach it if it is "
+                "a constant."
             )
 
 

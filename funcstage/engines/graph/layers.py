@@ -270,8 +270,11 @@ class _Before:
 def _siblings(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that have several others of their class beside them, and are no single operations."""
     for part in module.modules():
-        kinds = Counter(map(type, part.children()))
-        for child in part.children():
+        # Without weak proxies, which no dict of torch's takes.
+        held: list[Any] = [*part._modules.values()]
+        children = dict.fromkeys(child for child in held if issubclass(type(child), nn.Module))
+        kinds = Counter(map(type, children))
+        for child in children:
             of_torch = type(child).__module__.startswith("torch.nn.modules.")
             if kinds[type(child)] >= FEWEST_LAYERS and not (of_torch and not any(child.children())):
                 yield child

@@ -8,7 +8,7 @@ import signal
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
@@ -62,9 +62,8 @@ class Recorder(TorchFunctionMode):
         self._nested: set[CodeType] = set()
         self._functions: dict[CodeType, list[FunctionType]] = {}
         self._explored: dict[int, Any] = {}
-        self._heard_of: dict[int, FunctionType] = {}
-        self._globals: set[str] = set()
-        self._reached: set[int] = set()
+        self._heard_of, self._of_stage = dict[int, FunctionType](), set[int]()  # which the trace has made
+        self._globals, self._reached = set[str](), set[int]()
         self._any = False  # whether attributes are looked up by computed names
         self._kept: list[Any] = []
         self._given = [*arguments]
@@ -76,8 +75,7 @@ class Recorder(TorchFunctionMode):
         self._thread = get_ident()
         self._collecting, self._callbacks = False, 0  # so many were handed to torch
         self._refusal: TraceError | None = None
-        self._random = RandomState(())
-        parts, self.known = self._parts, {*map(id, self._parts)}
+        self._random, parts, self.known = RandomState(()), self._parts, {*map(id, self._parts)}
         self._explored.update((id(part), part) for part in parts)
         self._explore(apply, "the stage function")
         for part in parts:
@@ -146,6 +144,7 @@ class Recorder(TorchFunctionMode):
         self._look_at_tensors()
         for space in [*self._spaces.values()]:
             self._look_up(space, space.names & space.entries.keys())  # some were not there before
+        _forget_late_cells(self._places, self._of_stage)
         self._refuse()
         said = [self._said[key] for key in self._places]
         reads = Reads(self._places, said, self._spaces.values(), self.known)
@@ -214,6 +213,8 @@ class Recorder(TorchFunctionMode):
         if function is None or id(function) in self._heard_of:
             return
         self._heard_of[id(function)] = function
+        if id(function) not in self._explored and function.__code__ in self._nested:
+            self._of_stage.add(id(function))
         if not _is_of_library(function):
             self._explore(callback, function.__qualname__)
             self._enter(function.__code__, function.__globals__)
@@ -386,6 +387,12 @@ class Recorder(TorchFunctionMode):
             for name, part in parts_of(value):
                 if entered or not isinstance(name, str) or name in self._names or name[:2] == "__":
                     pending.append((part, f"{label}[{name!r}]" if is_container else f"{label}.{name}"))
+
+
+def _forget_late_cells(places: dict[tuple[int, Any], Place], functions: Container[int]) -> None:
+    """Forget cells, of functions that the trace has made, that it has put its tensors into later."""
+    for key in [key for key in places if key[0] in functions and is_made_in_trace(places[key].value())]:
+        del places[key]
 
 
 def may_read(recorder: Recorder, name: str) -> bool:

@@ -20,6 +20,8 @@ from funcstage._torch.messages import (
     NESTED_IN_TRACE,
     NO_STRIDES,
     NO_VALUES,
+    ORDERED_EFFECT,
+    PLAIN_AMONG_DTENSORS,
     SAVED_WRITTEN,
     is_raised_by_stage,
     says,
@@ -183,6 +185,16 @@ def refusal_of(apply: Callable[..., Any], error: Exception) -> Exception:
     reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
     if says(reason, NESTED_IN_TRACE):
         reason = "it makes a nested tensor; compute on padded tensors with a mask, or on packed values"
+    if says(reason, ORDERED_EFFECT):
+        reason = (
+            f"it calls {reason.rpartition(' ')[2]}, which a graph cannot hold in its place in time; the "
+            "collectives of torch.distributed._functional_collectives return new tensors"
+        )
+    if says(reason, PLAIN_AMONG_DTENSORS):
+        reason = (
+            f"{reason}. Is it handed all of its DTensors? A sharded module belongs into an attribute or an "
+            "nn.ModuleList, not into a list"
+        )
     if reason.endswith(NO_STRIDES):
         layout = reason.removesuffix(NO_STRIDES)
         reason = f"it reads a tensor in a compressed sparse layout ({layout}); use tensor.to_dense()"

@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch import messages as torchs
 from funcstage._torch.messages import is_raised_by_stage, says
 from funcstage._torch.tensors import READS_WHETHER_VIEW
-from funcstage.effects import refused_write
+from funcstage.effects import WRITTEN, refused_write
 from funcstage.engines.levels import inner_gradients
 from funcstage.errors import LeafError, PurityError, StageError
 from funcstage.trees import PyTree
@@ -46,7 +46,9 @@ def asks_for_views(func: Any) -> StageError:
     )
 
 
-def impure(owner: str, func: Any, frozen: bool) -> PurityError:
+def impure(owner: str, func: Any, written: Tensor, given: dict[str, PyTree]) -> PurityError:
+    constants = [leaf for leaf in trees.flatten(given.get("buffer"))[0] if isinstance(leaf, nn.Parameter)]
+    frozen = ft.storage_key(written) in map(ft.storage_key, constants)
     by = f", by {getattr(func, '__name__', func)}"
     return refused_write(f"The stage writes into {owner}", by, frozen=frozen)
 
@@ -124,6 +126,8 @@ def _refusal(error: Exception) -> StageError | None:
             "__init__; where the first call does so, call the module once before functionalize), or update a "
             "clone of it."
         )
+    if says(error, torchs.LOADING) and WRITTEN in str(error):
+        return refused_write("The stage calls load_state_dict() in its forward, which writes into parameters")
     frames = traceback.walk_tb(error.__traceback__)
     of_nested = any(str(frame.f_globals.get("__name__")).startswith("torch.nested") for frame, _ in frames)
     if says(error, torchs.NESTED) or (of_nested and says(error, torchs.NO_MEMORY)):

@@ -279,7 +279,7 @@ class Split(Levels, TorchFunctionMode):
             if owner is not None:
                 is_first = len(written) == 1 and bool(args) and tensor is args[0]
                 if not is_first or not any(tensor is a for a in self.arguments):
-                    raise impure(owner, func, self.is_frozen(tensor))
+                    raise impure(owner, func, tensor, self.given)
                 # The stage may overwrite an argument as a name; the caller's tensor stays as it is.
                 refuse_overwritten(tensor, self.given, self.arguments)
                 copy = self.call(torch.clone, (tensor,), {})
@@ -335,11 +335,6 @@ class Split(Levels, TorchFunctionMode):
             return None
         leaves, spec = trees.flatten(self.given[kind])
         return f"{kind} {trees.leaf_names(spec, '')[i]} ({trees.describe(leaves[i])})"
-
-    def is_frozen(self, tensor: Tensor) -> bool:
-        """Tell whether what has an owner is a parameter that requires no grad."""
-        kind, i = (self.owners or {})[ft.storage_key(tensor)]
-        return kind == "buffer" and isinstance(trees.flatten(self.given[kind])[0][i], nn.Parameter)
 
     def leave(self, leaf: Any) -> Exit:
         """Free a leaf of the result of its wrappers, and note its places on the tapes."""

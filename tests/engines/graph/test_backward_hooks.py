@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from both_ways import eager, split
 from torch import Tensor, nn
 
 import funcstage as fs
@@ -180,3 +181,59 @@ def test_a_backward_that_leaves_something_is_refused_and_has_left_nothing_on_the
     assert {name: vars(module)[name] for name in before} == before
     assert not before.get("seen")
     torch.testing.assert_close(gradients(module, apply), eagers(module))  # as the error says
+
+
+def late(module: Any, x: Tensor) -> Tensor:
+    y = module.first(x)
+    y.register_hook(lambda grad: grad * scale)
+    scale = y.detach().abs().mean()
+    return module.second(y)
+
+
+def assigned_anew(module: Any, x: Tensor) -> Tensor:
+    other: Any = None
+    y = module.first(x)
+
+    def add(grad: Tensor) -> Tensor:
+        return grad + other.detach()
+
+    y.register_hook(add)
+    other = module.second(x)
+    return y * other
+
+
+class Hooked(nn.Module):
+    """Puts a hook on a tensor that reads a local, which is assigned later."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.body = nn.Linear(3, 3), nn.Linear(3, 3), body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize("body", [late, assigned_anew])
+def test_a_hook_may_read_a_local_that_is_assigned_later(body: Any) -> None:
+    torch.manual_seed(0)
+    module = Hooked(body)
+    apply, params, buffers = fs.functionalize(module)
+    compiled = fs.compile(apply, backend="aten", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(2, 3)
+        torch.testing.assert_close(split(compiled, params, buffers, x), eager(module, x))
+
+
+def test_a_hook_does_not_hide_what_the_forward_leaves_in_an_outer_variable() -> None:
+    kept: Any = None
+
+    def leaves(module: Any, x: Tensor) -> Tensor:
+        nonlocal kept
+        y = module.first(x)
+        y.register_hook(lambda grad: grad * kept)
+        kept = y.detach().mean()
+        return module.second(y)
+
+    apply, params, buffers = fs.functionalize(Hooked(leaves))
+    with pytest.raises(fs.TraceError, match="leaves a tensor in a variable that a function of its module"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(2, 3))

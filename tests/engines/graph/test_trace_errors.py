@@ -123,6 +123,16 @@ REFUSALS: dict[str, tuple[Raising, type[Exception], str]] = {
         fs.TraceError,
         HERE + "it overwrites in place what it has read before",
     ),
+    "a collective in place": (
+        by_torch(RuntimeError(f"{messages.ORDERED_EFFECT[0]} of c10d.some_.default")),
+        fs.TraceError,
+        HERE + r"it calls c10d\.some_\.default, which a graph cannot hold",
+    ),
+    "DTensors in a list": (
+        by_torch(RuntimeError(says(messages.PLAIN_AMONG_DTENSORS))),
+        fs.TraceError,
+        HERE + r"it says: .*\. Is it handed all of its DTensors\? A sharded module belongs into",
+    ),
     "no values": (by_torch(RuntimeError(VALUES)), ReadsValue, READS + re.escape(f"({VALUES[:-1]}).")),
     "a choice": (by_torch(tt.UNTRACEABLE[0]("of aten.item")), ReadsValue, READS + r"\(of aten.item\)\.$"),
     "text": (by_torch(Shown("as text")), ReadsValue, READS + r"\(as text\)\.$"),
