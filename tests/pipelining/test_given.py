@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import funcstage as fs
-from funcstage.pipelining.given import Given, check_grads
+from funcstage.pipelining import given as given_module
+from funcstage.pipelining.given import Given, Position, check_grads
 
 X, Y, N = torch.ones(2, 3).requires_grad_(), torch.ones(4).requires_grad_(), torch.ones(2).int()
 DX, DY = torch.zeros(2, 3), torch.zeros(4)
@@ -88,3 +89,14 @@ def test_what_is_received_is_what_was_told(told: Any, sent: Any, said: str | Non
         return
     with pytest.raises(fs.LeafError, match=said):
         given.check_received(sent, [X, Y])
+
+
+NOTHING = Position(None, None, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["output_grads", "input_grads", "get_mesh"])
+def test_what_torch_takes_from_2_12_on_is_refused_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given_module, "TAKES_GRADS_AND_MESHES", False)
+    assert NOTHING.of_this_torch() == NOTHING
+    with pytest.raises(fs.StructureError, match=rf"^{name}= needs torch 2\.12"):
+        NOTHING._replace(**{name: DX}).of_this_torch()

@@ -10,16 +10,20 @@ import pytest
 import torch
 from one_process import one_process
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate
 from torch.func import functional_call
 from torch.nn import functional
 
 import funcstage as fs
-from funcstage.pipelining import FunctionalPipelineStage
+from funcstage._torch.pipelining import TAKES_GRADS_AND_MESHES
+from funcstage.pipelining import FunctionalPipelineStage, module_stage
 
 ATEN = {"backend": "aten"}
 ENGINES = pytest.mark.parametrize("compile", [False, ATEN], ids=["eager", "aten"])
 SCHEDULES = pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
+across_stages = pytest.mark.skipif(not TAKES_GRADS_AND_MESHES, reason="DTensors cross from torch 2.12 on")
 MICROBATCHES = 2
 
 
@@ -249,3 +253,38 @@ def test_a_buffer_that_requires_grad_is_refused_when_it_does(compile: Any) -> No
     torch.testing.assert_close(grads(module), before, rtol=0, atol=0)
     module.shift = module.shift.detach()
     run.step(x, target=target)
+
+
+class Kept(nn.Module):
+    """A module of which nobody knows beforehand how much it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:1] if x.isnan().any() else x
+
+
+def placed(*shape: int) -> Tensor:
+    mesh = init_device_mesh("cpu", (1,))
+    return DTensor.from_local(torch.ones(shape), mesh, [Replicate()]).requires_grad_()
+
+
+def in_the_middle(module: nn.Module, x: Tensor, **given: Any) -> FunctionalPipelineStage:
+    """The second of three stages, which was told what it receives."""
+    stage = FunctionalPipelineStage(module, 1, 3, "cpu", **given)
+    stage.has_backward = True
+    stage._input_examples, stage._output_examples = stage.infer((x,), {})
+    return stage
+
+
+@across_stages
+def test_what_autograd_does_not_say_of_gradients_is_as_the_inputs_are() -> None:
+    x = placed(2, 4)
+    stage = in_the_middle(Kept(), x, output_args=x)
+    (grad,) = stage.infer_grads((None,))
+    assert isinstance(grad, DTensor)
+    assert (grad.shape, grad.placements, grad.requires_grad) == (x.shape, x.placements, False)
+
+
+def test_dtensors_that_torch_does_not_send_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_stage, "TAKES_GRADS_AND_MESHES", False)
+    with pytest.raises(fs.StructureError, match=r"a DTensor crosses between stages .*Replicate"):
+        in_the_middle(nn.Identity(), placed(2, 4))
