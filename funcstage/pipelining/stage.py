@@ -315,7 +315,7 @@ class FunctionalPipelineStage(AccumulatingStage):
     def set_local_fwd_input(self, prev_stage_outputs: PyTree, mb_index: int) -> None:
         """Take the output of the previous stage, where that is on the same rank."""
         for info, tensor in zip(self.args_recv_info[mb_index], as_tuple(prev_stage_outputs), strict=True):
-            info.buffer = local_of(tensor.detach())  # no copy
+            info.buffer = local_of(tensor)  # no copy
 
     @in_range("B")
     def backward_one_chunk(

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage
-from funcstage.pipelining.binding import Structure
+from funcstage.pipelining.binding import Place, Structure, read, update
 
 ATEN = {"backend": "aten"}
 OPTIONS = pytest.mark.parametrize("options", [{}, {"compile": ATEN}], ids=["eager", "aten"])
@@ -642,3 +642,21 @@ def test_a_module_that_is_wrapped_between_steps_is_refused_and_nothing_is_change
         torch.testing.assert_close({name: p.grad for name, p in plain.named_parameters()}, before)
     stage.submod = plain
     schedule.step(x, target=x)
+
+
+def test_buffers_are_put_into_the_module_as_values_of_its_own() -> None:
+    module = nn.Module()
+    module.register_buffer("same", torch.zeros(2))
+    module.register_buffer("grown", torch.zeros(2))
+    places = {name: Place(module, name) for name in ("same", "grown")}
+    before, of = read(places), torch.ones(2, requires_grad=True)
+    after = {"same": of * 2, "grown": torch.cat([of, of])}
+    assert update(places, before, after)
+    with torch.no_grad():
+        for value in after.values():
+            value.zero_()
+    for name, wanted in (("same", torch.full((2,), 2.0)), ("grown", torch.ones(4))):
+        found = module.get_buffer(name)
+        assert not found.requires_grad
+        assert torch.equal(found, wanted)
+    assert module.get_buffer("same") is before["same"]

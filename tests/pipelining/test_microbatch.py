@@ -38,6 +38,8 @@ def test_what_has_not_arrived_is_absent_and_of_a_single_output_zeros(
 
 def test_a_leaf_of_the_output_hands_over_its_gradient_and_may_be_written_into() -> None:
     forward = Forward.of(NO_PULLBACK, X, ())
-    leaf = forward.awaiting_grad(0, X.clone())
+    output = X.clone()
+    leaf = forward.awaiting_grad(0, output)
     leaf.mul_(3).sum().backward()
+    assert not output.requires_grad
     assert torch.equal(forward.cotangents(), torch.full((2, 3), 3.0))

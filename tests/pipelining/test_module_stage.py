@@ -278,10 +278,35 @@ def in_the_middle(module: nn.Module, x: Tensor, **given: Any) -> FunctionalPipel
 @across_stages
 def test_what_autograd_does_not_say_of_gradients_is_as_the_inputs_are() -> None:
     x = placed(2, 4)
-    stage = in_the_middle(Kept(), x, output_args=x)
-    (grad,) = stage.infer_grads((None,))
+    (grad,) = in_the_middle(Kept(), x, output_args=x).infer_grads((None,))
     assert isinstance(grad, DTensor)
     assert (grad.shape, grad.placements, grad.requires_grad) == (x.shape, x.placements, False)
+
+
+@across_stages
+def test_the_gradient_of_a_plain_input_looks_as_that_and_needs_none_itself() -> None:
+    (grad,) = in_the_middle(nn.Linear(4, 3), torch.ones(2, 4, requires_grad=True)).infer_grads((None,))
+    assert grad is not None
+    assert (grad.shape, grad.requires_grad) == ((2, 4), False)
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(fs.StructureError, match="only a tensor or a tuple of tensors can be sent"):
+        in_the_middle(Named(), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_compiled_stage_computes_with_what_was_traced(dtype: torch.dtype | None) -> None:
+    module, x, target = made(torch.float32)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=ATEN, param_dtype=dtype)
+    target = target if dtype is None else target.to(dtype)
+    ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss).step(x, target=target)
+    assert "1 signature(s)" in repr(stage._apply)
 
 
 def test_dtensors_that_torch_does_not_send_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

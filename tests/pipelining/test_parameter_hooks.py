@@ -23,6 +23,7 @@ from torch.nn import functional
 import funcstage as fs
 from funcstage._torch import pipelining as private
 from funcstage.pipelining import SCHEDULES, FunctionalPipelineStage
+from funcstage.pipelining.hooks import accumulate, captured
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -470,3 +471,20 @@ def test_a_functional_stage_runs_hooks_of_modules_that_are_put_on_later(put: str
     expected = module(leaf)
     grads = torch.autograd.grad(expected.sum(), [leaf, *module.parameters()])
     torch.testing.assert_close([output, input_grad, *weight_pullback().values()], [expected.detach(), *grads])
+
+
+def test_hooks_run_in_the_callers_no_grad_too() -> None:
+    parameter, seen = nn.Parameter(torch.ones(3)), []
+    parameter.register_hook(seen.append)
+    with torch.no_grad():
+        accumulate({"p": parameter}, {"p": torch.full((3,), 2.0)})
+        found = captured({"p": parameter}, {"p": torch.full((3,), 5.0)})
+    torch.testing.assert_close(seen, [torch.full((3,), 2.0), torch.full((3,), 5.0)])
+    torch.testing.assert_close(parameter.grad, torch.full((3,), 2.0))
+    torch.testing.assert_close(found, {"p": torch.full((3,), 5.0)})
+
+
+def test_what_hooks_made_of_gradients_lies_in_memory_that_nothing_else_has() -> None:
+    parameter, grad = nn.Parameter(torch.ones(3)), torch.ones(3)
+    captured({"p": parameter}, {"p": grad})["p"].zero_()
+    assert torch.equal(grad, torch.ones(3))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from one_process import one_process
 from pipeline_cases import Case, blocks, grads_of, make_schedule
 from pipeline_ranks import run
 from torch import Tensor, nn
@@ -97,3 +98,13 @@ def test_gradients_are_those_of_distributed_data_parallel(schedule: str, compile
 def test_what_is_no_group_of_replicas_is_refused() -> None:
     with pytest.raises(fs.StageError, match="must be a process group or a device mesh, got int"):
         replicas_module.replicas_of(2)  # type: ignore[arg-type]
+    with one_process(), pytest.raises(fs.StructureError, match="mesh of one dimension, got one of 2"):
+        replicas_module.replicas_of(init_device_mesh("cpu", (1, 1)))
+
+
+def test_values_are_handed_out_without_history(recwarn: pytest.WarningsRecorder) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    with one_process() as group:
+        replicas_module.replicas_of(group).replicate([parameter])
+    assert parameter.is_leaf
+    assert not recwarn.list
