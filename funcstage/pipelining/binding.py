@@ -163,7 +163,7 @@ def update(places: Places, before: Buffers, after: Buffers) -> bool:
             copy_into_all([owned[name] for name in plain], [after[name] for name in plain])
         for name in changed.keys() - set(same):
             value = after[name]
-            changed[name].put(value.detach().clone() if isinstance(value, Tensor) else value)
+            changed[name].put(value.clone() if isinstance(value, Tensor) else value)
     return len(same) < len(changed)
 
 
