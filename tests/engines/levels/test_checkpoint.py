@@ -374,6 +374,14 @@ def test_what_only_w_needs_is_run_again_in_w(engine: str) -> None:
     assert flops(weight_pullback)[1] > 0
 
 
+def test_a_retained_piece_of_w_runs_no_region_again_twice() -> None:
+    stage = stage_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Deep(2)), "closures")
+    output, _, pullback = fs.stage_vjp(*stage, torch.randn(8, WIDTH), argnums=())
+    pieces = pullback(torch.ones_like(output))[1].split(2)
+    first = flops(lambda: [piece(retain=True) for piece in pieces])[1]
+    assert flops(lambda: [piece() for piece in pieces])[1] == first
+
+
 @pytest.mark.parametrize("region", [non_reentrant, residual, products_saved], ids=lambda r: r.__name__)
 def test_check_stage_finds_nothing_wrong(region: Any) -> None:
     check_stage(Mixer(region), torch.randn(4, WIDTH))
