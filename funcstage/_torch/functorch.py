@@ -85,7 +85,7 @@ def differentiating_above(level: int) -> bool:
 
 
 def make_leaf(tensor: Tensor) -> Tensor:
-    """Make a tensor of the current level a leaf that requires grad there, and return it."""
+    """Make a tensor of a level a leaf that requires grad there, and return it."""
     set_inplace_requires_grad_allowed(True)
     try:
         return tensor.requires_grad_()
@@ -94,7 +94,7 @@ def make_leaf(tensor: Tensor) -> Tensor:
 
 
 def wrap_leaf(tensor: Tensor, level: int) -> Tensor:
-    """Wrap a tensor at `level` (the current one) as a leaf that requires grad there."""
+    """Wrap a tensor at `level` as a leaf that requires grad there."""
     return make_leaf(_wrap_for_grad(tensor, level))
 
 

@@ -159,9 +159,7 @@ class _Captured:
             for level in (*self._split.levels, self.outer):  # it may be written into, which all must know
                 bare = ft.wrap(bare, level)
             return bare
-        level = self.inner if self._split.is_weight(value) else self.outer
-        with ft.down_to(level):
-            return ft.wrap_leaf(bare, level)
+        return ft.wrap_leaf(bare, self.inner if self._split.is_weight(value) else self.outer)
 
     def around(self, buffer: Any, nested: Split) -> Any:
         """What a buffer that a region has assigned is to the split around, which may write it in turn."""
