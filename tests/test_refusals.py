@@ -96,6 +96,13 @@ def test_a_function_that_returns_no_pair_is_refused(result: Any) -> None:
         fs.stage_vjp(lambda p, b, x: result, (), (), torch.ones(2))
 
 
+@pytest.mark.parametrize("output", [lambda x: x > 0, lambda x: {"a": x.long(), "b": (x.int(), 3)}])
+def test_an_output_that_has_no_gradient_has_no_one_for_its_cotangent(output: Any) -> None:
+    _, _, pullback = fs.stage_vjp(lambda p, b, x: (output(x), b), (), (), torch.ones(()))
+    with pytest.raises(fs.LeafError, match=r"holds no floating or complex tensor.* Return the tensor"):
+        pullback()
+
+
 @pytest.mark.parametrize("output", [None, 3.0, {"a": "b"}])
 def test_a_function_that_returns_no_tensor_is_refused(output: Any) -> None:
     with pytest.raises(fs.StructureError, match="no tensor"):

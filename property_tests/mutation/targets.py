@@ -100,7 +100,7 @@ CONCERNED = {
     "sites": ("parts_of_w",),
     "sizes": ("lengths",),
     "snapshot": ("binding",),
-    "stage": ("parameter_hooks", "stages_alone"),
+    "stage": ("parameter_hooks", "ranges", "stages_alone"),
     "tape": ("linearize", "pullback", "residuals", "sites", "split"),
     "tapes": ("accumulate", "offloading", "sites", "split"),
     "trace": ("compile", "grad_mode", "layers", "refusals", "what_a_forward_sees"),

@@ -673,3 +673,15 @@ def test_anomaly_mode_around_the_programs_of_dtensors_is_refused_as_they_do_not_
         with torch.autograd.detect_anomaly(), pytest.raises(fs.StageError, match=r"W of Linear is compiled"):
             weight_pullback()
         torch.testing.assert_close(full(weight_pullback()["bias"]), torch.full((2,), 4.0))
+
+
+def test_sites_of_a_compiled_stage_on_dtensors_are_refused_and_w_runs_after_it() -> None:
+    with one_process():
+        module = distribute_module(nn.Linear(3, 2), init_device_mesh("cpu", (1,)))
+        apply, params, buffers = fs.functionalize(module)
+        x = distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (1,)), [Replicate()])
+        output, _, pullback = fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, x)
+        _, weight_pullback = pullback(torch.ones_like(output))
+        with pytest.raises(fs.StageError, match=r"sites of Linear cannot be told apart: it runs on DTensors"):
+            _ = weight_pullback.sites
+        torch.testing.assert_close(full(weight_pullback()["bias"]), torch.full((2,), 4.0))

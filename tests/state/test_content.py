@@ -463,3 +463,12 @@ def test_tensors_of_any_layout_may_lie_within_a_stages_reach(make: Callable[[], 
     table["kept"] = make()
     table["more"] = make()
     torch.testing.assert_close(fs.stage_vjp(fast, params, buffers, x)[0], module(x).detach())
+
+
+def test_what_a_proxy_stood_for_is_gone() -> None:
+    thing = Thing(value=1)
+    proxy = weakref.proxy(thing)
+    there = content(proxy, set())
+    del thing
+    assert content(proxy, set()) != there
+    assert content(proxy, set()) == content(proxy, set())

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import funcstage as fs
 from funcstage._torch.interception import intercepting
 from funcstage.engines.graph.recorder import Recorder
-from funcstage.state.module import locked, look_over
+from funcstage.state.module import locked, locked_and_swapped, look_over, state_of
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
 LONG = 60.0
@@ -548,3 +548,20 @@ def test_what_a_thread_failed_to_begin_another_one_may_use(monkeypatch: Any) -> 
 
 
 VECTORS = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def test_what_a_reverse_pass_reads_of_a_module_is_lent_to_one_thread_at_a_time() -> None:
+    module, entered = nn.Linear(2, 2), threading.Event()
+    look_over(module)
+    states = state_of([module])
+
+    def enter() -> None:
+        with locked_and_swapped(states):
+            entered.set()
+
+    other = threading.Thread(target=enter)
+    with locked(module):
+        other.start()
+        assert not entered.wait(0.2)
+    other.join()
+    assert entered.is_set()

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import funcstage as fs
 from funcstage.engines.graph.alike import description
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint
+from funcstage.engines.graph.layers import FEWEST_NODES
 
 compiling = importlib.import_module("funcstage.engines.graph.compile")
 
@@ -309,6 +310,25 @@ def test_layers_with_the_number_that_was_read_are_copied() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_all_but_one_are_copied_where_there_are_three_or_more(n: int) -> None:
     assert compared(Stack(n=n), X) == (n - 1 if n >= 3 else 0)
+
+
+class Counted(nn.Module):
+    """As many operations as it is told."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.n = nn.Parameter(torch.ones(4)), n
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.weight
+        for _ in range(self.n - 1):
+            x = x.sin()
+        return x
+
+
+@pytest.mark.parametrize(("n", "copies"), [(FEWEST_NODES - 1, 0), (FEWEST_NODES, 4)])
+def test_layers_are_copied_from_as_many_operations_on_as_are_worth_it(n: int, copies: int) -> None:
+    assert compared(nn.Sequential(*(Counted(n) for _ in range(5))), X) == copies
 
 
 @pytest.mark.parametrize(("repeated", "copies"), [(None, 4), (True, 4), (False, 0)])

@@ -385,3 +385,30 @@ def test_what_a_backend_assumes_of_a_length_holds_where_its_program_runs(
         assert (len(ran) > before) == (length % 4 == 0)
     assert len(fast._traced) == 1
     assert {*ran} == {8, 12, 4}
+
+
+def test_who_has_waited_for_a_trace_of_another_length_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(4, 4))
+    stage = fs.compile(apply, backend="aten")
+    traces, trace = [], stage._trace
+    monkeypatch.setattr(stage, "_trace", lambda *args: traces.append(args) or trace(*args))
+
+    class Lock:
+        """Another thread takes it first, for another length."""
+
+        waiting = True
+
+        def __enter__(self) -> None:
+            if self.waiting:
+                self.waiting = False
+                stage.plan(params, buffers, torch.ones(3, 4))
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    stage.plan(params, buffers, torch.ones(2, 4))
+    monkeypatch.setattr(stage, "_lock", Lock())
+    x = torch.ones(5, 4)
+    output, _, _ = fs.stage_vjp(stage, params, buffers, x)
+    torch.testing.assert_close(output, F.linear(x, params["weight"], params["bias"]))
+    assert len(traces) == 2
