@@ -30,8 +30,14 @@ class Noted:
         self.opened: str | None = None
         self._within_reach = within_reach
 
-    def draw(self, frame: FrameType, caller: FrameType) -> None:
-        """Note a call into the library of random numbers, except on generators that the stage has made."""
+    def draw(self, frame: FrameType, codes: Container[CodeType]) -> None:
+        """Note a function that the stage calls, of the library of random numbers.
+
+        Those on generators that the stage has made are left out; `codes` are those of its functions.
+        """
+        caller = frame.f_back
+        if frame.f_globals.get("__name__") not in _DRAWING or caller is None or caller.f_code not in codes:
+            return
         owner, name = frame.f_locals.get("self"), frame.f_code.co_name
         if not name.startswith("_") and (owner is None or self._is_shared(owner)):
             self.draws.setdefault(f"{frame.f_globals['__name__']}.{name}", _where(caller))
@@ -110,6 +116,7 @@ def _reads_for_others(frame: FrameType) -> bool:
 OF_FILES = frozenset({open, os.stat, os.lstat, os.listdir, os.scandir, os.open})
 """Functions by which files are opened and looked for."""
 
+_DRAWING = ("random", "secrets", "uuid")
 _READERS = ("torch.serialization", "numpy.lib.")
 _OF_CODE = ("linecache", "tokenize", "importlib", "inspect", "traceback", "warnings", "logging", "runpy")
 

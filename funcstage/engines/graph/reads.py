@@ -151,6 +151,7 @@ class Watch:
         self._cells: list[Any] = []
         self._tensors: list[Tensor] = []
         self._classes: list[type] = []
+        self._called: list[Any] = []  # classes whose names were read
         sized: dict[int, Any] = {id(space.entries): space.entries for space in reads.spaces}
         for place in reads.places:
             owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
@@ -159,7 +160,7 @@ class Watch:
             elif isinstance(owner, Tensor):
                 self._tensors.append(owner)
             elif isinstance(owner, type):
-                self._classes.append(owner)
+                (self._classes if place.name == "__mro__" else self._called).append(owner)
             elif isinstance(owner, FunctionType) and isinstance(place.name, str):
                 functions[id(owner)] = owner
             elif isinstance(owner, FunctionType):
@@ -203,7 +204,12 @@ class Watch:
         ]
 
     def _say(self, values: list[Any]) -> list[Hashable]:
-        said = [*map(len, self._sized), any(map(_NAMESPACE, self._bare)), *map(_version, self._tensors)]
+        said = [
+            *map(len, self._sized),
+            *map(_CALLED, self._called),
+            any(map(_NAMESPACE, self._bare)),
+            *map(_version, self._tensors),
+        ]
         if self._deep:
             seen = set(self._known)
             said += [content(values[i], seen) for i in self._deep]
@@ -258,6 +264,9 @@ _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
 _NAMESPACE = attrgetter("__dict__")
+
+
+_CALLED = attrgetter("__name__", "__qualname__")
 
 
 _BASES = attrgetter("__mro__")

@@ -28,6 +28,7 @@ from funcstage.engines.graph.classes import refusal_in, refuse
 from funcstage.engines.graph.draws import OF_FILES, Noted
 from funcstage.engines.graph.generators import Asked
 from funcstage.engines.graph.left_behind import LeftBehind, is_made_in_trace
+from funcstage.engines.graph.process import Process
 from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Space, Watch, reach, said_by
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
@@ -69,7 +70,7 @@ class Recorder(TorchFunctionMode):
         self._given = [*arguments]
         self._parts = [part for module in modules for part in module.modules()]
         self.generators, self.left_behind = Asked(), LeftBehind()
-        self._noted = Noted(self._explored)
+        self._noted, self._process = Noted(self._explored), Process()
         self._small: list[Tensor] = []
         self._before: Any = None
         self._thread = get_ident()
@@ -142,6 +143,8 @@ class Recorder(TorchFunctionMode):
         """
         self._find_functions()
         self._look_at_tensors()
+        for place in [*self._process.places(self._names, self._explored.values())]:
+            self._note(place)
         for space in [*self._spaces.values()]:
             self._look_up(space, space.names & space.entries.keys())  # some were not there before
         _forget_late_cells(self._places, self._of_stage)
@@ -164,16 +167,14 @@ class Recorder(TorchFunctionMode):
             if code not in self._codes and code not in self._others:
                 with without_torch_function():
                     self._enter(code, frame.f_globals)
-            if code in self._others and frame.f_globals.get("__name__") in _DRAWING:
-                caller = frame.f_back
-                if caller is not None and caller.f_code in self._codes:
-                    self._noted.draw(frame, caller)
+            self._noted.draw(frame, self._codes)
         elif event == "return" and frame.f_code in self._codes:
             self._refusal = self._refusal or refusal_in(frame)
         elif event == "c_call":
             self.generators.note(argument, frame)
             if argument in OF_FILES or frame.f_code in self._codes:
                 self._noted.call(argument, frame, self._codes)
+        self._process.hear(event, argument, frame, self._codes)
         if callable(self._before):
             self._before(frame, event, argument)
 
@@ -208,7 +209,7 @@ class Recorder(TorchFunctionMode):
             self._run(function)
 
     def _read(self, callback: Any) -> None:
-        """Note what a callback can read that runs when nobody looks, and what those can that it may call."""
+        """Note what a callback can read that runs when nobody looks, and those that it may call."""
         function = function_of(callback)
         if function is None or id(function) in self._heard_of:
             return
@@ -476,8 +477,6 @@ _NAMELESS = (*_CONTAINERS, partial, weakref.ref, ContextVar, CellType)
 _BY_NAME = frozenset({"modules", "__import__", "import_module"})
 """Ways to a module by its name as a string."""
 
-_DRAWING = ("random", "secrets", "uuid")
-
 _READERS_OF_VALUES = frozenset(
     {"item", "tolist", "numpy", "equal", "is_nonzero", "allclose"}
     | {f"__{name}__" for name in ("bool", "int", "float", "complex", "index", "array", "contains", "format")}
@@ -485,9 +484,7 @@ _READERS_OF_VALUES = frozenset(
 
 
 _WITHOUT_CALLBACKS = (
-    BuiltinMethodType,
-    type(Tensor.add),
-    type(Tensor.__add__),
+    *(BuiltinMethodType, type(Tensor.add), type(Tensor.__add__)),
     type(Tensor.shape.__get__),  # type: ignore[attr-defined]
 )
 

@@ -106,11 +106,17 @@ def test_a_generator_counts_if_it_was_there_before_the_stage_ran(
 def drawn(function: str, module: str, within_reach: tuple[Any, ...] = (), **given: Any) -> dict[str, str]:
     """What is noted of a call of a function in Python in a library of random numbers."""
     noted = Noted({*map(id, within_reach)})
+    code: Any = SimpleNamespace(co_filename="stage.py")
+    caller = SimpleNamespace(f_code=code, f_lineno=7)
     frame: Any = SimpleNamespace(
-        f_locals=given, f_code=SimpleNamespace(co_name=function), f_globals={"__name__": module}
+        f_locals=given,
+        f_code=SimpleNamespace(co_name=function),
+        f_globals={"__name__": module},
+        f_back=caller,
     )
-    caller: Any = SimpleNamespace(f_code=SimpleNamespace(co_filename="stage.py"), f_lineno=7)
-    noted.draw(frame, caller)
+    noted.draw(frame, [])
+    assert not noted.draws  # somebody else calls it
+    noted.draw(frame, [code])
     assert not noted.clocks
     return noted.draws
 
