@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcstage import trees
 from funcstage._torch import functorch as ft
-from funcstage._torch.interception import current_interceptor
+from funcstage._torch import interception
 from funcstage._torch.tensors import READS_BASE, READS_WHETHER_VIEW
 from funcstage.dtensors import unwrapped
 from funcstage.effects import MARKS, refused_mark
@@ -38,7 +38,7 @@ class Separable(OneTape):
         self.owner = owner
         self.given: dict[int, str] = {}  # state and differentiated arguments, by their ids
         self.aliases: dict[int, Tensor] = {}  # of the leaves that stand for them, by their ids
-        self._within = current_interceptor() is not None  # the run of another stage, of which this is a part
+        self._within = interception.current().depth > 0  # the run of another stage, of which this is a part
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an operation."""
