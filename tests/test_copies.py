@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from one_process import one_process
 from torch import Tensor, nn
+from torch.distributed.pipelining import ScheduleGPipe
 
 import funcstage as fs
+from funcstage.pipelining import FunctionalPipelineStage
 from tests.support.checkpointed import Regions
 
 ENGINES = ("closures", "none", "min_cut", "full")
@@ -124,3 +127,23 @@ class Reduced(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).square().mean()
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("compile", [False, {"backend": "aten"}])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stage: pickle.loads(pickle.dumps(stage))])
+def test_a_pipeline_stage_is_copied_and_pickled_as_torchs_is(copied: Any, compile: Any, used: bool) -> None:
+    def gradients(stage: FunctionalPipelineStage) -> list[Tensor | None]:
+        schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
+        schedule.step(torch.ones(4, 3), target=torch.zeros(4, 2))
+        return [parameter.grad for parameter in stage.submod.parameters()]
+
+    with one_process():
+        stage = FunctionalPipelineStage(nn.Linear(3, 2), 0, 1, torch.device("cpu"), compile=compile)
+        if used:
+            gradients(stage)
+            stage.submod.zero_grad()
+        other = copied(stage)
+        found = gradients(other)
+        assert not any(parameter.grad is not None for parameter in stage.submod.parameters())
+        torch.testing.assert_close(found, gradients(stage), rtol=0, atol=0)

@@ -31,11 +31,22 @@ class Preparations:
         self._unprepared = copied(stage)
         self._of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self._current: weakref.ref[Any] | None = None
+        self._is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_unprepared": self._unprepared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's schedules are others, the first of which finds it as no schedule has prepared it."""
+        self.__dict__.update(state, _of=weakref.WeakKeyDictionary(), _current=None, _is_copy=True)
 
     def turn_to(self, schedule: Any, stage: Any) -> None:
         """Let the stage be as a schedule has prepared it."""
         before = None if self._current is None else self._current()
         self._current = weakref.ref(schedule)
+        if self._is_copy:
+            vars(stage).update(copies(self._unprepared))
+            self._is_copy = False
         if before is not schedule and before is not None:
             self._of[before] = {name: getattr(stage, name) for name in self._unprepared}
             found = self._of.pop(schedule, None)

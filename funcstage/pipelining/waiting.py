@@ -41,7 +41,7 @@ class Waiting:
     @classmethod
     def for_nothing(cls) -> Self:
         """Where nothing waits."""
-        return cls(NOWHERE, lambda made: None, lambda made, pullback: None)
+        return cls(NOWHERE, _nothing, _nothing)
 
     def begin(self, action: Action) -> None:
         """An action begins: what was sent some actions ago is free by what it launches."""
@@ -119,3 +119,7 @@ def _waiting(schedule: Any, rank: int, own: dict[int, Any]) -> Waiting:
             forwards[made.microbatch] = replace(forwards[made.microbatch], pullback=pullback)
 
     return Waiting(stays(order, away), get, put)
+
+
+def _nothing(*about: Any) -> None:
+    """What is got, or put, where nothing waits; a stage that holds it can be pickled."""
