@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage import trees
+from funcstage.state.writes import Watch
 
 
 class Norms(nn.Module):
@@ -594,3 +596,18 @@ def test_a_write_by_the_forward_itself_is_refused_as_that(phase: str, argnums: t
     output, _, pullback = fs.stage_vjp(*fs.functionalize(module), x, argnums=argnums)
     with pytest.raises(fs.WrittenError, match=r"by the forward itself, .* into a clone"):
         pullback(torch.ones_like(output))[1]()
+
+
+class Marked(Tensor):
+    """A class of a user's."""
+
+
+def test_a_watch_keeps_no_tensor_that_it_looks_at() -> None:
+    of = torch.ones(3, requires_grad=True)
+    for kind in (Tensor, Marked):
+        made = of.as_subclass(kind) * 2
+        tensor = weakref.ref(made)
+        watch = Watch([], [made], lambda: ["it"])
+        del made
+        assert tensor() is None
+        assert watch.written(list) is None
