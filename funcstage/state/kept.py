@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -72,15 +73,22 @@ def taken_out(module: nn.Module | None, handed: Sequence[Any], held: Held | None
     if module is None and not handed:
         yield
         return
+    replaced: list[Any] = []  # kept, for weak references to be seen that lead there
+
+    def alive(value: Any) -> Any:
+        if (new := _alive(value)) is not value:
+            replaced.append(value)
+        return new
+
     with locked(module if held is None else None):
         try:
             yield
         finally:
             with without_torch_function():
                 for root in (*handed, *(() if module is None or held is not None else (module,))):
-                    replace_within(root, _alive)
+                    replace_within(root, alive)
                 if held is not None:
-                    held.replace_changed(_alive)
+                    held.replace_changed(alive)
 
 
 @contextmanager
@@ -133,7 +141,20 @@ def objects_among(leaves: Iterable[Any]) -> list[Any]:
 def _alive(value: Any) -> Any:
     if isinstance(value, Tensor) and ft.is_dead(value):
         return noted_alike(ft.without_dead_wrappers(value).detach(), value, _alive)
+    if isinstance(value, ref):
+        _refuse_reference(value, ft.is_dead)
     return _in_tuples(_alive, value)
+
+
+def _refuse_reference(reference: ref[Any], is_of_stage: Callable[[Tensor], Any]) -> None:
+    """Refuse to keep a weak reference to a tensor in whose place another is kept."""
+    tensor = reference()
+    if isinstance(tensor, Tensor) and is_of_stage(tensor):
+        raise PurityError(
+            f"The stage keeps a weak reference to a tensor ({describe(tensor)}) that its forward has made or "
+            "was handed. Another one takes its place outside of the stage, so that the reference would lead "
+            "to nothing. Keep the tensor itself, or compare what it says."
+        )
 
 
 def _in_tuples(of: Callable[[Any], Any], value: Any) -> Any:
@@ -196,7 +217,7 @@ def _refuse_key(tensor: Tensor, what: str) -> NoReturn:
     )
 
 
-_OF_TENSORS = (Tensor, tuple, frozenset, functools.partial)
+_OF_TENSORS = (Tensor, tuple, frozenset, functools.partial, ref)
 
 
 class _Result(NamedTuple):
@@ -372,6 +393,8 @@ class State:
                 memo[id(value)] = stand_in = _Result(len(tensors), notes_on(value, owner))
                 stand_ins.append(stand_in)
                 tensors.append(value)
+            for reference in _references_in(new, memo):
+                _refuse_reference(reference, is_functional)
             try:
                 refuse_closures([*new.values()] if isinstance(new, dict) else new, is_functional)
                 writes.append(_Write(i, copy.deepcopy(new, memo), removed, grows))
@@ -434,15 +457,24 @@ def _has_none(holder: Any, contents: Any) -> bool:
 
 def _tensors_in(value: Any, known: dict[int, Any]) -> list[Tensor]:
     """Tensors in something that was left which were not there before, each once."""
-    found: dict[int, Tensor] = {}
+    return [each for each in _left_in(value, known) if isinstance(each, Tensor)]
+
+
+def _references_in(value: Any, known: dict[int, Any]) -> list[ref[Any]]:
+    """Weak references, likewise."""
+    return [each for each in _left_in(value, known) if isinstance(each, ref)]
+
+
+def _left_in(value: Any, known: dict[int, Any]) -> list[Any]:
+    found: list[Any] = []
     stack, seen = [value], set(known)
     while stack:
         each = stack.pop()
         if id(each) in seen or type(each) in INERT:
             continue
         seen.add(id(each))
-        if isinstance(each, Tensor):
-            found[id(each)] = each
+        if isinstance(each, (Tensor, ref)):
+            found.append(each)
         elif isinstance(each, dict):
             stack += each.values()
         elif isinstance(each, (list, tuple, set, frozenset, deque)):
@@ -451,4 +483,4 @@ def _tensors_in(value: Any, known: dict[int, Any]) -> list[Tensor]:
             stack += getattr(each, "__dict__", {}).values()
             slots = [name for kind in type(each).__mro__ for name in getattr(kind, "__slots__", ())]
             stack += [getattr(each, name, None) for name in slots]
-    return [*found.values()]
+    return found

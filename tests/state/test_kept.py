@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -478,3 +479,77 @@ def test_a_buffer_that_the_first_call_registers_is_made_before_functionalize(
     module(x)
     output, buffers, _ = fs.stage_vjp(*stage(), x)
     torch.testing.assert_close((output, buffers["count"]), (module(x).detach(), module.count))
+
+
+class Referring(nn.Module):
+    """Keeps a weak reference to a tensor of its forward."""
+
+    def __init__(self, keep: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.keep = nn.Linear(3, 3), keep
+        self.found: Any = None
+        self.held: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        self.keep(self, x, y)
+        return y
+
+
+def _beside_the_tensor(m: Any, x: Tensor, y: Tensor) -> None:
+    m.held = y * 2
+    m.found = weakref.ref(m.held)
+
+
+def _in_a_new_list(m: Any, x: Tensor, y: Tensor) -> None:
+    m.held = y * 2
+    m.found = [weakref.ref(m.held)]
+
+
+def _to_the_output(m: Any, x: Tensor, y: Tensor) -> None:
+    m.found = weakref.ref(y)
+
+
+def _to_the_input(m: Any, x: Tensor, y: Tensor) -> None:
+    m.found = weakref.ref(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep", [_beside_the_tensor, _in_a_new_list, _to_the_output, _to_the_input])
+def test_a_weak_reference_that_would_lead_to_nothing_is_refused(
+    keep: Callable[[Any, Tensor, Tensor], Any], compiled: bool
+) -> None:
+    module = Referring(keep)
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, backend="aten", fullgraph=True) if compiled else apply
+    with pytest.raises(fs.PurityError, match=r"keeps a weak reference to a tensor .*Keep the tensor itself"):
+        fs.stage_vjp(stage, params, buffers, torch.randn(2, 3))
+    assert module.found is None
+    assert module.held is None
+
+
+def _to_what_is_gone(m: Any, x: Tensor, y: Tensor) -> None:
+    m.found = weakref.ref(y * 2)
+
+
+def _to_a_module(m: Any, x: Tensor, y: Tensor) -> None:
+    m.found = weakref.ref(m.linear)
+
+
+def _the_tensor_itself(m: Any, x: Tensor, y: Tensor) -> None:
+    m.found = y * 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep", [_to_what_is_gone, _to_a_module, _the_tensor_itself])
+def test_other_references_are_kept(keep: Callable[[Any, Tensor, Tensor], Any], compiled: bool) -> None:
+    module, x = Referring(keep), torch.randn(2, 3)
+    apply, params, buffers = fs.functionalize(module)
+    stage = fs.compile(apply, backend="aten", fullgraph=True) if compiled else apply
+    output = fs.stage_vjp(stage, params, buffers, x)[0]
+    found = module.found
+    torch.testing.assert_close(output, module(x).detach())
+    if isinstance(found, Tensor):
+        torch.testing.assert_close(found, module.found.detach())
+    else:
+        assert found() is module.found()
