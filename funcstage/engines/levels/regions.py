@@ -197,7 +197,7 @@ class _Captured:
         activations, weights, constants = [], [], []
         for place, value in enumerate(self.values):
             if not split.is_differentiated(value):
-                constants.append((place, self._before.get(place, split.bare(value)).detach()))
+                constants.append((place, self._before.get(place, split.bare(value))))
             elif split.is_weight(value):
                 weights.append((place, value))
             else:
