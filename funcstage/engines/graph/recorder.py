@@ -127,13 +127,18 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             sys.setprofile(own)
-        real = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and not _is_traced(arg)]
+        with without_torch_function():
+            self._note_tensors(func, [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)])
+        return result
+
+    def _note_tensors(self, func: Any, given: list[Tensor]) -> None:
+        """Note of which tensors a function may have read the values."""
+        real = [tensor for tensor in given if not _is_traced(tensor)]
         self._small += [tensor for tensor in real if tensor.numel() == 1]
         if getattr(func, "__name__", "") in _READERS_OF_VALUES:
             for tensor in {id(t): t for t in (*real, *self._small)}.values():
                 label = f"the values of a tensor of shape {[*tensor.shape]}"
                 self._note(Place(label, weakref.ref(tensor), VALUES))
-        return result
 
     def finish(self) -> tuple[Reads, Said]:
         """Return what was read, and what it said when it was read first.

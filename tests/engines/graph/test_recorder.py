@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import funcstage as fs
 from funcstage.engines.graph.left_behind import is_made_in_trace
@@ -654,6 +655,29 @@ def test_all_is_as_it_was_until_what_was_read_changes_or_torch_is_handed_a_callb
         assert alike()
         function()
         assert alike() is is_alike
+
+
+class Seeing(TorchFunctionMode):
+    """Notes the functions of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_noted_of_tensors_reaches_no_mode_of_the_stage() -> None:
+    def run() -> Tensor:
+        return VECTOR.sin()
+
+    recorder = Recorder(run, (), ())
+    with Seeing() as mode, recorder:
+        run()
+        assert mode.seen == [Tensor.sin]
+    assert any("'VECTOR'" in place.label for place in recorder.finish()[0].places)
 
 
 class Naming(nn.Module):
