@@ -48,7 +48,7 @@ def _forward(norm: Any, input: Tensor) -> Tensor:
     norm._check_input_dim(input)
     norm.num_batches_tracked.add_(1)
     running = norm.running_mean, norm.running_var
-    mean, var = own = [each.detach().clone() for each in running]
+    mean, var = own = [each.clone() for each in running]
     out = F.batch_norm(input, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=norm.eps)
     if input.numel() > 0:  # where it is empty, the kernel leaves the statistics alone
         with torch.no_grad():

@@ -253,7 +253,7 @@ class _Run:
             self.layers.check([outputs[i] for i in roots])
             constants = {i: r for i, r in enumerate([*outputs, *fresh]) if not isinstance(r, Tensor)}
             self._found = _Found(output_spec, buffers_spec, changes and changes[0], roots, constants)
-            cotangents = [_cotangent_of(outputs[i].detach()) for i in roots]
+            cotangents = [_cotangent_of(outputs[i]) for i in roots]
             as_they_come = [_unwrapped(leaf) for leaf in cotangents]  # a backward may write into them
             grads: list[Tensor | None] = [None] * len(values)
             if wanted:
