@@ -123,6 +123,24 @@ def test_what_hooks_read_may_change_between_calls(name: str) -> None:
     torch.testing.assert_close(gradients(module, apply), now)
 
 
+def by_own_weight(module: nn.Linear, grads: Any, _: Any) -> Any:
+    return (grads[0] * module.weight.detach().sum(),)
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_a_hook_that_reads_a_parameter_reads_the_one_that_the_stage_was_given(engine: str) -> None:
+    module, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    for each in (module, other):
+        each.register_full_backward_hook(by_own_weight)
+    apply, params, buffers = fs.functionalize(module)
+    if engine == "aten":
+        apply = fs.compile(apply, backend="aten", fullgraph=True)
+    for given in (params, {name: p.detach() for name, p in other.named_parameters()}):
+        output, _, pullback = fs.stage_vjp(apply, given, buffers, torch.ones(2, 3))
+        input_grads, weight_pullback = pullback(torch.ones_like(output))
+    torch.testing.assert_close([*input_grads, *weight_pullback().values()], eagers(other))
+
+
 def notes(_: nn.Module, grads: Any, __: Any) -> None:
     SEEN.append(grads[0])
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.fx import map_arg
 from torch.fx.node import map_aggregate
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
+from funcstage._torch import functorch as ft
 from funcstage.engines.graph.alike import description
 from funcstage.engines.graph.joint import CHECKPOINTED, Joint
+from funcstage.engines.graph.layer_copies import unseen
 from funcstage.engines.graph.layers import FEWEST_NODES
 
 compiling = importlib.import_module("funcstage.engines.graph.compile")
@@ -492,6 +495,72 @@ class OfTheStage(Layer):
         return result
 
 
+class ReturningMore(Stack):
+    """Layers that return something beside their result."""
+
+    class Kind(Layer):
+        more_of: Callable[[Tensor, Tensor], Any]
+
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, self.more_of(x, y)
+
+    def __init__(self, more_of: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__(ReturningMore.Kind)
+        for layer in self.layers:
+            layer.more_of = more_of  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x, more = layer(x)
+            x = x + more if isinstance(more, Tensor) else x
+        return x
+
+
+class GivenALeaf(Stack):
+    """Layers are given a leaf that the stage has made, to take a gradient inside."""
+
+    class Kind(Layer):
+        def forward(self, x: Tensor, leaf: Tensor) -> Tensor:  # type: ignore[override]
+            result: Tensor = super().forward(x * leaf)
+            return result
+
+    def __init__(self) -> None:
+        super().__init__(GivenALeaf.Kind)
+
+    def forward(self, x: Tensor) -> Any:
+        leaf = torch.ones(4).requires_grad_()
+        for layer in self.layers:
+            x = layer(x, leaf)
+        return x
+
+
+ALIKE_AND_NOT_COPIED: dict[str, Callable[[], nn.Module]] = {
+    "they return an object": lambda: ReturningMore(lambda x, y: object()),
+    "they return memory twice": lambda: ReturningMore(lambda x, y: y[0]),
+    "they return a tensor twice": lambda: ReturningMore(lambda x, y: y),
+    "they return what they are given": lambda: ReturningMore(lambda x, y: x),
+    "they return a view of it": lambda: ReturningMore(lambda x, y: x[:1]),
+    "they are given a leaf": GivenALeaf,
+}
+
+
+@pytest.mark.parametrize("why", ALIKE_AND_NOT_COPIED)
+def test_layers_whose_results_are_not_all_their_own_are_traced(why: str) -> None:
+    assert compared(ALIKE_AND_NOT_COPIED[why](), X) == 0
+
+
+@pytest.mark.parametrize(("n", "copies"), [(FEWEST_NODES - 1, 0), (FEWEST_NODES, 4)])
+def test_layers_are_copied_that_record_so_much_that_it_pays(n: int, copies: int) -> None:
+    class Small(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(n):
+                x = x.sin()
+            return x
+
+    assert compared(Stack(Small), X) == copies
+
+
 NOT_COPIED = (
     *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments),
     *(RegionInside, Counting, Logging, View),
@@ -719,6 +788,44 @@ def test_an_error_in_a_copy_is_that_of_the_layer_itself() -> None:
     apply, params, buffers = fs.functionalize(Failing())
     with pytest.raises(ValueError, match="of the stage"):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, X)
+
+
+def test_an_interrupt_that_broke_off_a_mode_is_raised_and_the_stage_not_traced_once_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Interrupted(Stack):
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            print("a run")
+            try:
+                raise KeyboardInterrupt
+            finally:
+                ft.pop_layer()  # which was not entered
+
+    apply, params, buffers = fs.functionalize(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, X)
+    assert capsys.readouterr().out.count("a run") == 1
+
+
+class Seeing(TorchFunctionMode):
+    """Notes the functions of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_unseen_does_not_reach_the_modes_of_the_stage() -> None:
+    with Seeing() as mode:
+        with unseen():
+            X.sin()
+        X.cos()
+    assert mode.seen == [Tensor.cos]
 
 
 def test_a_profiler_sees_no_copying_and_is_there_again_after_it() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcstage as fs
 from funcstage.engines.graph.joint import CHECKPOINTED
@@ -74,6 +75,29 @@ def test_what_a_trace_has_cast_is_not_in_the_callers_autocast_cache() -> None:
         with pytest.raises(fs.StageError, match="CAPTURED"):
             fs.stage_vjp(fast, {}, {}, torch.ones(2, 2))
         assert torch.equal(torch.mm(torch.ones(2, 2), CAPTURED), torch.full((2, 2), 2.0).bfloat16())
+
+
+class Seeing(TorchDispatchMode):
+    """Notes the operations that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_trace_computes_nothing_that_modes_around_it_would_see() -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    fast = fs.compile(apply, backend="aten")
+    seen = []
+    for _ in range(2):  # traced first
+        with Seeing() as mode:
+            fs.stage_vjp(fast, params, buffers, torch.ones(2, 2))
+        seen.append([each for each in mode.seen if each is not torch.ops.aten.ones.default])
+    assert seen[0] == seen[1] != []
 
 
 @pytest.mark.parametrize("seed", range(40))
