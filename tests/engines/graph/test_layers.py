@@ -550,17 +550,6 @@ def test_layers_whose_results_are_not_all_their_own_are_traced(why: str) -> None
     assert compared(ALIKE_AND_NOT_COPIED[why](), X) == 0
 
 
-@pytest.mark.parametrize(("n", "copies"), [(FEWEST_NODES - 1, 0), (FEWEST_NODES, 4)])
-def test_layers_are_copied_that_record_so_much_that_it_pays(n: int, copies: int) -> None:
-    class Small(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(n):
-                x = x.sin()
-            return x
-
-    assert compared(Stack(Small), X) == copies
-
-
 NOT_COPIED = (
     *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments),
     *(RegionInside, Counting, Logging, View),
