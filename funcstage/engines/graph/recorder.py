@@ -487,12 +487,10 @@ _READERS_OF_VALUES = frozenset(
     | {f"__{name}__" for name in ("bool", "int", "float", "complex", "index", "array", "contains", "format")}
 )
 
-
 _WITHOUT_CALLBACKS = (
     *(BuiltinMethodType, type(Tensor.add), type(Tensor.__add__)),
     type(Tensor.shape.__get__),  # type: ignore[attr-defined]
 )
-
 
 _ENVIRONMENT = type(os.environ)
 _OF_NO_CONSEQUENCE = frozenset(
