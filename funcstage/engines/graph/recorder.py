@@ -128,17 +128,12 @@ class Recorder(TorchFunctionMode):
         finally:
             sys.setprofile(own)
         with without_torch_function():
-            self._note_tensors(func, [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)])
+            real = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not _is_traced(a)]
+            self._small += [tensor for tensor in real if tensor.numel() == 1]
+            read = [*real, *self._small] if getattr(func, "__name__", "") in _READERS_OF_VALUES else []
+            for t in {id(t): t for t in read}.values():
+                self._note(Place(f"the values of a tensor of shape {[*t.shape]}", weakref.ref(t), VALUES))
         return result
-
-    def _note_tensors(self, func: Any, given: list[Tensor]) -> None:
-        """Note of which tensors a function may have read the values."""
-        real = [tensor for tensor in given if not _is_traced(tensor)]
-        self._small += [tensor for tensor in real if tensor.numel() == 1]
-        if getattr(func, "__name__", "") in _READERS_OF_VALUES:
-            for tensor in {id(t): t for t in (*real, *self._small)}.values():
-                label = f"the values of a tensor of shape {[*tensor.shape]}"
-                self._note(Place(label, weakref.ref(tensor), VALUES))
 
     def finish(self) -> tuple[Reads, Said]:
         """Return what was read, and what it said when it was read first.
