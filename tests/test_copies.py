@@ -15,6 +15,7 @@ from torch.distributed.pipelining import ScheduleGPipe
 
 import funcstage as fs
 from funcstage.pipelining import FunctionalPipelineStage
+from funcstage.trees import map_leaves
 from tests.support.checkpointed import Regions
 
 ENGINES = ("closures", "none", "min_cut", "full")
@@ -147,3 +148,20 @@ def test_a_pipeline_stage_is_copied_and_pickled_as_torchs_is(copied: Any, compil
         found = gradients(other)
         assert not any(parameter.grad is not None for parameter in stage.submod.parameters())
         torch.testing.assert_close(found, gradients(stage), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(3, 2), nn.Sequential(nn.Linear(3, 2))], ids=["lstm", "linear"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda apply: pickle.loads(pickle.dumps(apply))])
+def test_a_copied_stage_function_looks_at_its_own_module(copied: Any, module: nn.Module) -> None:
+    apply, params, buffers = fs.functionalize(module)
+    x = torch.randn(4, 3)
+
+    def results(apply: Any) -> Any:
+        output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+        (dx,), weight_pullback = pullback(map_leaves(torch.ones_like, output))
+        return output, dx, weight_pullback()
+
+    copied_apply: Any = copied(apply)
+    for layer in copied_apply.module.modules():  # as some libraries do, which the next call finds out
+        layer._parameters = dict(layer._parameters)
+    torch.testing.assert_close(results(copied_apply), results(apply))

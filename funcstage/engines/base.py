@@ -23,6 +23,7 @@ from funcstage.dtensors import Specs, unwrapped
 from funcstage.errors import stage_name
 from funcstage.functional import PLAIN_TENSORS, check_leaves
 from funcstage.state.contents import Contents, Held
+from funcstage.state.grad_mode import as_handed
 from funcstage.state.identity import Twins
 from funcstage.state.writes import Watch
 from funcstage.trees import Buffers, Params, PyTree
@@ -142,7 +143,8 @@ class StageCall:
     def twins(self) -> Twins:
         """Tensors that are there in several places."""
         (params, _), (buffers, _) = self.flat[:2]
-        return Twins.of(self.apply, self.params, self.buffers, [*params, *buffers], self.argument_leaves)
+        given = [*map(as_handed, self.argument_leaves)]
+        return Twins.of(self.apply, self.params, self.buffers, [*params, *buffers], given)
 
     def twins_with(self, held: Held | None) -> Twins:
         """The same with what the module holds in several places; `held` is what it holds, where known."""

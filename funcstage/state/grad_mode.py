@@ -6,8 +6,11 @@ mode makes tensors that no tape can be recorded on, so that the three steps of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -42,10 +45,10 @@ def with_gradients_on(stage_vjp: Function) -> Function:
     def run(apply: Any, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or current_level():
             return stage_vjp(apply, params, buffers, *args, **kwargs)
-        given = args, kwargs
-        params, buffers, args, kwargs = trees.map_leaves(_unrecorded, (params, buffers, args, kwargs))
+        given, instead = (args, kwargs), _Instead()
+        params, buffers, args, kwargs = trees.map_leaves(instead, (params, buffers, args, kwargs))
         containers = Containers(given, (args, kwargs))
-        with torch.enable_grad():
+        with torch.enable_grad(), instead.handed():
             output, new_buffers, pullback = stage_vjp(apply, params, buffers, *args, **kwargs)
         containers.give_back(stage_name(apply))
         return *trees.map_leaves(_unrecorded, (output, new_buffers)), pullback
@@ -64,6 +67,43 @@ def in_ordinary_mode(stage_vjp: Function) -> Function:
         return otherwise(*args, **kwargs)
 
     return run  # type: ignore[return-value]  # with the same parameters
+
+
+def as_handed(leaf: Any) -> Any:
+    """What the caller has handed in for a leaf of the arguments that is not recorded."""
+    return _current.handed.get(id(leaf), leaf)
+
+
+class _OfThread(threading.local):
+    handed: Mapping[int, Tensor] = MappingProxyType({})
+
+
+_current = _OfThread()
+
+
+class _Instead:
+    """Puts one tensor that is not recorded in the place of each, as often as that is there."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Tensor] = {}
+        self._handed: dict[int, Tensor] = {}
+
+    def __call__(self, leaf: Any) -> Any:
+        found = self._found.get(id(leaf))
+        if found is None:
+            found = _unrecorded(leaf)
+            if found is not leaf:
+                self._found[id(leaf)], self._handed[id(found)] = found, leaf
+        return found
+
+    @contextmanager
+    def handed(self) -> Iterator[None]:
+        """Answer `as_handed` by these."""
+        before, _current.handed = _current.handed, self._handed
+        try:
+            yield
+        finally:
+            _current.handed = before
 
 
 def _unrecorded(leaf: Any) -> Any:

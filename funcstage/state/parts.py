@@ -65,6 +65,10 @@ class Parts:
         self._held_by = [*chain.from_iterable(map(_TENSORS, self._holding))]
         self.recurrent = {prefix: part for prefix, part in named.items() if isinstance(part, nn.RNNBase)}
 
+    def __reduce__(self) -> Any:
+        """Look at the copy of the module anew: what lies in its namespaces is its own to copy."""
+        return Parts, (self.module,)
+
     def unchanged(self) -> bool:
         """Tell whether classes, submodules and the names of parameters are what they were."""
         return (

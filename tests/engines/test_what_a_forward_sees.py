@@ -514,6 +514,20 @@ def test_tensors_that_are_one_to_the_caller_are_one_or_are_not_compared(
     torch.testing.assert_close(buffers, before)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_they_are_one_to_a_caller_who_records_nothing_too(engine: str, mode: Any) -> None:
+    x, leaf = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    for sees, given in (
+        (lambda m, x, y, z: m.w is z, lambda m: (x, m.w)),
+        (lambda m, x, y, z: x is z, lambda m: (leaf, leaf)),
+    ):
+        module = Seeing(sees)
+        stage = staged(module, engine)
+        with mode(), pytest.raises(fs.StageError, match="compares a tensor by identity"):
+            fs.stage_vjp(*stage, *given(module))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_trace_for_another_tensor_is_none_for_one_that_is_a_buffer_too(engine: str) -> None:
     module, x = Seeing(lambda m, x, y, z: m.b is z), torch.randn(3, 4)
