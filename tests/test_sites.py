@@ -312,6 +312,18 @@ def test_pieces_of_a_first_stage_are_its_sites_of_some_parameters(engine: str) -
 
 
 @pytest.mark.parametrize("engine", ["uncompiled", "plain tape"])
+def test_sites_of_a_first_stage_show_residuals_that_were_moved(engine: str) -> None:
+    output, pullback = first_stage_of(FirstStage(), torch.randint(9, (4, 6)), engine)
+    weight_pullback = pullback(torch.randn_like(output))[1]
+    expected = [site.inputs for site in weight_pullback.sites]
+    moved = optree.tree_map(torch.clone, weight_pullback, namespace="funcstage")
+    found = [site.inputs for site in moved.sites]
+    torch.testing.assert_close(found, expected)
+    held = {leaf.data_ptr() for leaf in optree.tree_leaves(moved, namespace="funcstage")}
+    assert all(tensor.data_ptr() in held for inputs in found for tensor in inputs)
+
+
+@pytest.mark.parametrize("engine", ["uncompiled", "plain tape"])
 def test_pieces_of_a_retained_first_stage_leave_it_what_it_needs(engine: str) -> None:
     module, tokens = FirstStage(), torch.randint(9, (4, 6))
     output, pullback = first_stage_of(module, tokens, engine)

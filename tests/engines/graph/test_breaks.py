@@ -511,6 +511,16 @@ def test_sites_of_parts_are_those_of_their_programs() -> None:
     torch.testing.assert_close(total, wanted)
 
 
+def test_sums_that_i_of_a_part_has_made_are_named_as_the_stage_names_them() -> None:
+    module, _ = made(item)
+    module.first = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 4)).double()
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(in_parts(apply), params, buffers, torch.randn(4096, 64).double())
+    weight_pullback = pullback(torch.ones_like(output))[1]
+    with pytest.raises(fs.StageError, match=r"already summed the gradients of first\.0\.weight, to save"):
+        _ = weight_pullback.sites
+
+
 def test_a_parameter_written_between_f_and_w_is_noticed() -> None:
     module, x = made(item)
     apply, params, buffers = fs.functionalize(module)
