@@ -106,7 +106,8 @@ def _own(apply: Any, params: Any, buffers: Any, held: Sequence[Any], state: Sequ
     if held:
         of_module = apply.named()
         for tree in (params, buffers):
-            own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
+            if isinstance(tree, Mapping):  # all else is refused in a moment
+                own.update((id(tensor), id(of_module.get(name, tensor))) for name, tensor in tree.items())
     return own
 
 

@@ -128,7 +128,7 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
     "arguments of the program": (
         lambda: len(sys.argv),
         lambda: sys.argv.append("more"),
-        lambda: sys.argv.pop(),
+        lambda: sys.argv.__delitem__(slice(1, None)),
     ),
 }
 
@@ -137,7 +137,7 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
 def defaults() -> Any:
     """Settings as the cases leave them, and afterwards as they were."""
     before = os.getcwd(), os.environ.get("TZ"), locale.setlocale(locale.LC_ALL), sys.getrecursionlimit()
-    filters, zone = warnings.filters[:], before[1]
+    filters, argv, zone = warnings.filters[:], sys.argv[:], before[1]
     os.chdir("/")
     _zone("UTC")
     locale.setlocale(locale.LC_ALL, "C")
@@ -149,6 +149,7 @@ def defaults() -> Any:
     locale.setlocale(locale.LC_ALL, before[2])
     sys.setrecursionlimit(before[3])
     warnings.filters[:] = filters  # type: ignore[index]
+    sys.argv[:] = argv
 
 
 @pytest.mark.usefixtures("defaults")
