@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from funcstage import forks
+from funcstage._torch.patches import Patch
 
 Asked: TypeAlias = Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """Gets torch's own `__call__`, the module and its arguments, and returns the result."""
@@ -65,35 +65,15 @@ def _asking(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _OWN(module, *args, **kwargs) if asked is None else asked(_OWN, module, args, kwargs)
 
 
-class _Patch:
-    """The patch, in place while any thread asks."""
+class _Patch(Patch):
+    """Of `nn.Module.__call__`, while any thread asks."""
 
-    def __init__(self) -> None:
-        self._lock = forks.lock()
-        self._depths: dict[int, int] = {}  # by thread
-
-    def depth(self) -> int:
-        """How deep this thread is in stages that ask."""
-        return self._depths.get(threading.get_ident(), 0)
-
-    def alone(self) -> None:
-        """Be in place for this thread only, after a fork."""
-        depth = self.depth()
-        self._depths.clear()
-        self.hold(depth)
-
-    def hold(self, depth: int) -> None:
-        """Be in place as long as any thread holds it; may be broken off anywhere, and called again."""
+    def _put(self, wanted: bool) -> None:
         kind: Any = nn.Module
-        with self._lock:
-            self._depths[threading.get_ident()] = depth
-            if not depth:
-                del self._depths[threading.get_ident()]
-            if self._depths and kind.__call__ is _OWN:
-                kind.__call__ = _asking
-            elif not self._depths and kind.__call__ is _asking:
-                kind.__call__ = _OWN
+        if wanted and kind.__call__ is _OWN:
+            kind.__call__ = _asking
+        elif not wanted and kind.__call__ is _asking:
+            kind.__call__ = _OWN
 
 
 _patch = _Patch()
-forks.in_children(_patch.alone)

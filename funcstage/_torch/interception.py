@@ -27,7 +27,7 @@ import torch
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from funcstage import forks
+from funcstage._torch.patches import Patch
 
 
 class Interceptor(Protocol):
@@ -102,12 +102,11 @@ _DISABLED = "__dynamo_disable"
 _PARAMETERS = inspect.signature(_BODY)
 
 
-class _Patches:
-    """The patches, in place while any stage runs in any thread."""
+class _Patches(Patch):
+    """All of these, while any stage runs in any thread."""
 
     def __init__(self) -> None:
-        self._lock = forks.lock()
-        self._depths: dict[int, int] = {}  # by thread
+        super().__init__()
         self._in_place: bool | None = False  # None while that changes
         self._checkpoint: Any = None
 
@@ -115,40 +114,23 @@ class _Patches:
     def _users(self) -> int:
         return sum(self._depths.values())
 
-    def depth(self) -> int:
-        """How deep this thread is in stages."""
-        return self._depths.get(threading.get_ident(), 0)
-
-    def alone(self) -> None:
-        """Be in place for this thread only, after a fork."""
-        depth = self.depth()
-        self._depths.clear()
-        self.hold(depth)
-
-    def hold(self, depth: int) -> None:
-        """Be in place as long as any thread holds them; may be broken off anywhere, and called again."""
-        with self._lock:
-            if depth:
-                self._depths[threading.get_ident()] = depth
-            else:
-                self._depths.pop(threading.get_ident(), None)
-            wanted = bool(self._depths)
-            if self._in_place is wanted:
-                return
-            if self._in_place is False:
-                self._checkpoint = getattr(_BODY, _DISABLED, None)
-            self._in_place = None
-            if wanted:
-                setattr(_BODY, _DISABLED, self._asked_checkpoint())
-            elif self._checkpoint is not None:
-                setattr(_BODY, _DISABLED, self._checkpoint)
-            elif hasattr(_BODY, _DISABLED):
-                delattr(_BODY, _DISABLED)
-            _set_apply(asked=wanted)
-            _set_threads(asked=wanted)
-            kind: Any = torch.nn.Parameter
-            kind.__deepcopy__ = _asked_copy if wanted else _OWN_COPY
-            self._in_place = wanted
+    def _put(self, wanted: bool) -> None:
+        if self._in_place is wanted:
+            return
+        if self._in_place is False:
+            self._checkpoint = getattr(_BODY, _DISABLED, None)
+        self._in_place = None
+        if wanted:
+            setattr(_BODY, _DISABLED, self._asked_checkpoint())
+        elif self._checkpoint is not None:
+            setattr(_BODY, _DISABLED, self._checkpoint)
+        elif hasattr(_BODY, _DISABLED):
+            delattr(_BODY, _DISABLED)
+        _set_apply(asked=wanted)
+        _set_threads(asked=wanted)
+        kind: Any = torch.nn.Parameter
+        kind.__deepcopy__ = _asked_copy if wanted else _OWN_COPY
+        self._in_place = wanted
 
     def _asked_checkpoint(self) -> Callable[..., Any]:
         original = self._checkpoint
@@ -267,4 +249,3 @@ def _set_threads(*, asked: bool) -> None:
 
 
 _patches = _Patches()
-forks.in_children(_patches.alone)

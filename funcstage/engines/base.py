@@ -143,7 +143,7 @@ class StageCall:
     def twins(self) -> Twins:
         """Tensors that are there in several places."""
         (params, _), (buffers, _) = self.flat[:2]
-        given = [*map(as_handed, self.argument_leaves)]
+        given = as_handed(self.argument_leaves)
         return Twins.of(self.apply, self.params, self.buffers, [*params, *buffers], given)
 
     def twins_with(self, held: Held | None) -> Twins:

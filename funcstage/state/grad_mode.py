@@ -69,9 +69,10 @@ def in_ordinary_mode(stage_vjp: Function) -> Function:
     return run  # type: ignore[return-value]  # with the same parameters
 
 
-def as_handed(leaf: Any) -> Any:
-    """What the caller has handed in for a leaf of the arguments that is not recorded."""
-    return _current.handed.get(id(leaf), leaf)
+def as_handed(leaves: list[Any]) -> list[Any]:
+    """What the caller has handed in for leaves of the arguments, of which some may not be recorded."""
+    handed = _current.handed
+    return [handed.get(id(leaf), leaf) for leaf in leaves] if handed else leaves
 
 
 class _OfThread(threading.local):

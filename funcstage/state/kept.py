@@ -383,7 +383,8 @@ class State:
                 grows, new = True, [*holder][len(contents) :]
             else:
                 new = [*holder]
-            left = _tensors_in(new, memo)
+            found = _left_in(new, memo)
+            left = [each for each in found if isinstance(each, Tensor)]
             if left and isinstance(holder, set):
                 raise TraceError(
                     f"{owner} leaves a tensor in a set on its module, where a compiled stage would not know "
@@ -393,8 +394,9 @@ class State:
                 memo[id(value)] = stand_in = _Result(len(tensors), notes_on(value, owner))
                 stand_ins.append(stand_in)
                 tensors.append(value)
-            for reference in _references_in(new, memo):
-                _refuse_reference(reference, is_functional)
+            for each in found:
+                if isinstance(each, ref):
+                    _refuse_reference(each, is_functional)
             try:
                 refuse_closures([*new.values()] if isinstance(new, dict) else new, is_functional)
                 writes.append(_Write(i, copy.deepcopy(new, memo), removed, grows))
@@ -460,12 +462,8 @@ def _tensors_in(value: Any, known: dict[int, Any]) -> list[Tensor]:
     return [each for each in _left_in(value, known) if isinstance(each, Tensor)]
 
 
-def _references_in(value: Any, known: dict[int, Any]) -> list[ref[Any]]:
-    """Weak references, likewise."""
-    return [each for each in _left_in(value, known) if isinstance(each, ref)]
-
-
 def _left_in(value: Any, known: dict[int, Any]) -> list[Any]:
+    """The same with weak references."""
     found: list[Any] = []
     stack, seen = [value], set(known)
     while stack:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from copied_layers import counted_copies
+from seeing import Seeing
 from torch import Tensor, nn
 from torch.fx import map_arg
 from torch.fx.node import map_aggregate
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
@@ -795,18 +795,6 @@ def test_an_interrupt_that_broke_off_a_mode_is_raised_and_the_stage_not_traced_o
     with pytest.raises(KeyboardInterrupt):
         fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, X)
     assert capsys.readouterr().out.count("a run") == 1
-
-
-class Seeing(TorchFunctionMode):
-    """Notes the functions of torch that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 def test_what_is_unseen_does_not_reach_the_modes_of_the_stage() -> None:

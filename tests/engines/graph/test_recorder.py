@@ -21,9 +21,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from seeing import Seeing
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 import funcstage as fs
 from funcstage.engines.graph.left_behind import is_made_in_trace
@@ -655,18 +655,6 @@ def test_all_is_as_it_was_until_what_was_read_changes_or_torch_is_handed_a_callb
         assert alike()
         function()
         assert alike() is is_alike
-
-
-class Seeing(TorchFunctionMode):
-    """Notes the functions of torch that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 def test_what_is_noted_of_tensors_reaches_no_mode_of_the_stage() -> None:
