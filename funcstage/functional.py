@@ -74,8 +74,8 @@ def functionalize(module: nn.Module) -> FunctionalStage:
     Built on `torch.func.functional_call`. The module's code and its train/eval mode are read
     at call time; its tensors are read here, once, and never written. While the stage's forward runs, the
     module and its submodules hold the tensors that the stage was given: stages that share a submodule
-    therefore run one at a time, whatever their threads, and other readers of the module (a plain call,
-    `state_dict()`, an optimizer) must wait until no stage of it runs. A parameter
+    therefore run one at a time, whatever their threads, and so does `functionalize`; other readers of the
+    module (a plain call, `state_dict()`, an optimizer) must wait until no stage of it runs. A parameter
     that the module reaches under several names (tied weights) appears once, under the first. Parameters
     that do not require grad are held constant: they are found among the buffers.
 
@@ -105,8 +105,9 @@ def functionalize(module: nn.Module) -> FunctionalStage:
             "pass it to stage_vjp as it is."
         )
     check_unwrapped(module)
-    stage = function_of(module)
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with locked(module):
+        stage = function_of(module)
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     check_no_hooks(type(module).__name__, trainable, accumulators=True)
     stage.apply.refuses_hooks = True  # type: ignore[attr-defined]  # those that come later, too
     return stage
@@ -114,6 +115,11 @@ def functionalize(module: nn.Module) -> FunctionalStage:
 
 def function_of(module: nn.Module) -> FunctionalStage:
     """Do what `functionalize` does, for callers who run the hooks of parameters themselves."""
+    with locked(module):  # or another thread's stage has its tensors there
+        return _function_of(module)
+
+
+def _function_of(module: nn.Module) -> FunctionalStage:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise StageError(
@@ -182,6 +188,11 @@ class ModuleFunction:
         """Refuse a module that has other parameters than it had, which would get no gradients."""
         if self._parts.unchanged():
             return
+        with locked(self.module):
+            self._check_names()
+            self._look_at_parts()
+
+    def _check_names(self) -> None:
         check_unwrapped(self.module)
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         known = set(self._param_shapes.keys() | self._frozen | self._aliases.keys())
@@ -192,7 +203,6 @@ class ModuleFunction:
                 f"{self.__qualname__}: the module was changed after functionalize, and {differ[0]!r} is "
                 f"{'new' if differ[0] in names else 'no longer a parameter'}. Call functionalize again."
             )
-        self._look_at_parts()
 
     def __call__(self, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[PyTree, Buffers]:
         module = self.module

@@ -108,6 +108,10 @@ def test_stages_that_share_submodules_run_side_by_side(engine: str, stage: Stage
         start.wait()
         found = []
         for _ in range(4):
+            held = fs.functionalize(Root(shared)).params  # the others must have put theirs away
+            assert all(
+                p.data_ptr() == kept[name.removeprefix("shared.")].data_ptr() for name, p in held.items()
+            )
             output, _, pullback = fs.stage_vjp(apply, params, buffers, *args, argnums=stage.argnums, **kwargs)
             input_grads, weight_pullback = pullback(cotangents(output))
             grads = weight_pullback()

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import funcstage as fs
 from funcstage._torch.interception import intercepting
 from funcstage.engines.graph.recorder import Recorder
+from funcstage.engines.graph.refusals import ReadsValue
 from funcstage.state.module import locked, locked_and_swapped, look_over, state_of
 
 ENGINES = pytest.mark.parametrize("engine", ["closures", "aten"])
@@ -246,6 +247,58 @@ def test_a_stage_is_looked_at_by_its_trace_while_nobody_else_has_its_parts(
     monkeypatch.setattr(sys.modules["funcstage.engines.graph.compile"], "Recorder", looking)
     output = fs.stage_vjp(*stage(Shares(shared), "aten"), x)[0]
     torch.testing.assert_close(waiting[0].result(timeout=LONG)[0], output)
+
+
+def while_another_thread_has(shared: nn.Module, read: Callable[[], Any]) -> Any:
+    """What a function returns that is called while another thread runs a stage, with tensors of its own."""
+    reading = []
+
+    def reads(*_: Any) -> None:
+        with intercepting(NOBODY):
+            reading.append(ELSEWHERE.submit(read))
+            with pytest.raises(TimeoutError):
+                reading[0].result(timeout=0.2)
+
+    handle = shared.register_forward_pre_hook(reads)
+    apply, params, buffers = stage(Shares(shared), "closures")
+    fs.stage_vjp(apply, {name: p * 0 for name, p in params.items()}, buffers, torch.ones(4, 8))
+    handle.remove()
+    return reading[0].result(timeout=LONG)
+
+
+def test_a_module_is_functionalized_while_nobody_else_has_its_parts() -> None:
+    shared = layers()
+    _, params, _ = while_another_thread_has(shared, lambda: fs.functionalize(Shares(shared)))
+    assert [p.data_ptr() for p in params.values()] == [p.data_ptr() for p in shared.parameters()]
+
+
+class ReadsAfter(Shares):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.filterwarnings("ignore:.*It runs uncompiled")
+def test_a_stage_is_taken_in_parts_while_nobody_else_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, x = layers(), torch.randn(4, 8)
+    apply, params, buffers = stage(ReadsAfter(shared), "aten")
+    found: list[Any] = []
+    compiled = sys.modules["funcstage.engines.graph.compile"]
+    parts = compiled.Parts
+
+    def of(module: nn.Module, part: Any) -> Any:
+        found.append([p.data_ptr() for p in module.parameters()])
+        return parts(module, part)
+
+    monkeypatch.setattr(compiled, "Parts", of)
+    monkeypatch.setattr(compiled.CompiledStage, "found", refused)
+    while_another_thread_has(shared, lambda: fs.stage_vjp(apply, params, buffers, x))
+    assert found == [[p.data_ptr() for p in shared.parameters()]]
+
+
+def refused(self: Any, call: Any) -> Any:
+    """What a trace says of a stage that reads values."""
+    raise ReadsValue("it reads the value of a tensor")
 
 
 def test_one_module_in_several_stages_is_lent_to_one_thread_at_a_time() -> None:

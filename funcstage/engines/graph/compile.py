@@ -207,7 +207,8 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             if self.fullgraph:
                 raise
             if self._parts is None:
-                self._parts = Parts(self.module or nn.Module(), self._part)
+                with locked(self.module):  # or it would find another thread's tensors in it
+                    self._parts = Parts(self.module or nn.Module(), self._part)
                 if self.fullgraph is None:
                     warn_of_parts(refusal)
             return None
