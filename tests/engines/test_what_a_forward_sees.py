@@ -6,6 +6,7 @@ import copy
 import operator
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from operator import is_not
 from typing import Any
@@ -101,6 +102,10 @@ def test_a_forward_sees_what_it_sees_in_eager(seen: str, engine: str, argnums: t
     check(Seeing(SEEN[seen]), engine, argnums, torch.randn(3, 4))
 
 
+KINDS = defaultdict(int, {Tensor: 1, nn.Parameter: 2, Marked: 4, nn.Linear: 5})
+NAMED = {kind.__name__: value for kind, value in KINDS.items()}
+Seeing.KINDS = KINDS  # type: ignore[attr-defined]
+
 CLASSES: dict[str, Callable[..., Any]] = {
     "of a parameter": lambda m, x, y: type(m.w) is nn.Parameter,
     "of a frozen one": lambda m, x, y: type(m.frozen) in (nn.Parameter, nn.Buffer),
@@ -108,6 +113,13 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "of an argument": lambda m, x, y: type(x) is torch.Tensor,
     "of an activation": lambda m, x, y: y.__class__ is not Tensor,
     "by name": lambda m, x, y: type(m.w).__name__ == "Parameter",
+    "as another's": lambda m, x, y: type(m.w) is type(x),
+    "as an entry": lambda m, x, y: KINDS[type(y)],
+    "as an entry of a class's": lambda m, x, y: m.KINDS[x.__class__],
+    "as an entry of a local": lambda m, x, y: (lambda kinds, z: kinds[z.__class__])(KINDS, y),
+    "as an entry that may be missing": lambda m, x, y: m.KINDS.get(type(m.w), 3),
+    "as an entry by name": lambda m, x, y: NAMED.get(type(y).__name__, 3),
+    "as an entry, asked for": lambda m, x, y: type(x) in KINDS,
 }
 
 
@@ -127,6 +139,10 @@ def test_the_very_class_of_a_tensor_is_eagers_uncompiled_and_refused_in_a_trace(
         lambda m, x, y: type(x) is list,
         lambda m, x, y: type(x.shape) is torch.Size,
         lambda m, x, y: type(m.sees) is not Tensor,
+        lambda m, x, y: type(x) is type(y),
+        lambda m, x, y: type(m.w) is type(m.proj.weight),
+        lambda m, x, y: KINDS.get(type(m.proj), 3) + KINDS.get(type(m), KINDS[Tensor]),
+        lambda m, x, y: {"n": 2}.get(type(x).__name__, 3),
     ],
 )
 def test_other_classes_are_compared_in_a_trace(sees: Callable[..., Any]) -> None:
