@@ -68,12 +68,13 @@ class Watch:
         names: tells their names in that order, when asked.
     """
 
-    __slots__ = ("_counters", "_held", "_inner", "_names", "_others", "_versions")
+    __slots__ = ("_counters", "_held", "_inner", "_names", "_others", "_unswappable", "_versions")
 
     def __init__(
         self, held: Sequence[Tensor], others: Iterable[Tensor], names: Callable[[], Sequence[str]]
     ) -> None:
         self._held = len(held)
+        self._unswappable = [*map(ref, held)]  # torch.utils.swap_tensors refuses what has weak references
         self._counters = list(held)
         self._names = names
         self._others: list[_Other] = []

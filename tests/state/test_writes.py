@@ -194,6 +194,25 @@ def test_an_argument_that_is_given_other_memory_after_f_is_refused_as_in_eager(e
     assert "W reads it again" in str(run(lambda: pullback(torch.ones_like(output)))[1])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_read_again_is_not_swapped_with_another_tensor(engine: str) -> None:
+    """As in eager, torch refuses to: it would be another tensor altogether, of as many writes."""
+    module, apply, params, buffers, args = made("deep", engine)
+    leaf = args[0].clone().requires_grad_()
+    output = module(leaf)
+    with pytest.raises(RuntimeError, match=r"[Ss]wap|use_count"):
+        torch.utils.swap_tensors(module[2].weight, nn.Parameter(torch.zeros(3, 4)))  # type: ignore[index]
+    expected = torch.autograd.grad(output.sum(), [leaf, *module.parameters()])
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, *args)
+    for tensor in (args[0], params["2.weight"]):
+        with pytest.raises(RuntimeError, match="Cannot swap"):
+            torch.utils.swap_tensors(tensor, torch.zeros_like(tensor))
+    (found,), weight_pullback = pullback(torch.ones_like(output))
+    torch.testing.assert_close([found, *weight_pullback().values()], [*expected])
+    del pullback, weight_pullback, output
+    torch.utils.swap_tensors(params["2.weight"], torch.zeros(3, 4))
+
+
 @pytest.mark.parametrize("how", ["held by its module", "handed to it"])
 def test_a_write_into_what_a_region_alone_reads_again_is_refused(how: str) -> None:
     """Which no level knows: a buffer of a module that is not the stage's, or an argument that is none."""

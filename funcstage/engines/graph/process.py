@@ -1,4 +1,4 @@
-"""What a stage asks of its process while it is traced: settings of Python, loggers, names of classes.
+"""What a stage asks of its process while it is traced: settings of Python, loggers, threads, names.
 
 What is asked by a call is no attribute of anything, so that byte code does not tell it. Which functions are
 called does: their answers are places that are looked at again as all others (`reads.py`).
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Set
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from funcstage.engines.graph.reads import Place
+from funcstage.engines.graph.reads import OF_CODE, Place
 from funcstage.errors import TraceError
 from funcstage.state.code import is_library
 
@@ -39,6 +40,9 @@ class Process:
         if event == "c_call":
             if getattr(argument, "__name__", None) in _NAMES:
                 self._asks(argument, frame, codes)
+        elif event == "call" and frame.f_code in _OF_THREADS:
+            if frame.f_back is not None and frame.f_back.f_code in codes:
+                self._asked[_OF_THREADS[frame.f_code]] = f"threading.{frame.f_code.co_name}()"
         elif event == "call" and frame.f_code in _OF_LOGGERS:
             self._meets_logger(frame.f_locals["self"], frame.f_back, codes)
         elif event == "return" and frame.f_code is _GETS_LOGGER:
@@ -78,7 +82,7 @@ class Process:
                 f"The stage asks for the state of its process ({what}, at {where}), and a trace would keep "
                 "the answer for all calls. Ask outside and pass the answer as an argument."
             )
-        of_classes = names & {"__name__", "__qualname__"}
+        told = sorted(names & OF_CODE)
         for each in reached:
             if isinstance(each, logging.Logger) and not names.isdisjoint(_OF_LOGGER):
                 self._asked[each] = f"the logger {each.name!r}"
@@ -88,11 +92,11 @@ class Process:
                 for name, says in _OF_MODULES.get(each.__name__, {}).items():
                     if name in names or not name:
                         self._asked[says] = f"module {each.__name__}"
-            elif isinstance(each, type):
+            elif isinstance(each, (type, FunctionType)):
                 if each.__module__ == "decimal":
                     self._asked[_decimals] = "the context of decimal"
                 elif not is_library(each.__module__):
-                    for name in sorted(of_classes):
+                    for name in told:
                         yield Place(f"{each.__qualname__}.{name}", weakref.ref(each), name)
         yield from (Place(label, ANSWERS, key) for key, label in self._asked.items())
 
@@ -146,6 +150,23 @@ def _path() -> Hashable:
     return tuple(sys.path)
 
 
+def _modules() -> Hashable:
+    return tuple(sys.modules)
+
+
+def _thread() -> Hashable:
+    thread = threading.current_thread()
+    return thread.name, thread.daemon, thread.ident
+
+
+def _main_thread() -> Hashable:
+    return threading.main_thread().name, threading.main_thread().ident
+
+
+def _threads() -> Hashable:
+    return tuple((thread.name, thread.daemon, thread.ident) for thread in threading.enumerate())
+
+
 def _is_debugged() -> Hashable:
     return sys.gettrace() is not None
 
@@ -180,6 +201,8 @@ _ANSWERS: dict[tuple[str, str], Callable[[], Hashable] | None] = {
 _REFUSED = {
     ("sys", "getprofile"),
     ("_signal", "getsignal"),
+    ("sys", "getrefcount"),
+    *(("gc", name) for name in ("get_count", "get_objects", "get_referrers", "get_stats")),
     ("posix", "umask"),
     ("posix", "getpriority"),
     ("posix", "sched_getaffinity"),
@@ -190,11 +213,18 @@ _REFUSED = {
 """Functions that take arguments, answer otherwise each time, or otherwise while a stage is traced."""
 _OF_MODULES: dict[str, dict[str, Callable[[], Hashable]]] = {
     "warnings": {"filters": _filters},
-    "sys": {"argv": _argv, "path": _path},
+    "sys": {"argv": _argv, "path": _path, "modules": _modules},
     "decimal": {"": _decimals},
 }
 """What attributes of modules say that are lists, by their names, or what all of them depend on."""
 _NAMES = frozenset(name for _, name in (*_ANSWERS, *_REFUSED))
+_OF_THREADS: dict[CodeType, Callable[[], Hashable]] = {
+    threading.current_thread.__code__: _thread,
+    threading.main_thread.__code__: _main_thread,
+    threading.active_count.__code__: threading.active_count,
+    threading.enumerate.__code__: _threads,
+}
+"""Functions that tell of threads, with what says what they tell."""
 _OF_LOGGER = frozenset({"level", "disabled", "propagate", "handlers", "parent"})
 _OF_LOGGERS: frozenset[CodeType] = frozenset(
     method.__code__

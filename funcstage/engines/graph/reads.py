@@ -9,7 +9,7 @@ they were read first; a `Watch` tells that within microseconds.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType
@@ -151,7 +151,7 @@ class Watch:
         self._cells: list[Any] = []
         self._tensors: list[Tensor] = []
         self._classes: list[type] = []
-        self._called: list[Any] = []  # classes whose names were read
+        self._described: list[tuple[Callable[[Any], Any], Any]] = []  # classes and functions, by their names
         sized: dict[int, Any] = {id(space.entries): space.entries for space in reads.spaces}
         for place in reads.places:
             owner = place.owner() if isinstance(place.owner, weakref.ref) else place.owner
@@ -159,8 +159,10 @@ class Watch:
                 continue  # it is not called any more, and what held it is watched
             elif isinstance(owner, Tensor):
                 self._tensors.append(owner)
+            elif place.name in OF_CODE and isinstance(owner, (type, FunctionType)):
+                self._described.append((attrgetter(place.name), owner))
             elif isinstance(owner, type):
-                (self._classes if place.name == "__mro__" else self._called).append(owner)
+                self._classes.append(owner)
             elif isinstance(owner, FunctionType) and isinstance(place.name, str):
                 functions[id(owner)] = owner
             elif isinstance(owner, FunctionType):
@@ -206,7 +208,7 @@ class Watch:
     def _say(self, values: list[Any]) -> list[Hashable]:
         said = [
             *map(len, self._sized),
-            *map(_CALLED, self._called),
+            *(read(owner) for read, owner in self._described),
             any(map(_NAMESPACE, self._bare)),
             *map(_version, self._tensors),
         ]
@@ -250,6 +252,9 @@ def _version(tensor: Tensor) -> Hashable:
     return version_of(tensor), tensor.data_ptr()
 
 
+OF_CODE = frozenset({"__name__", "__qualname__", "__module__", "__doc__"})
+"""What classes and functions tell of their source."""
+
 VALUES = ""
 """Stands for the values of a tensor among the names of places."""
 
@@ -264,9 +269,6 @@ _OF_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 
 
 _NAMESPACE = attrgetter("__dict__")
-
-
-_CALLED = attrgetter("__name__", "__qualname__")
 
 
 _BASES = attrgetter("__mro__")

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,16 @@ class Asking(nn.Module):
 def _zone(name: str) -> None:
     os.environ["TZ"] = name
     time.tzset()
+
+
+WAITING: list[threading.Timer] = []
+
+
+def _end() -> None:
+    for timer in WAITING:
+        timer.cancel()
+        timer.join()
+    WAITING.clear()
 
 
 ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]] = {
@@ -103,6 +114,46 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
         lambda: len(Named.__qualname__),
         lambda: setattr(Named, "__qualname__", "Longer than it was"),
         lambda: setattr(Named, "__qualname__", "Named"),
+    ),
+    "a class's module": (
+        lambda: len(Named.__module__),
+        lambda: setattr(Named, "__module__", "elsewhere"),
+        lambda: setattr(Named, "__module__", __name__),
+    ),
+    "what a class says of itself": (
+        lambda: len(Named.__doc__ or ""),
+        lambda: setattr(Named, "__doc__", "Something else."),
+        lambda: setattr(Named, "__doc__", "A class."),
+    ),
+    "a function's name": (
+        lambda: len(_zone.__name__),
+        lambda: setattr(_zone, "__name__", "another"),
+        lambda: setattr(_zone, "__name__", "_zone"),
+    ),
+    "what is imported": (
+        lambda: "of_no_distribution" in sys.modules,
+        lambda: sys.modules.__setitem__("of_no_distribution", sys),
+        lambda: sys.modules.pop("of_no_distribution", None),
+    ),
+    "how many threads there are": (
+        lambda: threading.active_count(),
+        lambda: WAITING.append(threading.Timer(1e4, int)) or WAITING[-1].start(),  # type: ignore[func-returns-value]
+        lambda: _end(),
+    ),
+    "the name of the thread": (
+        lambda: len(threading.current_thread().name),
+        lambda: setattr(threading.current_thread(), "name", "another"),
+        lambda: setattr(threading.current_thread(), "name", "MainThread"),
+    ),
+    "the name of the main thread": (
+        lambda: len(threading.main_thread().name),
+        lambda: setattr(threading.main_thread(), "name", "another"),
+        lambda: setattr(threading.main_thread(), "name", "MainThread"),
+    ),
+    "the names of threads": (
+        lambda: sum(len(thread.name) for thread in threading.enumerate()),
+        lambda: setattr(threading.main_thread(), "name", "another"),
+        lambda: setattr(threading.main_thread(), "name", "MainThread"),
     ),
     "filters of warnings": (
         lambda: len(warnings.filters),
@@ -180,6 +231,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "resource.getrlimit": lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 9,
     "posix.sched_getaffinity": lambda: len(os.sched_getaffinity(0)) > 1,
     "sys.getprofile": lambda: sys.getprofile() is None,
+    "sys.getrefcount": lambda: sys.getrefcount(Named) > 3,
+    "gc.get_objects": lambda: len(gc.get_objects()) > 3,
 }
 
 
