@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing.pool
 import sys
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcstage as fs
 from funcstage._torch.interception import intercepting
+from funcstage.engines.graph.reads import Reads
 from funcstage.engines.graph.recorder import Recorder
 from funcstage.engines.graph.refusals import ReadsValue
 from funcstage.state.module import locked, locked_and_swapped, look_over, state_of
@@ -247,6 +249,26 @@ def test_a_stage_is_looked_at_by_its_trace_while_nobody_else_has_its_parts(
     monkeypatch.setattr(sys.modules["funcstage.engines.graph.compile"], "Recorder", looking)
     output = fs.stage_vjp(*stage(Shares(shared), "aten"), x)[0]
     torch.testing.assert_close(waiting[0].result(timeout=LONG)[0], output)
+
+
+def test_what_a_trace_has_read_is_looked_at_again_while_nobody_else_has_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, shared, waiting = torch.randn(4, 8), layers(), []
+    other, now = stage(Shares(shared), "closures"), Reads.now
+
+    def looking(reads: Reads) -> Any:
+        if len(waiting) < 2:  # once within the trace and once behind it
+            waiting.append(ELSEWHERE.submit(fs.stage_vjp, *other, x))
+            with pytest.raises(TimeoutError):
+                waiting[-1].result(timeout=0.2)
+        return now(reads)
+
+    monkeypatch.setattr(Reads, "now", looking)
+    output = fs.stage_vjp(*stage(Shares(shared), "aten"), x)[0]
+    assert len(waiting) == 2
+    for each in waiting:
+        torch.testing.assert_close(each.result(timeout=LONG)[0], output)
 
 
 def while_another_thread_has(shared: nn.Module, read: Callable[[], Any]) -> Any:
@@ -588,6 +610,40 @@ def test_of_two_threads_that_use_one_pullback_up_the_second_is_told(engine: str,
             assert isinstance(second, fs.ConsumedError)
             grads = first() if phase == "I" else first
             torch.testing.assert_close([*grads.values()], [*expected])
+
+
+USES: dict[str, Callable[[Any, Any], Any]] = {
+    "I": lambda pullback, _: [*pullback(VECTORS)[0], *pullback(VECTORS)[1]().values()],
+    "W": lambda _, weights: [*weights().values()],
+    "a sum of W": lambda _, weights: [*fs.stage_backward_weight([weights]).values()],
+    "pieces of W": lambda _, weights: [*fs.stage_backward_weight(weights.split(2)).values()],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_who_uses_a_pullback_while_another_thread_does_waits_for_it(
+    engine: str, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its residuals are read by one at a time: what the first call keeps, the second one may use up."""
+    function, params, buffers = stage(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), engine)
+    pullback = fs.stage_vjp(function, params, buffers, VECTORS)[2]
+    grads, weights = pullback(VECTORS, retain=True)
+    expected = [*(grads if use == "I" else ()), *weights(retain=True).values()]
+    waiting: list[Any] = []
+    first, run = (pullback, "input_vjp") if use == "I" else (weights, "weight_vjp")
+    running = getattr(type(first._tape), run)
+
+    def taken(*args: Any, **kwargs: Any) -> Any:
+        if not waiting:
+            waiting.append(ELSEWHERE.submit(USES[use], functools.partial(pullback, retain=True), weights))
+            with pytest.raises(TimeoutError):
+                waiting[0].result(timeout=0.2)
+        return running(*args, **kwargs)
+
+    monkeypatch.setattr(type(first._tape), run, taken)
+    first(VECTORS, retain=True) if use == "I" else first(retain=True)
+    torch.testing.assert_close(waiting[0].result(LONG), expected)
 
 
 def test_what_a_thread_failed_to_begin_another_one_may_use(monkeypatch: Any) -> None:

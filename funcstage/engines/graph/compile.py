@@ -203,9 +203,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
         """The programs for a call and its tensors; `None` where it runs uncompiled, in part or as a whole."""
         try:
             return self.found(call)
-        except ReadsValue as refusal:
-            if self.fullgraph:
-                raise
+        except ReadsValue as refusal:  # which is another error with fullgraph
             if self._parts is None:
                 with locked(self.module):  # or it would find another thread's tensors in it
                     self._parts = Parts(self.module or nn.Module(), self._part)
@@ -285,8 +283,7 @@ class CompiledStage(Generic[Output, AnyBuffers]):
             try:
                 return found or self._trace_open(call.to(self.apply))
             except ReadsValue as refusal:
-                if not self.fullgraph:
-                    self._unreadable[kind] = refusal
+                self._unreadable[kind] = refusal
                 raise
 
     def _known(self, called: Signature, tensors: list[Tensor]) -> tuple[Programs, Signature, Reads] | None:

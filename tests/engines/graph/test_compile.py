@@ -1,6 +1,7 @@
 """The compiled engine against plain eager autograd, through generated Python over ATen."""
 
 import copy
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from funcstage.engines.graph import CompiledStage, compile
 from funcstage.engines.graph.compile import WARN_SIGNATURES
 from funcstage.errors import TraceError
 from funcstage.testing import check_stage
+
+compiling = importlib.import_module("funcstage.engines.graph.compile")
 
 
 @pytest.fixture(autouse=True)
@@ -470,9 +473,49 @@ def test_what_cannot_be_traced_is_refused_by_name(module: nn.Module) -> None:
     with pytest.raises(TraceError, match="uncompiled `apply` works") as caught:
         fs.stage_vjp(compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(2, 4))
     assert "Without fullgraph=True" in str(caught.value)
+    assert caught.value.__cause__ is not None, "torch's own error is the cause"
     if isinstance(module, Branching):
         line = Branching.forward.__code__.co_firstlineno + 1
         assert f"Sequential.1 cannot be traced, at {__file__}:{line}" in str(caught.value)
+
+
+def test_a_stage_that_reads_values_is_not_traced_for_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, params, buffers = fs.functionalize(nn.Sequential(nn.Linear(4, 4), Branching()))
+    stage, traced = compile(apply, backend="aten", fullgraph=False), list[Any]()
+    trace = compiling.trace
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traced.append(args)
+        return trace(*args, **kwargs)
+
+    monkeypatch.setattr(compiling, "trace", counted)
+    for _ in range(3):
+        fs.stage_vjp(stage, params, buffers, torch.randn(2, 4))
+    assert len(traced) == 1
+
+
+class DrawsLater(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.rand_like(grad)
+
+
+def test_random_numbers_of_a_backward_are_refused_in_a_trace() -> None:
+    class Drawing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return DrawsLater.apply(super().forward(x))  # type: ignore[no-any-return]
+
+    apply, params, buffers = fs.functionalize(Drawing(4, 4))
+    x = torch.randn(2, 4)
+    with pytest.raises(
+        TraceError, match=r"in its backward \(aten.rand_like.*Draw them in the forward.*works"
+    ):
+        fs.stage_vjp(compile(apply, backend="aten"), params, buffers, x)
+    fs.stage_vjp(apply, params, buffers, x)[2](torch.ones(2, 4))
 
 
 class Inverse(nn.Module):

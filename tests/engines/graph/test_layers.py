@@ -7,7 +7,7 @@ import importlib
 import itertools
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -223,6 +223,11 @@ ALIKE: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "numbers": (lambda: numbered(ReadingIf), (X,)),
     "gradients taken inside": (lambda: Stack(Gradients), (X,)),
     "attention on GPUs": (lambda: Stack(OnGPUs), (X,)),
+    "gradients that the stage makes": (lambda: Between(lambda x: x * 2), (X,)),
+    "a result that is not always used": (
+        lambda: OneOfTwo(OneOfTwo.Kind, [True, False, False, True, False]),
+        (X,),
+    ),
 }
 
 
@@ -487,6 +492,77 @@ class View(Layer):
         return x.view(4, 3).view(3, 4)
 
 
+class WithGradient(torch.autograd.Function):
+    """Returns its argument, and in the backward what is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return ctx.gradient(ctx.saved_tensors[0]), None
+
+
+class Between(Stack):
+    """Between its layers the gradient is another one."""
+
+    def __init__(self, gradient: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = WithGradient.apply(layer(x), self.gradient)
+        return x
+
+
+class TwiceInEach(Stack):
+    """A layer reads what it is given twice, and the stage reads it, too."""
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x) + x * 2
+        return x
+
+
+class Penalised(Stack):
+    """Gradients of the layers' inputs are a part of the result."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + torch.autograd.grad(y.sum(), self.layers[0].up.bias, create_graph=True)[0].sum()  # type: ignore[union-attr, arg-type]
+
+
+class OneOfTwo(Stack):
+    """Of two results one is not used, by which alone a parameter has a gradient."""
+
+    class Kind(Layer):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, (self.up.weight * 3).sin().sum() + self.more(x.detach())
+
+    class Lone(Kind):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lone = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)[0], self.lone.sin() * 2
+
+    def __init__(self, kind: type[Layer], used: Sequence[bool]) -> None:
+        super().__init__(kind)
+        self.used = used
+
+    def forward(self, x: Tensor) -> Any:
+        for layer, used in zip(self.layers, self.used, strict=True):
+            x, more = layer(x)
+            x = x + more if used else x
+        return x
+
+
 class OfTheStage(Layer):
     """It reads what another module of the stage holds."""
 
@@ -542,7 +618,14 @@ ALIKE_AND_NOT_COPIED: dict[str, Callable[[], nn.Module]] = {
     "they return what they are given": lambda: ReturningMore(lambda x, y: x),
     "they return a view of it": lambda: ReturningMore(lambda x, y: x[:1]),
     "they are given a leaf": GivenALeaf,
+    "a gradient is none of the trace": lambda: Between(lambda x: GRADIENT),
+    "a gradient is a value of the layer's": lambda: Between(lambda x: x),
+    "a gradient has two parts that the stage adds to": TwiceInEach,
+    "the stage takes gradients": Penalised,
+    "a parameter has no gradient": lambda: OneOfTwo(OneOfTwo.Lone, [False] * 5),
+    "a parameter has one at times": lambda: OneOfTwo(OneOfTwo.Lone, [True, False, False, True, False]),
 }
+GRADIENT = torch.linspace(1, 2, 12).view(3, 4)
 
 
 @pytest.mark.parametrize("why", ALIKE_AND_NOT_COPIED)
