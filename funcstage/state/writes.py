@@ -217,12 +217,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def _stand_in(tensor: Tensor, transformed: bool) -> Tensor:
     """A tensor with the version counter of another, and none of its memory where that can be."""
-    if transformed or type(tensor) not in _PLAIN or is_functionalized(tensor):
-        with torch.no_grad():
-            return tensor.detach()
     alias = tensor.detach()
-    with _UNLESS_REFUSED:  # sparse tensors and some others have to be kept
-        alias.data = _NOTHING
+    if not (transformed or type(tensor) not in _PLAIN or is_functionalized(tensor)):
+        with _UNLESS_REFUSED:  # sparse tensors and some others have to be kept
+            alias.data = _NOTHING
     return alias
 
 

@@ -172,7 +172,7 @@ def _is_debugged() -> Hashable:
 
 
 def _decimals() -> Hashable:
-    return str(sys.modules["decimal"].getcontext().copy())
+    return str(sys.modules["decimal"].getcontext())
 
 
 def _locale() -> Hashable:

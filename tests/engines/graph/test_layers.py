@@ -507,10 +507,22 @@ class WithGradient(torch.autograd.Function):
 
 
 class Between(Stack):
-    """Between its layers the gradient is another one."""
+    """Between its layers the gradient is another one, which is that of their own parameter, too."""
 
-    def __init__(self, gradient: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+    class Kind(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + self.own
+
+    class Passing(Kind):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).detach() + self.own
+
+    def __init__(self, gradient: Callable[[Tensor], Tensor], kind: type[Layer] = Kind) -> None:
+        super().__init__(kind)
         self.gradient = gradient
 
     def forward(self, x: Tensor) -> Any:
@@ -529,11 +541,16 @@ class TwiceInEach(Stack):
 
 
 class Penalised(Stack):
-    """Gradients of the layers' inputs are a part of the result."""
+    """A gradient is a part of the result."""
+
+    def __init__(self, create_graph: bool) -> None:
+        super().__init__()
+        self.create_graph = create_graph
 
     def forward(self, x: Tensor) -> Any:
-        y = super().forward(x)
-        return y + torch.autograd.grad(y.sum(), self.layers[0].up.bias, create_graph=True)[0].sum()  # type: ignore[union-attr, arg-type]
+        y, bias = super().forward(x), self.layers[0].up.bias
+        (grad,) = torch.autograd.grad(y.sum(), bias, retain_graph=True, create_graph=self.create_graph)
+        return y + grad.sum()
 
 
 class OneOfTwo(Stack):
@@ -619,9 +636,10 @@ ALIKE_AND_NOT_COPIED: dict[str, Callable[[], nn.Module]] = {
     "they return a view of it": lambda: ReturningMore(lambda x, y: x[:1]),
     "they are given a leaf": GivenALeaf,
     "a gradient is none of the trace": lambda: Between(lambda x: GRADIENT),
+    "a gradient is none of the trace and passed on": lambda: Between(lambda x: GRADIENT, Between.Passing),
     "a gradient is a value of the layer's": lambda: Between(lambda x: x),
     "a gradient has two parts that the stage adds to": TwiceInEach,
-    "the stage takes gradients": Penalised,
+    "the stage takes gradients": lambda: Penalised(create_graph=True),
     "a parameter has no gradient": lambda: OneOfTwo(OneOfTwo.Lone, [False] * 5),
     "a parameter has one at times": lambda: OneOfTwo(OneOfTwo.Lone, [True, False, False, True, False]),
 }
@@ -633,8 +651,13 @@ def test_layers_whose_results_are_not_all_their_own_are_traced(why: str) -> None
     assert compared(ALIKE_AND_NOT_COPIED[why](), X) == 0
 
 
+class Conjugating(Layer):
+    def more(self, h: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(h.view(3, 2, 2)).conj() * 1j).view(3, 4)
+
+
 NOT_COPIED = (
-    *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments),
+    *(Written, Kept, ReadingOutside, Hooking, Custom, WritingArguments, Conjugating),
     *(RegionInside, Counting, Logging, View),
 )
 
@@ -888,7 +911,8 @@ def test_what_is_unseen_does_not_reach_the_modes_of_the_stage() -> None:
     assert mode.seen == [Tensor.cos]
 
 
-def test_a_profiler_sees_no_copying_and_is_there_again_after_it() -> None:
+@pytest.mark.parametrize("stack", [Stack, lambda: Penalised(create_graph=False)], ids=["", "with a gradient"])
+def test_a_profiler_sees_no_copying_and_is_there_again_after_it(stack: Callable[[], nn.Module]) -> None:
     seen: set[str] = set()
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -896,7 +920,7 @@ def test_a_profiler_sees_no_copying_and_is_there_again_after_it() -> None:
 
     sys.setprofile(profile)
     try:
-        recorded(Stack(), X, copied=True)
+        assert recorded(stack(), X, copied=True)[1] == 4
         assert sys.getprofile() is profile
     finally:
         sys.setprofile(None)
