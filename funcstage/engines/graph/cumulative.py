@@ -51,8 +51,7 @@ def _forward(norm: Any, input: Tensor) -> Tensor:
     mean, var = own = [each.clone() for each in running]
     out = F.batch_norm(input, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=norm.eps)
     if input.numel() > 0:  # where it is empty, the kernel leaves the statistics alone
-        with torch.no_grad():
-            factor = 1.0 / norm.num_batches_tracked.double()
-            for average, of_batch in zip(running, own, strict=True):
-                average.copy_(of_batch.double() * factor + average.double() * (1.0 - factor))
+        factor = 1.0 / norm.num_batches_tracked.double()
+        for average, of_batch in zip(running, own, strict=True):
+            average.copy_(of_batch.double() * factor + average.double() * (1.0 - factor))
     return out

@@ -79,11 +79,12 @@ OWN: dict[str, Forward] = {
     "what does not broadcast": lambda module, x: module.proj(x) + torch.ones(3),
     "an index out of range": lambda module, x: module.proj(x)[:, torch.tensor([9])],
     "a view that is none": lambda module, x: module.proj(x).view(3, 3),
+    "a write that does not broadcast": lambda module, x: (module.proj.weight * 2).add_(torch.ones(7)) @ x.T,
     "a dimension that is none": lambda module, x: module.proj(x).sum(7),
 }
 
 
-@pytest.mark.parametrize("where", ["differentiated", "first stage", "called"])
+@pytest.mark.parametrize("where", ["differentiated", "first stage", "called", "uncompiled"])
 @pytest.mark.parametrize("backend", ["aten", "inductor"])
 @pytest.mark.parametrize("case", OWN)
 def test_the_stages_own_error_is_eagers(case: str, backend: Any, where: str) -> None:
@@ -97,6 +98,7 @@ def test_the_stages_own_error_is_eagers(case: str, backend: Any, where: str) -> 
         "differentiated": lambda: fs.stage_vjp(compiled, params, buffers, x),
         "first stage": lambda: fs.stage_vjp(compiled, params, buffers, x, argnums=()),
         "called": lambda: compiled(params, buffers, x),
+        "uncompiled": lambda: fs.stage_vjp(apply, params, buffers, x),
     }
     with pytest.raises(type(expected.value)) as caught:
         calls[where]()

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from funcstage.engines.graph.inductor import (
     _as_inputs,
+    _first_result,
     _laid_out,
     _orders,
     _rename,
@@ -76,6 +77,19 @@ def test_every_operation_of_low_precision_is_rounded(dtype: torch.dtype, device:
         "neg_default",
         "rounded_sin_default"[8 * (not is_low) :],
     ]
+
+
+def test_the_first_result_of_an_operation_is_taken_right_behind_it() -> None:
+    graph = Graph()
+    x = given(graph, "x")
+    two = graph.call_function(aten.native_dropout.default, (x, 0.5, True))
+    two.meta["val"] = (torch.empty(2, 3), torch.empty(2, 3, dtype=torch.bool))
+    graph.output((called(graph, aten.sin.default, x),))
+    first = _first_result(two)
+    graph.lint()
+    assert two.next is first
+    assert first.meta["val"] is two.meta["val"][0]
+    assert _first_result(x) is x
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
