@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcstage._torch.operators import without_torch_function
 from funcstage._torch.tensors import IS_PARAMETER, is_functional
 from funcstage.errors import TraceError
 from funcstage.state.expressions import Kind, uses_of, value_of
@@ -56,12 +55,11 @@ def refusal_in(frame: FrameType) -> TraceError | None:
 def compared_class(frame: FrameType) -> str | None:
     """Where a function that returns has compared the class of a tensor of the trace, as ``file:number``."""
     for comparison in comparisons_of(frame.f_code):
-        with without_torch_function():
-            value = _followed(frame.f_locals.get(comparison.variable), comparison.attributes)
-            if isinstance(value, Tensor) and is_functional(value):
-                spaces = {**frame.f_builtins, **frame.f_globals, **frame.f_locals}
-                if any(_may_differ(value, other, spaces) for other in comparison.others):
-                    return f"{frame.f_code.co_filename}:{comparison.line}"
+        value = _followed(frame.f_locals.get(comparison.variable), comparison.attributes)
+        if isinstance(value, Tensor) and is_functional(value):
+            spaces = {**frame.f_builtins, **frame.f_globals, **frame.f_locals}
+            if any(_may_differ(value, other, spaces) for other in comparison.others):
+                return f"{frame.f_code.co_filename}:{comparison.line}"
     return None
 
 
@@ -69,10 +67,9 @@ def opened_namespace(frame: FrameType) -> str | None:
     """Where a function that returns has read all attributes of a tensor of the trace, likewise."""
     for use in uses_of(frame.f_code):
         if use.kind is Kind.NAMESPACE:
-            with without_torch_function():
-                value = value_of(use.operands[0], frame)
-                if isinstance(value, Tensor) and is_functional(value):
-                    return f"{frame.f_code.co_filename}:{use.line}"
+            value = value_of(use.operands[0], frame)
+            if isinstance(value, Tensor) and is_functional(value):
+                return f"{frame.f_code.co_filename}:{use.line}"
     return None
 
 

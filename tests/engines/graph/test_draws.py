@@ -177,3 +177,16 @@ def test_a_trace_in_which_lines_of_code_are_read_is_none_that_reads_files() -> N
     apply, params, buffers = fs.functionalize(Warns(4, 4))
     with pytest.warns(UserWarning, match="scaled"):
         fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("drawn", [random.random, numpy.random.rand], ids=["python", "numpy"])
+def test_a_refused_stage_has_drawn_nothing(drawn: Any) -> None:
+    class Drawing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * drawn()
+
+    apply, params, buffers = fs.functionalize(Drawing(4, 4))
+    before = random.getstate(), str(numpy.random.get_state())
+    with pytest.raises(fs.TraceError, match="draws"):
+        fs.stage_vjp(fs.compile(apply, backend="aten", fullgraph=True), params, buffers, torch.ones(2, 4))
+    assert (random.getstate(), str(numpy.random.get_state())) == before

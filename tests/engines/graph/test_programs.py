@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from identity import Identity
-from torch import Tensor
+from torch import Tensor, nn
 
 import funcstage as fs
 from funcstage.engines.base import StageCall
@@ -200,3 +200,21 @@ def test_what_is_read_off_a_first_run_is_not_read_again(name: str, monkeypatch: 
     for _ in range(3):
         fs.stage_vjp(fast, x, (), x)[2](x)[1]()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["aten", "inductor"])
+def test_gradients_of_a_forward_without_a_tape_have_none_either(backend: str, autocast: bool) -> None:
+    """F may be given parameters that require grad, where nothing is recorded; I and W run where all is."""
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), torch.randn(3, 4)
+    apply, _, buffers = fs.functionalize(module)
+    with torch.no_grad():
+        params = dict(module.named_parameters())
+        output, _, pullback = fs.stage_vjp(fs.compile(apply, backend=backend), params, buffers, x)
+    with torch.autocast("cpu", enabled=autocast):
+        (dx,), weight_pullback = pullback(torch.ones_like(output))
+        grads = weight_pullback()
+    assert not any(tensor.requires_grad for tensor in (output, dx, *grads.values()))
+    torch.testing.assert_close(
+        [*grads.values()], [*torch.autograd.grad(module(x).sum(), [*module.parameters()])]
+    )
