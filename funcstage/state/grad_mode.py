@@ -38,8 +38,8 @@ def outside_inference_mode(function: Function) -> Function:
     return run  # type: ignore[return-value]  # with the same parameters
 
 
-def with_gradients_on(stage_vjp: Function) -> Function:
-    """Run F with gradients on; where they were off, nothing outside records it."""
+def unrecorded_where_off(stage_vjp: Function) -> Function:
+    """Let nothing outside record F, which itself has gradients on, where they were off."""
 
     @wraps(stage_vjp)
     def run(apply: Any, params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def with_gradients_on(stage_vjp: Function) -> Function:
         given, instead = (args, kwargs), _Instead()
         params, buffers, args, kwargs = trees.map_leaves(instead, (params, buffers, args, kwargs))
         containers = Containers(given, (args, kwargs))
-        with torch.enable_grad(), instead.handed():
+        with instead.handed():
             output, new_buffers, pullback = stage_vjp(apply, params, buffers, *args, **kwargs)
         containers.give_back(stage_name(apply))
         return *trees.map_leaves(_unrecorded, (output, new_buffers)), pullback
@@ -58,7 +58,7 @@ def with_gradients_on(stage_vjp: Function) -> Function:
 
 def in_ordinary_mode(stage_vjp: Function) -> Function:
     """Both of these, in one step where there is nothing to do."""
-    otherwise = outside_inference_mode(with_gradients_on(stage_vjp))
+    otherwise = outside_inference_mode(unrecorded_where_off(stage_vjp))
 
     @wraps(stage_vjp)
     def run(*args: Any, **kwargs: Any) -> Any:
