@@ -180,8 +180,7 @@ def arrived_at_sites(
 def inputs_of(site: Site, origin: Any, home: Home) -> list[Tensor]:
     """What is saved for a site's gradients on the tape of an `origin`, without parameters and buffers."""
     excluded = {ft.storage_key(tensor) for tensor in origin.state}
-    with origin.reading(home):
-        saved = saved_in(nodes_of(site), origin.switchboard, home)
+    saved = saved_in(nodes_of(site), origin.switchboard, home)
     kept = {ft.storage_key(t): t for t in reversed(saved) if ft.storage_key(t) not in excluded}
     return [*kept.values()][::-1]
 

@@ -241,9 +241,8 @@ class Split(Levels, TorchFunctionMode):
 
     def read_node(self, tensor: Tensor) -> Node | None:
         """Hand out a node of one of the tapes, which the stage may put hooks on."""
-        with without_torch_function():
-            tensor = self.current(tensor)
-            node: Node | None = READS_NODE(tensor)
+        tensor = self.current(tensor)
+        node: Node | None = READS_NODE(tensor)
         if node is not None and not is_of_module(node):
             below = self.below(tensor)
             self.nodes[node] = below is tensor or not self.is_activation(below)
