@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from funcstage import trees
 from funcstage._torch import functorch as ft
 from funcstage._torch.messages import CAPTURED_WRITTEN, says
-from funcstage._torch.operators import Written, without_torch_function
+from funcstage._torch.operators import Written
 from funcstage._torch.tensors import READS_BASE, READS_WHETHER_VIEW
 from funcstage.effects import EFFECTS, MARKS, refuse_effects, refused_mark
 from funcstage.engines.levels import inner_gradients
