@@ -177,3 +177,25 @@ LOOK = (torch.Size([2, 3]), (1, 2), torch.float64, torch.device("cpu"))
 def test_memory_stands_for_what_is_a_new_plain_tensor(operation: Any, result: Any, look: Any) -> None:
     found = _Look.of(operation, result)
     assert (None if found is None else tuple(found)) == look
+
+
+def test_a_region_of_weights_alone_runs_again_once_for_all_uses_of_w() -> None:
+    class OfWeights(nn.Linear):
+        runs = 0
+
+        def region(self, weight: Tensor) -> Tensor:
+            OfWeights.runs += 1
+            return weight.sin().exp() * weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ checkpoint(self.region, self.weight, use_reentrant=False)  # type: ignore[no-any-return]
+
+    module, x = OfWeights(4, 4, bias=False), torch.randn(3, 4)
+    apply, params, buffers = fs.functionalize(module)
+    output, _, pullback = fs.stage_vjp(apply, params, buffers, x)
+    weight_pullback = pullback(torch.ones_like(output))[1]
+    assert OfWeights.runs == 1
+    grads = [weight_pullback(retain=True), weight_pullback(retain=True), weight_pullback()]
+    assert OfWeights.runs == 2
+    expected = torch.autograd.grad(module(x).sum(), module.weight)
+    torch.testing.assert_close([each["weight"] for each in grads], [*expected * 3])
