@@ -104,7 +104,7 @@ class _Part:
     ) -> Apart | None:
         """Run it as a compiled stage, if it can be."""
         call = StageCall.of(self._compiled, params, buffers, args, {}, diff)
-        with asking_about_calls(None), intercepting(None):  # a compiler may use threads, or call modules
+        with intercepting(None):  # a compiler may use threads
             try:
                 found = self._compiled.found(call)
             except Exception:  # the module's own come again as it runs uncompiled
