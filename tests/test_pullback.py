@@ -354,3 +354,21 @@ def test_a_dataclass_that_optree_does_not_know_is_a_leaf_and_passes_through() ->
     (dx, dconfig), _ = pullback(torch.ones(2))
     assert torch.equal(dx, torch.full((2,), 3.0))
     assert dconfig is None
+
+
+@pytest.mark.parametrize("engine", ["closures", "aten"])
+def test_an_error_while_w_is_divided_comes_through_and_leaves_it_whole_or_consumed(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, params, buffers = fs.functionalize(nn.Linear(3, 3))
+    stage = apply if engine == "closures" else fs.compile(apply, backend=engine)
+    weight_pullback = fs.stage_vjp(stage, params, buffers, torch.ones(2, 3))[2](torch.ones(2, 3))[1]
+    monkeypatch.setattr(type(weight_pullback._tape), "split", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        weight_pullback.split(2)
+    try:
+        grads = weight_pullback()
+    except fs.ConsumedError:
+        assert engine == "closures"
+    else:
+        torch.testing.assert_close(grads, {"weight": torch.full((3, 3), 2.0), "bias": torch.full((3,), 2.0)})
