@@ -103,6 +103,7 @@ def test_a_forward_sees_what_it_sees_in_eager(seen: str, engine: str, argnums: t
 
 
 KINDS = defaultdict(int, {Tensor: 1, nn.Parameter: 2, Marked: 4, nn.Linear: 5})
+OTHERS: list[Any] = [{"a": 1}, [2], "Linear", nn.Linear]
 NAMED = {kind.__name__: value for kind, value in KINDS.items()}
 Seeing.KINDS = KINDS  # type: ignore[attr-defined]
 
@@ -143,6 +144,7 @@ def test_the_very_class_of_a_tensor_is_eagers_uncompiled_and_refused_in_a_trace(
         lambda m, x, y: type(m.w) is type(m.proj.weight),
         lambda m, x, y: KINDS.get(type(m.proj), 3) + KINDS.get(type(m), KINDS[Tensor]),
         lambda m, x, y: {"n": 2}.get(type(x).__name__, 3),
+        lambda m, x, y: type(x) in OTHERS or type(m.w).__name__ in OTHERS,
     ],
 )
 def test_other_classes_are_compared_in_a_trace(sees: Callable[..., Any]) -> None:

@@ -174,9 +174,10 @@ def _may_differ(tensor: Tensor, other: Any, spaces: Mapping[str, Any]) -> bool:
         other = _followed(spaces.get(other[0]), other[1:])
         if isinstance(other, Tensor):
             return not is_functional(other) or _is_parameter(other) != _is_parameter(tensor)
-    each = tuple(other) if isinstance(other, (tuple, list, set, frozenset, dict)) else (other,)
+    kinds = tuple(other) if isinstance(other, (tuple, list, set, frozenset, dict)) else (other,)
     return any(
-        kind in _NAMES_OF_CLASSES or (isinstance(kind, type) and issubclass(kind, Tensor)) for kind in each
+        issubclass(kind, Tensor) if isinstance(kind, type) else isinstance(kind, str) and kind in _CLASSES
+        for kind in kinds
     )
 
 
@@ -184,7 +185,7 @@ def _is_parameter(tensor: Tensor) -> bool:
     return bool(vars(tensor).get(IS_PARAMETER))
 
 
-_NAMES_OF_CLASSES = {Tensor.__name__, nn.Parameter.__name__}
+_CLASSES = (Tensor.__name__, nn.Parameter.__name__)
 _WITHOUT_EFFECT = frozenset({"PRECALL", "PUSH_NULL", "CACHE", "RESUME", "NOP"})
 _OF_LOCALS = frozenset({"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF"})
 _OF_NAMES = _OF_LOCALS | {"LOAD_GLOBAL", "LOAD_NAME"}

@@ -491,4 +491,5 @@ _ENVIRONMENT = type(os.environ)
 _OF_NO_CONSEQUENCE = frozenset(
     {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__warningregistry__"}
     | {"__spec__", "__loader__", "__cached__"}  # of the import, which holds all of pytest's state, say
+    | {"__dataclass_fields__", "__dataclass_params__"}  # written with the class, and slow to compare
 )
