@@ -40,6 +40,7 @@ from funcstage.pipelining.same_stage import check_same, how_it_runs
 from funcstage.pipelining.snapshot import OwnedBuffers, Snapshot
 from funcstage.pipelining.transport.carrying_stage import CarryingStage
 from funcstage.pipelining.whole import WholeParameters, whole_parameters
+from funcstage.state.module import locked
 from funcstage.trees import Buffers, Params, PyTree, Tensors, describe
 from funcstage.wrappers import check_alone
 
@@ -121,6 +122,10 @@ class ModuleStage(CarryingStage):
         self._read_tensors()
 
     def _read_tensors(self) -> None:
+        with locked(self.submod):  # another thread's stage may have lent it others
+            self._read_own_tensors()
+
+    def _read_own_tensors(self) -> None:
         if self._whole is not None and self._whole.are_there:
             self._read_values(read(self._binding.trainable))
             return
@@ -170,13 +175,15 @@ class ModuleStage(CarryingStage):
     def _look_again(self, chunk: int) -> None:
         """Notice what was done to the module since the last microbatch of the step."""
         self._gather()
-        change = self._snapshot.change(self.submod)
+        with locked(self._snapshot.module):
+            change = self._snapshot.change(self.submod)
+            updated = not change and self._owned.changed(self._binding.updated)
         if change:
             raise StructureError(
                 f"{self._name}: {change} in the middle of a step, before microbatch {chunk}. Make such "
                 "changes between steps: the next step uses them."
             )
-        if self._owned.changed(self._binding.updated):
+        if updated:
             if self._whole is None:
                 self._current()
             self._read_tensors()
@@ -219,7 +226,9 @@ class ModuleStage(CarryingStage):
 
     def _update_buffers(self, new: Buffers) -> None:
         before, self._buffers = self._buffers, new
-        if update(self._binding.updated, before, new) or self._binding.buffers_registered():
+        with locked(self._snapshot.module):
+            changed = update(self._binding.updated, before, new) or self._binding.buffers_registered()
+        if changed:
             self._bind()
             self._fitting = self._binding
         else:

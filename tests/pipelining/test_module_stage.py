@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 import funcstage as fs
+from funcstage._torch.interception import intercepting
 from funcstage._torch.pipelining import TAKES_GRADS_AND_MESHES
 from funcstage.pipelining import FunctionalPipelineStage, module_stage
 
@@ -119,6 +121,31 @@ def test_another_structure_in_the_midst_of_a_step_is_refused_and_the_next_step_t
     expected = plain_step(reference, x, target)
     torch.testing.assert_close(run.step(x, target=target), expected)
     torch.testing.assert_close(grads(stage.submod), grads(reference))
+
+
+@ENGINES
+def test_a_step_reads_its_module_while_no_other_threads_stage_has_lent_it_tensors(compile: Any) -> None:
+    module, x, target = made()
+    reference = copy.deepcopy(module)
+    expected = plain_step(reference, x, target)
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
+    run = ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss)
+    apply, params, buffers = fs.functionalize(nn.Sequential(module.first))
+    steps: list[Any] = []
+
+    def step(*_: Any) -> None:
+        if not steps:
+            with intercepting(None):  # who waits for another thread in a stage is refused
+                steps.append(pool.submit(run.step, x, target=target))
+                with pytest.raises(TimeoutError):
+                    steps[0].result(timeout=0.3)
+
+    handle = module.first.register_forward_pre_hook(step)
+    with ThreadPoolExecutor(1) as pool:
+        fs.stage_vjp(apply, {name: p * 0 for name, p in params.items()}, buffers, x)
+    handle.remove()
+    torch.testing.assert_close(steps[0].result(), expected)
+    torch.testing.assert_close(grads(module), grads(reference))
 
 
 def write(module: Net) -> None:
