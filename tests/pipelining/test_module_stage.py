@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -146,6 +148,59 @@ def test_a_step_reads_its_module_while_no_other_threads_stage_has_lent_it_tensor
     handle.remove()
     torch.testing.assert_close(steps[0].result(), expected)
     torch.testing.assert_close(grads(module), grads(reference))
+
+
+def lend(part: nn.Module) -> threading.Thread:
+    """Let another thread run a stage of a part, which has tensors of that one for a while from now on."""
+    lent = threading.Event()
+
+    def hold(*_: Any) -> None:
+        if not lent.is_set():
+            lent.set()
+            time.sleep(0.3)
+
+    part.register_forward_pre_hook(hold)
+    apply, params, buffers = fs.functionalize(nn.Sequential(part))
+    zeros = [{name: tensor * 0 for name, tensor in state.items()} for state in (params, buffers)]
+    thread = threading.Thread(target=apply, args=(*zeros, torch.ones(6, 4, dtype=torch.float64)))
+    thread.start()
+    assert lent.wait(60)
+    return thread
+
+
+@ENGINES
+def test_a_step_goes_on_once_another_thread_has_given_back_what_its_module_shares(compile: Any) -> None:
+    module, x, target = made()
+    reference = copy.deepcopy(module)
+    expected = plain_step(reference, x, target)
+    threads: list[threading.Thread] = []
+    stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=compile)
+    loss = Once(lambda: threads.append(lend(module.first)))
+    torch.testing.assert_close(
+        ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss).step(x, target=target), expected
+    )
+    threads[0].join()
+    torch.testing.assert_close(grads(module), grads(reference))
+
+
+def test_buffers_are_updated_once_another_thread_has_given_back_what_its_module_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = nn.BatchNorm1d(4).double()
+    reference, x = copy.deepcopy(norm), torch.randn(6, 4, dtype=torch.float64)
+    threads: list[threading.Thread] = []
+
+    def meanwhile(stage: Any, new: Any) -> None:
+        threads.append(lend(norm))
+        update_buffers(stage, new)
+
+    update_buffers = FunctionalPipelineStage._update_buffers
+    monkeypatch.setattr(FunctionalPipelineStage, "_update_buffers", meanwhile)
+    stage = FunctionalPipelineStage(norm, 0, 1, "cpu")
+    ScheduleGPipe(stage, 1, loss_fn=functional.mse_loss).step(x, target=x)
+    threads[0].join()
+    reference(x)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(reference.named_buffers()))
 
 
 def write(module: Net) -> None:
