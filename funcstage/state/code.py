@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Loads(NamedTuple):
-    """The names that a code object loads.
+    """The names that a code object loads, or stores, as the next call may load what it has stored.
 
     Attributes:
         globals: of its module's globals, or of builtins.
@@ -66,6 +66,14 @@ def may_be_imported(name: str, package: str | None) -> Iterator[str]:
         yield from (full.rsplit(".", i)[0] for i in range(full.count(".") + 1))
 
 
+def modules_named_in(code: CodeType) -> Iterator[str]:
+    """The names of modules, imported or not, that a function may look up."""
+    loads = loads_of(code)
+    if not _BY_NAME.isdisjoint(loads.globals | loads.attributes):
+        names = (name for name in code.co_consts if isinstance(name, str))
+        yield from (name for name in names if name.replace(".", "").isidentifier())
+
+
 def is_library(module: object) -> bool:
     """Tell whether a module's functions keep no settings of the user's, other than those that are watched."""
     name = module if isinstance(module, str) else ""  # of Cython's metaclass it is a descriptor
@@ -91,8 +99,12 @@ def nested_codes(code: CodeType) -> set[CodeType]:
     return {constant for constant in code.co_consts if isinstance(constant, CodeType)}
 
 
-_OF_ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"})
-_OF_GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"})
+_OF_ATTRIBUTES = frozenset({"STORE_ATTR", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"})
+_OF_GLOBALS = frozenset(
+    {"STORE_GLOBAL", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"}
+)
+_BY_NAME = frozenset({"modules", "__import__", "import_module"})
+"""Ways to a module by its name as a string."""
 _ANY_GLOBAL = frozenset({"globals", "eval", "exec"})
 _ANY_ATTRIBUTE = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "attrgetter", "dir"})
 _REQUIRED_BY_TORCH = {

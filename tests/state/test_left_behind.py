@@ -134,3 +134,90 @@ def test_a_stage_that_changes_what_it_reads_in_every_call_says_so() -> None:
         fs.stage_vjp(stage, params, {}, torch.ones(2, 3))
     with pytest.warns(UserWarning, match="has been traced in every call"):
         fs.stage_vjp(stage, params, {}, torch.ones(2, 3))
+
+
+class Store:
+    """Where auxiliary losses are kept for whoever trains, which nothing in the stage reads."""
+
+    last: Any = None
+    first: Any = None
+
+    def __init__(self) -> None:
+        self.item: Any = None
+
+    @classmethod
+    def keep(cls, value: Any) -> None:
+        cls.first = value
+
+
+OBJECT, LAST = Store(), None
+
+
+def _on_the_class(value: Any) -> None:
+    Store.last = value
+
+
+def _in_a_global(value: Any) -> None:
+    global LAST
+    LAST = value
+
+
+def _on_a_function(value: Any) -> None:
+    called.kept = value  # type: ignore[attr-defined]
+
+
+def _on_an_object(value: Any) -> None:
+    OBJECT.item = value
+
+
+PLACES: dict[str, tuple[Callable[[Any], None], Callable[[], Any]]] = {
+    "a class": (_on_the_class, lambda: Store.last),
+    "a class, by its method": (Store.keep, lambda: Store.first),
+    "a global": (_in_a_global, lambda: LAST),
+    "a function": (_on_a_function, lambda: getattr(called, "kept", None)),
+    "an object": (_on_an_object, lambda: OBJECT.item),
+}
+
+
+class KeepingLosses(nn.Linear):
+    """Leaves a loss in a place that it never reads; fails then, if it is to."""
+
+    def __init__(self, keep: str, fails: bool) -> None:
+        super().__init__(3, 3)
+        self.keep, self.fails = keep, fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        PLACES[self.keep][0](y.square().mean())
+        if self.fails:
+            raise ArithmeticError("of the stage's own")
+        return y
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_forward_leaves_where_it_reads_nothing_is_refused_in_a_trace_and_not_left(
+    place: str, fails: bool
+) -> None:
+    keep, kept = PLACES[place]
+    keep(None)
+    apply, params, buffers = fs.functionalize(KeepingLosses(place, fails))
+    error: Any = ArithmeticError if fails else fs.TraceError
+    with pytest.raises(
+        error, match="of the stage's own" if fails else "leaves a tensor outside of its module"
+    ):
+        fs.stage_vjp(fs.compile(apply, backend="aten"), params, buffers, torch.ones(2, 3))
+    assert type(kept()) in (type(None), Tensor)
+    keep(None)
+
+
+@pytest.mark.parametrize("place", ["a class", "a class, by its method", "a global", "an object"])
+def test_what_an_uncompiled_forward_leaves_where_it_reads_nothing_is_eagers(place: str) -> None:
+    keep, kept = PLACES[place]
+    module, x = KeepingLosses(place, fails=False), torch.randn(2, 3)
+    keep(None)
+    fs.stage_vjp(*fs.functionalize(module), x)
+    left = kept()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(left)
+    torch.testing.assert_close(left, module(x).square().mean().detach())
+    keep(None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcstage._torch.tensors import is_functional
 from funcstage.state.caches import Cache
@@ -13,11 +14,12 @@ from funcstage.state.kept import differs, refill
 
 
 class LeftBehind:
-    """Containers and caches within a stage's reach, with what they held when they were come upon."""
+    """What is within a stage's reach and may hold tensors, with what it held when it was come upon."""
 
     def __init__(self) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._caches: list[Cache] = []
+        self._named: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def reach(self, value: Any) -> None:
         """Take note of a value, if it is one of these."""
@@ -25,6 +27,12 @@ class LeftBehind:
             contents = dict(value) if isinstance(value, dict) else [*value]
             self._containers.append((value, contents))
         self._caches += Cache.among([value])
+        if type(getattr(value, "__dict__", None)) is dict and not isinstance(value, nn.Module):
+            self.reach_named(value)
+
+    def reach_named(self, holder: Any) -> None:
+        """Take note of globals, or of the attributes of a function, a class or an object."""
+        self._named.setdefault(id(holder), (holder, dict(_entries(holder))))
 
     def empty_caches(self) -> None:
         """Let caches compute anew what the trace has computed."""
@@ -37,6 +45,26 @@ class LeftBehind:
         for container, contents in self._containers:
             if differs(container, contents) and _holds_traced(container):
                 refill(container, contents)
+        for holder, before in self._named.values():
+            for name, value in [*_entries(holder).items()]:
+                if is_made_in_trace(value):
+                    _put_back(holder, name, before)
+
+
+def _entries(holder: Any) -> Mapping[str, Any]:
+    entries: Mapping[str, Any] = holder if isinstance(holder, dict) else vars(holder)
+    return entries
+
+
+def _put_back(holder: Any, name: str, before: dict[str, Any]) -> None:
+    if isinstance(holder, type) and name in before:
+        setattr(holder, name, before[name])
+    elif isinstance(holder, type):
+        delattr(holder, name)
+    elif name in before:
+        _entries(holder)[name] = before[name]  # type: ignore[index]
+    else:
+        del _entries(holder)[name]  # type: ignore[attr-defined]
 
 
 def is_made_in_trace(value: Any) -> bool:

@@ -150,10 +150,6 @@ def _path() -> Hashable:
     return tuple(sys.path)
 
 
-def _modules() -> Hashable:
-    return tuple(sys.modules)
-
-
 def _thread() -> Hashable:
     thread = threading.current_thread()
     return thread.name, thread.daemon, thread.ident
@@ -213,7 +209,7 @@ _REFUSED = {
 """Functions that take arguments, answer otherwise each time, or otherwise while a stage is traced."""
 _OF_MODULES: dict[str, dict[str, Callable[[], Hashable]]] = {
     "warnings": {"filters": _filters},
-    "sys": {"argv": _argv, "path": _path, "modules": _modules},
+    "sys": {"argv": _argv, "path": _path},
     "decimal": {"": _decimals},
 }
 """What attributes of modules say that are lists, by their names, or what all of them depend on."""

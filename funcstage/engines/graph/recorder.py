@@ -33,7 +33,7 @@ from funcstage.engines.graph.reads import ABSENT, VALUES, Place, Reads, Said, Sp
 from funcstage.errors import TraceError
 from funcstage.state.ambient import RandomState, of_process
 from funcstage.state.cells import closed_over, function_of
-from funcstage.state.code import is_library, loads_of, may_be_imported, nested_codes
+from funcstage.state.code import is_library, loads_of, may_be_imported, modules_named_in, nested_codes
 from funcstage.state.content import is_one_of_its_kind, is_opaque, is_plain, parts_of
 from funcstage.state.profilers import resume
 
@@ -196,15 +196,17 @@ class Recorder(TorchFunctionMode):
             self._any = True
             for space in self._attributes():
                 self._look_up(space, self._wanted(space))
+        self.left_behind.reach_named(namespace)
         space = self._spaces.setdefault(id(namespace), Space(f"module {module}", namespace, set(), False))
         self._globals |= loads.globals
         names = loads.globals | ({*namespace} if loads.any_global else set())
         self._look_up(space, names - space.names)
         for name in loads.imports:
             self._import(name, namespace.get("__package__"))
-        if not _BY_NAME.isdisjoint(loads.globals | loads.attributes):
-            for name in filter(sys.modules.__contains__, code.co_consts):
-                self._import(name, None)
+        for name in modules_named_in(code):
+            self._import(name, None)
+            if name not in sys.modules:
+                self._note(Place(f"module {name}", sys.modules, name))
         for function in self._functions.get(code, ()):
             self._run(function)
 
@@ -283,6 +285,7 @@ class Recorder(TorchFunctionMode):
             self._explored[id(base)] = base
             library = is_library(base.__module__)
             if not library:
+                self.left_behind.reach_named(base)
                 self._note(Place(f"{base.__qualname__}.__mro__", weakref.ref(base), "__mro__"))
             elif base is nn.Module or not issubclass(base, nn.Module):
                 continue
@@ -473,9 +476,6 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
 _NAMELESS = (*_CONTAINERS, partial, weakref.ref, ContextVar, CellType)
 """Types of what is entered without naming what is in it."""
-
-_BY_NAME = frozenset({"modules", "__import__", "import_module"})
-"""Ways to a module by its name as a string."""
 
 _READERS_OF_VALUES = frozenset(
     {"item", "tolist", "numpy", "equal", "is_nonzero", "allclose"}
