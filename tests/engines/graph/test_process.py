@@ -50,6 +50,11 @@ def _zone(name: str) -> None:
 WAITING: list[threading.Timer] = []
 
 
+def _start() -> None:
+    WAITING.append(threading.Timer(1e4, int))
+    WAITING[-1].start()
+
+
 def _end() -> None:
     for timer in WAITING:
         timer.cancel()
@@ -135,9 +140,9 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
         lambda: sys.modules.__setitem__("of_no_distribution", sys),
         lambda: sys.modules.pop("of_no_distribution", None),
     ),
-    "how many threads there are": (
-        lambda: threading.active_count(),
-        lambda: WAITING.append(threading.Timer(1e4, int)) or WAITING[-1].start(),  # type: ignore[func-returns-value]
+    "how many threads there are": (  # others come and go, though not as many
+        lambda: threading.active_count() // 40,
+        lambda: [_start() for _ in range(40)],
         lambda: _end(),
     ),
     "the name of the thread": (
@@ -151,7 +156,7 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
         lambda: setattr(threading.main_thread(), "name", "MainThread"),
     ),
     "the names of threads": (
-        lambda: sum(len(thread.name) for thread in threading.enumerate()),
+        lambda: max(len(each.name) for each in threading.enumerate() if each is threading.main_thread()),
         lambda: setattr(threading.main_thread(), "name", "another"),
         lambda: setattr(threading.main_thread(), "name", "MainThread"),
     ),
