@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from funcstage import forks
 from funcstage._torch.tensors import has_hooks
 from funcstage.errors import StructureError
 
 Parameters = Mapping[str, nn.Parameter]
+_LOOKING = forks.lock()
 
 
 def hooked(parameters: Iterable[torch.Tensor]) -> bool:
@@ -43,9 +45,10 @@ _AFTER_ACCUMULATION = attrgetter("_post_accumulate_grad_hooks")
 def with_hooks_on_accumulators(parameters: Parameters) -> list[str]:
     """Name the parameters whose accumulators (`AccumulateGrad` nodes) have hooks, as DDP-like libraries use.
 
-    Such hooks live as long as somebody holds the node. They are found by registering one more.
+    Such hooks live as long as somebody holds the node. They are found by registering one more, which another
+    thread that looks at the same time must not take for the user's.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with _LOOKING, torch.inference_mode(False), torch.enable_grad():
         return [name for name, parameter in parameters.items() if _has_hooks(_accumulator(parameter))]
 
 

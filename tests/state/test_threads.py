@@ -295,6 +295,18 @@ def test_a_module_is_functionalized_while_nobody_else_has_its_parts() -> None:
     assert [p.data_ptr() for p in params.values()] == [p.data_ptr() for p in shared.parameters()]
 
 
+def test_a_module_is_functionalized_by_one_thread_at_a_time() -> None:
+    """Each looks for hooks by means of one of its own, which another would take for the user's."""
+    shared, switching = layers(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            stages = [pool.submit(fs.functionalize, Shares(shared)) for _ in range(400)]
+    finally:
+        sys.setswitchinterval(switching)
+    assert all(stage.result().params.keys() == stages[0].result().params.keys() for stage in stages)
+
+
 class ReadsAfter(Shares):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
