@@ -66,12 +66,16 @@ def may_be_imported(name: str, package: str | None) -> Iterator[str]:
         yield from (full.rsplit(".", i)[0] for i in range(full.count(".") + 1))
 
 
-def modules_named_in(code: CodeType) -> Iterator[str]:
-    """The names of modules, imported or not, that a function may look up."""
+def modules_named_in(code: CodeType, package: str | None) -> Iterator[tuple[str, str | None]]:
+    """The names of modules, there or not, that a function of a package imports, or may look up.
+
+    Each comes with the package in which it may be, too.
+    """
     loads = loads_of(code)
+    yield from ((name, package) for name in loads.imports)
     if not _BY_NAME.isdisjoint(loads.globals | loads.attributes):
         names = (name for name in code.co_consts if isinstance(name, str))
-        yield from (name for name in names if name.replace(".", "").isidentifier())
+        yield from ((name, None) for name in names if name.replace(".", "").isidentifier())
 
 
 def is_library(module: object) -> bool:

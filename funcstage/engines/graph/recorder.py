@@ -201,12 +201,8 @@ class Recorder(TorchFunctionMode):
         self._globals |= loads.globals
         names = loads.globals | ({*namespace} if loads.any_global else set())
         self._look_up(space, names - space.names)
-        for name in loads.imports:
-            self._import(name, namespace.get("__package__"))
-        for name in modules_named_in(code):
-            self._import(name, None)
-            if name not in sys.modules:
-                self._note(Place(f"module {name}", sys.modules, name))
+        for name, package in modules_named_in(code, namespace.get("__package__")):
+            self._import(name, package)
         for function in self._functions.get(code, ()):
             self._run(function)
 
@@ -236,8 +232,8 @@ class Recorder(TorchFunctionMode):
         for full in may_be_imported(name, package):
             if (module := sys.modules.get(full)) is not None:
                 self._reach_module(module)
-                if not is_library(full):
-                    self._note(Place(f"module {full}", sys.modules, full))
+            if (module is not None or (package is None and full == name)) and not is_library(full):
+                self._note(Place(f"module {full}", sys.modules, full))
 
     def _attributes(self) -> list[Space]:
         """The namespaces of modules and classes within reach, whose entries are looked up as attributes."""
