@@ -386,7 +386,6 @@ def test_what_cannot_be_sent_is_refused() -> None:
 def test_a_compiled_stage_computes_with_what_was_traced(dtype: torch.dtype | None) -> None:
     module, x, target = made(torch.float32)
     stage = FunctionalPipelineStage(module, 0, 1, "cpu", compile=ATEN, param_dtype=dtype)
-    target = target if dtype is None else target.to(dtype)
     ScheduleGPipe(stage, MICROBATCHES, loss_fn=functional.mse_loss).step(x, target=target)
     assert "1 signature(s)" in repr(stage._apply)
 
