@@ -247,13 +247,13 @@ def _names_in(found: Any) -> Iterator[Name]:
         space = found.__globals__
         for code in codes_within(found.__code__):
             loads, assigned = loads_of(code), _stored("STORE_GLOBAL", code)
-            yield from (Name(space, key, key in assigned) for key in loads.globals | assigned)
+            yield from (Name(space, key, key in assigned) for key in loads.globals)
+            stored = _stored("STORE_ATTR", code)  # on a class, perhaps, which may not have them yet
             for value in map(space.get, loads.globals):
                 if isinstance(value, ModuleType) and not is_library(value.__name__):
                     keys = loads.attributes & vars(value).keys()
                     yield from (Name(vars(value), key, is_assigned=False) for key in keys)
                 elif isinstance(value, type) and not is_torchs_or_library(value.__module__):
-                    stored = _stored("STORE_ATTR", code)  # on the class, perhaps, which may not have them yet
                     yield from (Name(value, key, is_assigned=True) for key in stored)
 
 

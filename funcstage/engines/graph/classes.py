@@ -144,9 +144,11 @@ def _looked_up_in(steps: list[dis.Instruction], begin: int, end: int) -> tuple[s
     else:
         return None
     is_entry = end < len(steps) and (steps[end].opname == "BINARY_SUBSCR" or steps[end].argrepr == "[]")
-    if step.opname not in _OF_NAMES or not (is_entry or names[-1] == "get"):
+    if step.opname not in _OF_NAMES:
         return None
-    return tuple(names[: len(names) - (not is_entry)])
+    if is_entry:
+        return tuple(names)
+    return tuple(names[:-1]) if names[-1] == "get" else None
 
 
 def _attributes(steps: list[dis.Instruction], i: int) -> tuple[tuple[str, ...], int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funcstage._torch.tensors import is_functional
 from funcstage.state.caches import Cache
 from funcstage.state.kept import differs, refill
+from funcstage.state.shared import Name
 
 
 class LeftBehind:
@@ -32,7 +33,8 @@ class LeftBehind:
 
     def reach_named(self, holder: Any) -> None:
         """Take note of globals, or of the attributes of a function, a class or an object."""
-        self._named.setdefault(id(holder), (holder, dict(_entries(holder))))
+        owner = holder if isinstance(holder, (dict, type)) else vars(holder)
+        self._named.setdefault(id(owner), (owner, dict(_entries(owner))))
 
     def empty_caches(self) -> None:
         """Let caches compute anew what the trace has computed."""
@@ -45,26 +47,15 @@ class LeftBehind:
         for container, contents in self._containers:
             if differs(container, contents) and _holds_traced(container):
                 refill(container, contents)
-        for holder, before in self._named.values():
-            for name, value in [*_entries(holder).items()]:
+        for owner, before in self._named.values():
+            for key, value in [*_entries(owner).items()]:
                 if is_made_in_trace(value):
-                    _put_back(holder, name, before)
+                    name = Name(owner, key, is_assigned=True)
+                    name.assign(before.get(key, name))
 
 
-def _entries(holder: Any) -> Mapping[str, Any]:
-    entries: Mapping[str, Any] = holder if isinstance(holder, dict) else vars(holder)
-    return entries
-
-
-def _put_back(holder: Any, name: str, before: dict[str, Any]) -> None:
-    if isinstance(holder, type) and name in before:
-        setattr(holder, name, before[name])
-    elif isinstance(holder, type):
-        delattr(holder, name)
-    elif name in before:
-        _entries(holder)[name] = before[name]  # type: ignore[index]
-    else:
-        del _entries(holder)[name]  # type: ignore[attr-defined]
+def _entries(owner: Any) -> Mapping[str, Any]:
+    return vars(owner) if isinstance(owner, type) else owner
 
 
 def is_made_in_trace(value: Any) -> bool:
